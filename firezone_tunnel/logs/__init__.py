@@ -1,0 +1,1 @@
+"""Structured logs through eliot: `events` to write them, `writer` to carry them out of the process."""

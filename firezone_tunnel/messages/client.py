@@ -1,0 +1,213 @@
+"""Messages between the portal and a client (spec/portal-protocol.md, 2.1 and 2.2)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from firezone_tunnel.messages.common import (
+    Authorization,
+    Filter,
+    FlowLogs,
+    IceCredentials,
+    Interface,
+    Key,
+    Message,
+    NoRelays,
+    Record,
+    Relay,
+    RelaysPresence,
+    Site,
+    SnownetCapabilities,
+    read,
+    read_each,
+    rename,
+)
+
+TOPIC = "client"
+
+
+class DnsResource(Record, frozen=True, kw_only=True, tag_field="type", tag="dns"):
+    id: str
+    name: str
+    address: str
+    address_description: str | None = None
+    gateway_groups: list[Site]
+    ip_stack: Literal["dual", "ipv4_only", "ipv6_only"] | None = None
+    filters: list[Filter] = []
+
+
+class CidrResource(Record, frozen=True, kw_only=True, tag_field="type", tag="cidr"):
+    """`address` is a network whose host bits are zero; a single address is a /32 or /128."""
+
+    id: str
+    name: str
+    address: str
+    address_description: str | None = None
+    gateway_groups: list[Site]
+    filters: list[Filter] = []
+
+
+class InternetResource(Record, frozen=True, kw_only=True, tag_field="type", tag="internet"):
+    id: str
+    name: str = "Internet Resource"
+    gateway_groups: list[Site]
+    can_be_disabled: bool = True
+
+
+Resource = DnsResource | CidrResource | InternetResource
+
+
+class Init(Message, frozen=True, kw_only=True):
+    """After each join, authoritative: what is not listed is gone."""
+
+    EVENTS = ("init",)
+
+    interface: Interface
+    resources: list[Resource] = []
+    relays: list[Relay] = []
+    authorizations: list[Authorization] = []
+    flow_logs: FlowLogs = FlowLogs()
+
+
+class ConfigChanged(Message, frozen=True, kw_only=True):
+    EVENTS = ("config_changed",)
+
+    interface: Interface
+
+
+class ResourceChanged(Message, frozen=True, kw_only=True):
+    """On the wire the payload is the bare resource."""
+
+    EVENTS = ("resource_created_or_updated",)
+
+    resource: Resource
+
+
+class ResourceDeleted(Message, frozen=True, kw_only=True):
+    """On the wire the payload is the bare id."""
+
+    EVENTS = ("resource_deleted",)
+
+    id: str
+
+
+class FlowCreated(Message, frozen=True, kw_only=True):
+    """The gateway admitted us: connect to it. The answer to `CreateFlow`, matched by the resource."""
+
+    EVENTS = ("flow_created", "authorization_created")
+
+    resource_id: str
+    gateway_id: str
+    gateway_public_key: Key
+    gateway_ipv4: str
+    gateway_ipv6: str
+    gateway_group_id: str
+    preshared_key: Key
+    client_ice_credentials: IceCredentials
+    gateway_ice_credentials: IceCredentials
+    use_iceless: bool = False
+    flow_logs_ingest_token: str = ""
+
+
+class FlowCreationFailed(Message, frozen=True, kw_only=True):
+    """`reason`: not_found, offline, forbidden, version_mismatch, …; unknown ones are only logged."""
+
+    EVENTS = ("flow_creation_failed", "authorization_creation_failed")
+
+    resource_id: str
+    reason: str
+    violated_properties: list[str] = []
+
+
+class IceCandidates(Message, frozen=True, kw_only=True):
+    EVENTS = ("ice_candidates", "gateway_ice_candidates", "ice_candidates")
+
+    gateway_id: str
+    candidates: list[str]
+
+
+class InvalidateIceCandidates(Message, frozen=True, kw_only=True):
+    EVENTS = ("invalidate_ice_candidates", "invalidate_gateway_ice_candidates", "invalidate_ice_candidates")
+
+    gateway_id: str
+    candidates: list[str]
+
+
+class CreateFlow(Message, frozen=True, kw_only=True):
+    """A packet wants this resource; the gateways are a hint for stickiness."""
+
+    EVENTS = ("create_flow", "request_authorization")
+
+    resource_id: str
+    connected_gateway_ids: list[str]
+
+
+class BroadcastIceCandidates(Message, frozen=True, kw_only=True):
+    EVENTS = ("broadcast_ice_candidates",)
+
+    gateway_ids: list[str]
+    candidates: list[str]
+
+
+class BroadcastInvalidatedIceCandidates(Message, frozen=True, kw_only=True):
+    EVENTS = ("broadcast_invalidated_ice_candidates",)
+
+    gateway_ids: list[str]
+    candidates: list[str]
+
+
+FromPortal = (
+    Init
+    | ConfigChanged
+    | ResourceChanged
+    | ResourceDeleted
+    | RelaysPresence
+    | FlowCreated
+    | FlowCreationFailed
+    | IceCandidates
+    | InvalidateIceCandidates
+)
+ToPortal = CreateFlow | BroadcastIceCandidates | BroadcastInvalidatedIceCandidates | NoRelays | SnownetCapabilities
+
+_FROM_PORTAL: dict[str, type[Message]] = {
+    event: kind
+    for kind in (
+        Init, ConfigChanged, RelaysPresence, FlowCreated, FlowCreationFailed, IceCandidates, InvalidateIceCandidates,
+    )
+    for event in kind.EVENTS
+}  # fmt: skip
+
+
+def parse(event: str, payload: object) -> FromPortal | None:
+    """A portal's message to a client; None for an event we don't know, which is no error.
+
+    Resources and relays of a list that don't parse are left out one by one.
+
+    Raises: ProtocolError.
+    """
+    if event == "resource_created_or_updated":
+        return read(ResourceChanged, {"resource": _with_groups(payload)})
+    if event == "resource_deleted":
+        return read(ResourceDeleted, {"id": payload})
+    kind = _FROM_PORTAL.get(event)
+    if kind is None:
+        return None
+    payload = rename(payload, {"site_id": "gateway_group_id"})
+    if isinstance(payload, dict):
+        payload = _with_fitting_entries(payload)
+    return read(kind, payload)  # type: ignore[return-value]  # the table above holds FromPortal's members
+
+
+def _with_fitting_entries(payload: dict[str, Any]) -> dict[str, Any]:
+    fitting = dict(payload)
+    if "resources" in payload and isinstance(payload["resources"], list):
+        resources = [_with_groups(entry) for entry in payload["resources"]]
+        fitting["resources"] = [entry for entry in resources if read_each(Resource, [entry])]
+    for key in ("relays", "connected"):
+        if isinstance(payload.get(key), list):
+            fitting[key] = [entry for entry in payload[key] if read_each(Relay, [entry])]
+    return fitting
+
+
+def _with_groups(resource: object) -> object:
+    return rename(resource, {"sites": "gateway_groups"})

@@ -1,0 +1,190 @@
+"""Types that occur in several messages, and how a message is read and written (spec/portal-protocol.md, 2.0)."""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import msgspec
+
+from firezone_tunnel.errors import ProtocolError
+from firezone_tunnel.sansio import SocketAddress
+
+Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+"""32 bytes, on the wire standard padded base64."""
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class Generation(enum.Enum):
+    """Which names a connection speaks: by its path, `/client/websocket` or `/client/v2/websocket`."""
+
+    SEED = 0
+    TODAY = 1
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """A JSON object; unknown keys are ignored."""
+
+
+class Message(Record, frozen=True, kw_only=True):
+    """A payload with the names of its event, the seed's first, today's last."""
+
+    EVENTS: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def event(cls, generation: Generation) -> str:
+        return cls.EVENTS[0] if generation is Generation.SEED else cls.EVENTS[-1]
+
+
+class DnsServer(Record, frozen=True, kw_only=True):
+    protocol: Literal["ip_port"] = "ip_port"
+    address: str
+
+
+class Do53Server(Record, frozen=True, kw_only=True):
+    ip: str
+
+
+class DohServer(Record, frozen=True, kw_only=True):
+    url: str
+
+
+class Interface(Record, frozen=True, kw_only=True):
+    """The tunnel addresses and, for clients, DNS settings."""
+
+    ipv4: ipaddress.IPv4Address
+    ipv6: ipaddress.IPv6Address
+    upstream_dns: list[DnsServer] = []
+    search_domain: str | None = None
+    upstream_do53: list[Do53Server] = []
+    upstream_doh: list[DohServer] = []
+
+
+class IceCredentials(Record, frozen=True, kw_only=True):
+    username: str
+    password: str
+
+
+class Relay(Record, frozen=True, kw_only=True):
+    """One address of a relay; a dual-stack relay is two adjacent entries with one id."""
+
+    id: str
+    type: Literal["turn"] = "turn"
+    addr: str
+    username: str
+    password: str
+    expires_at: int
+
+    @property
+    def address(self) -> SocketAddress:
+        return SocketAddress.parse(self.addr)
+
+
+class Filter(Record, frozen=True, kw_only=True, omit_defaults=False):
+    """What passes: a port range (inclusive) of TCP or UDP, or ICMP."""
+
+    protocol: Literal["tcp", "udp", "icmp"]
+    port_range_start: Port = 0
+    port_range_end: Port = 0xFFFF
+
+
+class Site(Record, frozen=True, kw_only=True):
+    """What the wire calls a gateway group."""
+
+    id: str
+    name: str
+
+
+class FlowLogs(Record, frozen=True, kw_only=True):
+    """Required by today's `init`; an interval of 0 disables the upload."""
+
+    api_url: str = ""
+    upload_interval_secs: int = 0
+    upload_batch_size: int = 0
+
+
+class Authorization(Record, frozen=True, kw_only=True):
+    client_id: str
+    resource_id: str
+    expires_at: int | None = None
+
+
+class RelaysPresence(Message, frozen=True, kw_only=True):
+    """Drop the listed relays, then upsert the connected ones; relays in neither list stay."""
+
+    EVENTS = ("relays_presence",)
+
+    disconnected_ids: list[str]
+    connected: list[Relay]
+
+
+class NoRelays(Message, frozen=True, kw_only=True):
+    """We must connect and know no relay; the portal answers with `RelaysPresence`."""
+
+    EVENTS = ("no_relays",)
+
+
+class SnownetCapabilities(Message, frozen=True, kw_only=True):
+    """Today's peers announce what they can do after each join; we never announce iceless."""
+
+    EVENTS = ("set_snownet_capabilities",)
+
+    iceless: bool = False
+
+
+M = TypeVar("M", bound=Record)
+
+
+def read(kind: type[M], payload: object) -> M:
+    """Validate a decoded JSON payload as `kind`.
+
+    Raises: ProtocolError, naming the field that is wrong.
+    """
+    try:
+        return msgspec.convert(payload, kind, dec_hook=_read_special, strict=True)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise ProtocolError(f"{kind.__name__}: {error}") from error
+
+
+def read_each(kind: Any, entries: object) -> list[Any]:
+    """Validate each entry of a list by itself: what doesn't fit is left out, never fatal (spec, 2.0)."""
+    if not isinstance(entries, list):
+        return []
+    fitting = []
+    for entry in entries:
+        try:
+            fitting.append(msgspec.convert(entry, kind, dec_hook=_read_special, strict=True))
+        except (msgspec.ValidationError, ValueError):
+            continue
+    return fitting
+
+
+def write(message: Record, *, without: Iterable[str] = ()) -> dict[str, Any]:
+    """The payload as plain JSON values, less the keys that the peer's generation doesn't know."""
+    payload: dict[str, Any] = msgspec.to_builtins(message, enc_hook=str)
+    for key in without:
+        payload.pop(key, None)
+    return payload
+
+
+def rename(payload: object, aliases: Mapping[str, str]) -> object:
+    """Today's spelling of a key to the seed's, where the seed's is absent."""
+    if not isinstance(payload, dict):
+        return payload
+    return {aliases.get(key, key) if aliases.get(key) not in payload else key: value for key, value in payload.items()}
+
+
+def _read_special(kind: Any, value: object) -> Any:
+    if kind in (ipaddress.IPv4Address, ipaddress.IPv6Address, ipaddress.IPv4Network, ipaddress.IPv6Network):
+        if not isinstance(value, str):
+            raise ValueError(f"expected text, got {value!r}")
+        return kind(value)
+    if kind in (Network, IPAddress):
+        return ipaddress.ip_network(str(value)) if kind is Network else ipaddress.ip_address(str(value))
+    raise NotImplementedError(kind)

@@ -1,0 +1,184 @@
+"""Messages between the portal and a gateway (spec/portal-protocol.md, 2.4)."""
+
+from __future__ import annotations
+
+from firezone_tunnel.messages.common import (
+    Authorization,
+    Filter,
+    FlowLogs,
+    IceCredentials,
+    Interface,
+    Key,
+    Message,
+    NoRelays,
+    Record,
+    Relay,
+    RelaysPresence,
+    SnownetCapabilities,
+    read,
+    read_each,
+)
+
+TOPIC = "gateway"
+
+
+class DnsResource(Record, frozen=True, kw_only=True, tag_field="type", tag="dns"):
+    id: str
+    name: str
+    address: str
+    filters: list[Filter]
+
+
+class CidrResource(Record, frozen=True, kw_only=True, tag_field="type", tag="cidr"):
+    id: str
+    name: str
+    address: str
+    filters: list[Filter]
+
+
+class InternetResource(Record, frozen=True, kw_only=True, tag_field="type", tag="internet"):
+    id: str
+
+
+Resource = DnsResource | CidrResource | InternetResource
+
+
+class Config(Record, frozen=True, kw_only=True):
+    """Unused by gateways, but `init` doesn't decode without it."""
+
+    ipv4_masquerade_enabled: bool = True
+    ipv6_masquerade_enabled: bool = True
+
+
+class Init(Message, frozen=True, kw_only=True):
+    """After each join; everything the authorizations don't list is revoked."""
+
+    EVENTS = ("init",)
+
+    interface: Interface
+    config: Config = Config()
+    account_slug: str | None = None
+    relays: list[Relay] = []
+    authorizations: list[Authorization] = []
+    flow_logs: FlowLogs = FlowLogs()
+
+
+class Peer(Record, frozen=True, kw_only=True):
+    """The client that an authorization is for."""
+
+    id: str
+    public_key: Key
+    preshared_key: Key
+    ipv4: str
+    ipv6: str
+
+
+class AuthorizeFlow(Message, frozen=True, kw_only=True):
+    """Admit this client to this resource, then answer `FlowAuthorized` with the opaque `ref`."""
+
+    EVENTS = ("authorize_flow", "create_authorization")
+
+    ref: str
+    resource: Resource
+    client: Peer
+    client_ice_credentials: IceCredentials
+    gateway_ice_credentials: IceCredentials
+    expires_at: int | None
+    use_iceless: bool = False
+    flow_logs_ingest_token: str = ""
+
+
+class RejectAccess(Message, frozen=True, kw_only=True):
+    EVENTS = ("reject_access",)
+
+    client_id: str
+    resource_id: str
+
+
+class ExpiryUpdated(Message, frozen=True, kw_only=True):
+    EVENTS = ("access_authorization_expiry_updated",)
+
+    client_id: str
+    resource_id: str
+    expires_at: int | None
+
+
+class ResourceUpdated(Message, frozen=True, kw_only=True):
+    """On the wire the payload is the bare resource; only its filters matter."""
+
+    EVENTS = ("resource_updated",)
+
+    resource: Resource
+
+
+class IceCandidates(Message, frozen=True, kw_only=True):
+    EVENTS = ("ice_candidates",)
+
+    client_id: str
+    candidates: list[str]
+
+
+class InvalidateIceCandidates(Message, frozen=True, kw_only=True):
+    EVENTS = ("invalidate_ice_candidates",)
+
+    client_id: str
+    candidates: list[str]
+
+
+class FlowAuthorized(Message, frozen=True, kw_only=True):
+    EVENTS = ("flow_authorized", "authorization_created")
+
+    ref: str
+
+
+class BroadcastIceCandidates(Message, frozen=True, kw_only=True):
+    EVENTS = ("broadcast_ice_candidates",)
+
+    client_ids: list[str]
+    candidates: list[str]
+
+
+class BroadcastInvalidatedIceCandidates(Message, frozen=True, kw_only=True):
+    EVENTS = ("broadcast_invalidated_ice_candidates",)
+
+    client_ids: list[str]
+    candidates: list[str]
+
+
+FromPortal = (
+    Init
+    | AuthorizeFlow
+    | RejectAccess
+    | ExpiryUpdated
+    | ResourceUpdated
+    | RelaysPresence
+    | IceCandidates
+    | InvalidateIceCandidates
+)
+ToPortal = FlowAuthorized | BroadcastIceCandidates | BroadcastInvalidatedIceCandidates | NoRelays | SnownetCapabilities
+
+_FROM_PORTAL: dict[str, type[Message]] = {
+    event: kind
+    for kind in (
+        Init, AuthorizeFlow, RejectAccess, ExpiryUpdated, RelaysPresence, IceCandidates, InvalidateIceCandidates,
+    )
+    for event in kind.EVENTS
+}  # fmt: skip
+
+
+def parse(event: str, payload: object) -> FromPortal | None:
+    """A portal's message to a gateway; None for an event we don't know, which is no error.
+
+    Raises: ProtocolError.
+    """
+    if event == "resource_updated":
+        return read(ResourceUpdated, {"resource": payload})
+    kind = _FROM_PORTAL.get(event)
+    if kind is None:
+        return None
+    if isinstance(payload, dict):
+        payload = dict(payload)
+        for key in ("relays", "connected"):
+            if isinstance(payload.get(key), list):
+                payload[key] = [entry for entry in payload[key] if read_each(Relay, [entry])]
+    return read(kind, payload)  # type: ignore[return-value]  # the table above holds FromPortal's members
