@@ -1,0 +1,61 @@
+# `make help` lists the targets. Everything lives in .venv; nothing else on the machine is touched but the
+# system packages that tools/system-packages names (installed when root, else named).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find firezone_tunnel twisted_plugins -type f -not -name '*.pyc')
+SHELL := /bin/bash
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test bench bench-core lint docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## make .venv and install the program and its tools into it
+
+demo: $(VENV)/installed ## show a tunnel on hosts made of network namespaces; KEEP=1 leaves it running
+	@tools/system-packages demo
+	@$(BIN)/python -m demo $(if $(KEEP),--keep)
+
+test: $(VENV)/installed ## run every test; those with network namespaces need root
+	@tools/system-packages test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(VENV)/installed ## compare with wireguard-go on the same hosts; BENCH_ARGS='--rounds 1 --seconds 2' for a quick look
+	@tools/system-packages bench
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+bench-core: $(VENV)/installed ## microseconds per 64 KiB of the packet path
+	$(BIN)/python -m benchmarks.core
+
+lint: $(VENV)/installed ## style, types, imports, shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p firezone_tunnel
+	$(BIN)/lint-imports
+	tools/lint-shell
+
+docs: $(VENV)/installed ## write docs/options.md from the declared options
+	$(BIN)/python tools/options_reference.py docs/options.md
+
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Two steps, so that a changed source file costs a second and not a new look at every dependency.
+$(VENV)/dependencies: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'setuptools >= 70' wheel
+	rm -rf build *.egg-info
+	$(BIN)/pip install --quiet --no-build-isolation '.[test,lint]'
+	@touch $@
+
+# Never editable: twistd lists no plugin of an editable installation.
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES) README.md
+	rm -rf build *.egg-info
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --force-reinstall .
+	rm -rf build *.egg-info
+	@touch $@

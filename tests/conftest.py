@@ -1,0 +1,29 @@
+"""For every test: in CI a missing capability is a failure, not a skip."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+_NEEDS_THE_MACHINE = {Path(__file__).parent / "interop", Path(__file__).parent / "system"}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where CI=true, turn the skip of a test that needs namespaces, a peer or a kernel feature into a failure."""
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI") == "true" and _is_required(item):
+        report.outcome = "failed"
+        report.longrepr = f"skipped in CI, where nothing may be missing: {report.longrepr}"
+    return report
+
+
+def _is_required(item: pytest.Item) -> bool:
+    if item.get_closest_marker("namespaces") is not None:
+        return True
+    return not _NEEDS_THE_MACHINE.isdisjoint(item.path.parents)

@@ -1,0 +1,48 @@
+"""Importing anything of ours installs no reactor, and importing the package itself loads next to nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[1]
+_LIST_LOADED = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+
+_IMPORT_ALL_OF = """
+import importlib, pkgutil, sys
+for name in sys.argv[1:]:
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(package.__path__, name + "."):
+        importlib.import_module(module.name)
+"""
+
+
+def test_importing_every_module_installs_no_reactor() -> None:
+    loaded = _loaded_after(_IMPORT_ALL_OF, "firezone_tunnel")
+
+    assert "firezone_tunnel.sansio" in loaded
+    assert "twisted.internet.reactor" not in loaded
+
+
+def test_importing_the_package_loads_neither_twisted_nor_an_application() -> None:
+    loaded = _loaded_after("import firezone_tunnel")
+
+    assert [name for name in loaded if name.split(".")[0] in {"twisted", "autobahn", "numpy", "cryptography"}] == []
+    assert [name for name in loaded if name.startswith("firezone_tunnel.")] == []
+
+
+def test_client_and_gateway_load_none_of_the_portals_libraries() -> None:
+    loaded = _loaded_after(_IMPORT_ALL_OF, "firezone_tunnel.client", "firezone_tunnel.gateway")
+
+    assert [name for name in loaded if name.split(".")[0] in {"alembic", "klein", "sqlalchemy", "treq"}] == []
+
+
+def _loaded_after(script: str, *arguments: str) -> list[str]:
+    """The modules that a fresh interpreter has loaded when the script is through."""
+    command = [sys.executable, "-c", f"{script}\n{_LIST_LOADED}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=_ROOT)
+    assert done.returncode == 0, done.stderr
+    loaded: list[str] = json.loads(done.stdout)
+    return loaded

@@ -1,0 +1,35 @@
+"""What `twistd --help` lists. Twisted reads this file whatever it is asked for: nothing is imported before its use."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from twisted.application.service import IService, IServiceMaker
+from twisted.plugin import IPlugin
+from zope.interface import implementer
+
+
+@implementer(IPlugin, IServiceMaker)
+class _Application:
+    """One application, whose package has `options.Options` and `options.make_service`."""
+
+    def __init__(self, role: str, description: str) -> None:
+        self.tapname = f"firezone-{role}"
+        self.description = description
+        self._module = f"firezone_tunnel.{role}.options"
+
+    @property
+    def options(self) -> Any:
+        return import_module(self._module).Options
+
+    def makeService(self, options: Any) -> IService:
+        from twisted.internet import reactor
+
+        service: IService = import_module(self._module).make_service(reactor, options)
+        return service
+
+
+client = _Application("client", "Reaches a company's resources through Firezone gateways.")
+gateway = _Application("gateway", "Lets authorized clients reach the resources of a site.")
+portal = _Application("portal", "Says who may reach what, and introduces clients to gateways.")
