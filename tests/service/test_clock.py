@@ -1,0 +1,128 @@
+"""Timers under the real reactor."""
+
+from __future__ import annotations
+
+import errno
+import resource
+import time
+from collections.abc import Iterator
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import Deferred
+
+from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_timer_fires_once_its_deadline_has_passed(timers: Timers) -> None:
+    timer, fired = timers.new()
+    deadline = boottime() + 0.05
+
+    timer.set(deadline)
+    at = await fired
+
+    assert deadline <= at < deadline + 1
+    assert timer.deadline is None
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_deadline_in_the_past_fires_at_once(timers: Timers) -> None:
+    timer, fired = timers.new()
+    before = boottime()
+
+    timer.set(before - 100)
+
+    assert await fired < before + 1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_later_deadline_replaces_the_earlier_one(timers: Timers) -> None:
+    timer, fired = timers.new()
+    now = boottime()
+
+    timer.set(now + 0.01)
+    timer.set(now + 0.1)
+
+    assert await fired >= now + 0.1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_timer_that_is_unset_does_not_fire(timers: Timers) -> None:
+    unset, unwanted = timers.new()
+    other, fired = timers.new()
+    now = boottime()
+
+    unset.set(now + 0.01)
+    unset.set(None)
+    other.set(now + 0.05)
+    await fired
+
+    assert not unwanted.called
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_timer_that_is_set_anew_after_it_expired_waits_for_the_new_deadline(timers: Timers) -> None:
+    """As when another event of the same turn moves the deadline: the reactor has seen the expiry by then."""
+    timer, fired = timers.new()
+    timer.set(boottime() - 1)
+    deadline = boottime() + 0.05
+    timer.set(deadline)
+
+    timer.doRead()
+
+    assert not fired.called
+    assert await fired >= deadline
+
+
+def test_a_closed_timer_holds_no_descriptor(timers: Timers) -> None:
+    timer, _ = timers.new()
+
+    timer.close()
+    timer.close()
+    timer.set(boottime())
+
+    assert (timer.fileno(), timer.deadline) == (-1, None)
+
+
+def test_a_process_without_descriptors_is_told_so(timers: Timers) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(OSError) as failure:
+            timers.new()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    assert failure.value.errno == errno.EMFILE
+
+
+def test_the_clocks_are_those_of_the_kernel() -> None:
+    assert abs(boottime() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 1
+    assert abs(utc() - time.time()) < 1
+
+
+class Timers:
+    """Makes timers under the running reactor; `fired` becomes the time at which one fired."""
+
+    def __init__(self) -> None:
+        self._timers: list[BoottimeTimer] = []
+
+    def new(self) -> tuple[BoottimeTimer, Deferred[float]]:
+        from twisted.internet import reactor
+
+        fired: Deferred[float] = Deferred()
+        timer = BoottimeTimer(reactor, lambda: fired.callback(boottime()))
+        self._timers.append(timer)
+        return timer, fired
+
+    def close(self) -> None:
+        for timer in self._timers:
+            timer.close()
+
+
+@pytest.fixture
+def timers() -> Iterator[Timers]:
+    timers = Timers()
+    yield timers
+    timers.close()

@@ -1,0 +1,243 @@
+"""Batches between two transports over loopback, under the real reactor."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.sansio import SocketAddress, Transmit
+from firezone_tunnel.udp.transport import UdpTransport
+
+LOOPBACK = ["127.0.0.1", "::1"]
+SIZE = 1312
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+@pytest_twisted.ensureDeferred
+async def test_one_send_of_many_datagrams_arrives_as_one_batch(ends: Ends, host: str) -> None:
+    alice, bob = ends.new(host), ends.new(host)
+    payload = b"".join(bytes([number]) * SIZE for number in range(40)) + b"end"
+
+    alice.transport.send(Transmit(bob.address, payload, segment_size=SIZE))
+    await bob.datagrams(41)
+
+    assert [(batch.count, batch.segment_size, batch.length) for batch in bob.batches] == [(41, SIZE, len(payload))]
+    assert bob.received == [payload[start : start + SIZE] for start in range(0, len(payload), SIZE)]
+    assert (bob.batches[0].source, bob.batches[0].local) == (alice.address, bob.address)
+    assert (alice.transport.counters.sent_batches, alice.transport.counters.sent_datagrams) == (1, 41)
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+@pytest.mark.parametrize(("gso", "gro"), [(False, True), (True, False), (False, False)])
+@pytest_twisted.ensureDeferred
+async def test_without_one_of_the_offloads_the_same_datagrams_arrive(
+    ends: Ends, host: str, gso: bool, gro: bool
+) -> None:
+    alice, bob = ends.new(host, gso=gso), ends.new(host, gro=gro)
+    payload = b"".join(bytes([number]) * SIZE for number in range(20)) + b"end"
+
+    alice.transport.send(Transmit(bob.address, payload, segment_size=SIZE))
+    await bob.datagrams(21)
+
+    assert bob.received == [payload[start : start + SIZE] for start in range(0, len(payload), SIZE)]
+    assert (alice.transport.features.gso, bob.transport.features.gro) == (gso, gro)
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+@pytest.mark.parametrize("ecn", range(4))
+@pytest_twisted.ensureDeferred
+async def test_ecn_travels_with_the_datagrams(ends: Ends, host: str, ecn: int) -> None:
+    alice, bob = ends.new(host), ends.new(host)
+
+    alice.transport.send(Transmit(bob.address, b"x", ecn=ecn))
+    await bob.datagrams(1)
+
+    assert bob.batches[0].ecn == ecn
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_source_address_may_be_chosen_and_the_local_one_is_known(ends: Ends) -> None:
+    alice, bob = ends.new("0.0.0.0"), ends.new("0.0.0.0")
+    source = SocketAddress("127.0.0.7", alice.address.port)
+    destination = SocketAddress("127.0.0.9", bob.address.port)
+
+    alice.transport.send(Transmit(destination, b"x", source=source))
+    await bob.datagrams(1)
+
+    assert (bob.batches[0].source, bob.batches[0].local) == (source, destination)
+
+
+@pytest_twisted.ensureDeferred
+async def test_both_families_have_the_same_port(ends: Ends) -> None:
+    ipv4 = ends.new("0.0.0.0")
+    ipv6 = ends.new("::", port=ipv4.address.port)
+
+    assert ipv4.address.port == ipv6.address.port
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_taken_port_is_replaced_by_another_or_refused(ends: Ends) -> None:
+    taken = ends.new("127.0.0.1").address.port
+
+    assert ends.new("127.0.0.1", port=taken).address.port != taken
+    with pytest.raises(PlatformError):
+        ends.new("127.0.0.1", port=taken, fallback_port=None)
+
+
+@pytest_twisted.ensureDeferred
+async def test_empty_datagrams_are_ignored(ends: Ends) -> None:
+    bob = ends.new("127.0.0.1")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.sendto(b"", bob.address)
+        stranger.sendto(b"x", bob.address)
+        await bob.datagrams(1)
+
+    assert bob.received == [b"x"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_largest_datagram_arrives_whole(ends: Ends) -> None:
+    alice, bob = ends.new("127.0.0.1"), ends.new("127.0.0.1")
+    payload = bytes(65_507)
+
+    alice.transport.send(Transmit(bob.address, payload))
+    await bob.datagrams(1)
+
+    assert bob.received == [payload]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_turn_hands_up_a_bounded_number_of_batches(ends: Ends) -> None:
+    bob = ends.new("127.0.0.1")
+    bob.transport.pauseProducing()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        for number in range(100):
+            stranger.sendto(bytes(1 + number), bob.address)
+
+    bob.transport.doRead()
+
+    assert 1 <= len(bob.batches) <= UdpTransport.MAX_BATCHES
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_turn_ends_once_its_time_is_used_up(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(UdpTransport, "MAX_TURN", 0.0)
+    bob = ends.new("127.0.0.1")
+    bob.transport.pauseProducing()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        stranger.sendto(b"1", bob.address)
+        stranger.sendto(b"22", bob.address)
+
+    bob.transport.doRead()
+
+    assert bob.received == [b"1"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_a_full_receive_buffer_cost_is_known_from_the_next_batch(ends: Ends) -> None:
+    bob = ends.new("127.0.0.1")
+    bob.transport.pauseProducing()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
+        for _ in range(2 * bob.transport.features.receive_buffer // 65_000):
+            stranger.sendto(bytes(60_000), bob.address)
+        bob.transport.resumeProducing()
+        await bob.datagrams(10)
+        stranger.sendto(b"after", bob.address)
+        while b"after" not in bob.received:
+            await bob.datagrams(len(bob.received) + 1)
+
+    assert bob.transport.counters.receive_overflows > 0
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_error_in_the_protocol_closes_the_socket_and_is_told(ends: Ends) -> None:
+    alice, bob = ends.new("127.0.0.1"), ends.new("127.0.0.1")
+    bob.error = ZeroDivisionError()
+
+    alice.transport.send(Transmit(bob.address, b"x"))
+    reason = await bob.lost
+
+    assert reason is bob.error
+    assert bob.transport.fileno() == -1
+
+
+class End:
+    """A batch protocol that keeps what it receives."""
+
+    transport: UdpTransport
+
+    def __init__(self) -> None:
+        self.batches: list[DatagramBatch] = []
+        self.received: list[bytes] = []
+        self.lost: Deferred[BaseException] = Deferred()
+        self.error: Exception | None = None
+        self._waiting: tuple[int, Deferred[None]] | None = None
+
+    @property
+    def address(self) -> SocketAddress:
+        return self.transport.getHost()
+
+    def datagrams(self, count: int) -> Deferred[None]:
+        """Fires once that many have been received."""
+        arrived: Deferred[None] = Deferred()
+        self._waiting = (count, arrived)
+        self._check()
+        return arrived
+
+    def makeConnection(self, transport: UdpTransport) -> None:
+        self.transport = transport
+
+    def batchReceived(self, batch: DatagramBatch) -> None:
+        if self.error is not None:
+            raise self.error
+        self.batches.append(batch)
+        data = bytes(batch.buffer.view[: batch.length])
+        self.received += (data[start : start + batch.segment_size] for start in range(0, len(data), batch.segment_size))
+        self._check()
+
+    def sendingPaused(self) -> None:
+        pass
+
+    def sendingResumed(self) -> None:
+        pass
+
+    def connectionLost(self, reason: Failure) -> None:
+        self.lost.callback(reason.value)
+
+    def _check(self) -> None:
+        if self._waiting is not None and len(self.received) >= self._waiting[0]:
+            _, arrived = self._waiting
+            self._waiting = None
+            arrived.callback(None)
+
+
+class Ends:
+    def __init__(self) -> None:
+        self._ends: list[End] = []
+
+    def new(self, host: str, *, port: int = 0, **options: Any) -> End:
+        from twisted.internet import reactor
+
+        end = End()
+        UdpTransport(reactor, end, host=host, port=port, **options)
+        self._ends.append(end)
+        return end
+
+    def close(self) -> None:
+        for end in self._ends:
+            end.transport.close()
+
+
+@pytest.fixture
+def ends() -> Iterator[Ends]:
+    ends = Ends()
+    yield ends
+    ends.close()
