@@ -1,0 +1,82 @@
+"""What a changed configuration means for those who are connected and for what was granted (spec, 3.8, 3.13)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import attrs
+
+from firezone_tunnel.policy import views
+from firezone_tunnel.policy.account import Account, Resource, Role
+from firezone_tunnel.policy.conditions import Circumstances
+from firezone_tunnel.policy.devices import Session
+from firezone_tunnel.policy.flows import Flow, Grant, earlier, grant, visible_resources
+
+
+@attrs.frozen
+class StoredFlow:
+    """A flow with what is known of its ends: the client's actor and last address, the gateway's site."""
+
+    flow: Flow
+    actor_id: str
+    remote_ip: str
+    site_id: str
+
+
+def judge(account: Account, stored: StoredFlow, utc_now: float) -> Flow | None:
+    """The flow as it stands under this configuration: unchanged, under another policy, shorter, or None, ended."""
+    flow = stored.flow
+    token = account.live_token(Role.CLIENT, flow.token_hash, utc_now)
+    resource = account.resources.get(flow.resource_id)
+    actor = account.actors.get(stored.actor_id)
+    if token is None or resource is None or actor is None or token.owner != actor.id:
+        return None
+    if resource.reach != flow.reach or stored.site_id not in resource.sites:
+        return None
+    granted = grant(account, actor, resource, Circumstances(stored.remote_ip, utc_now), preferred=flow.policy_id)
+    if not isinstance(granted, Grant):
+        return None
+    expires_at = earlier(flow.expires_at, earlier(granted.expires_at, token.expires_at))
+    if expires_at is not None and expires_at <= utc_now:
+        return None
+    return attrs.evolve(flow, policy_id=granted.policy_id, expires_at=expires_at)
+
+
+def tell_client(old: Account, new: Account, session: Session, utc_now: float) -> None:
+    """Push what differs from what this client was told."""
+    if old.dns != new.dns:
+        session.outlet.push("config_changed", {"interface": views.client_interface(session.device, new.dns)})
+    tell_client_of_resources(new, session, utc_now)
+
+
+def tell_client_of_resources(account: Account, session: Session, utc_now: float) -> None:
+    """Push the resources that it gained, lost or that changed; time alone can do that too."""
+    known, visible = session.resources, visible_resources(account, session, utc_now)
+    session.resources = visible
+    for id_ in known:
+        if id_ not in visible or _sites(known[id_]) != _sites(visible[id_]):
+            session.outlet.push("resource_deleted", id_)
+    for id_, view in visible.items():
+        if known.get(id_) != view:
+            session.outlet.push("resource_created_or_updated", view)
+
+
+def tell_gateway(old: Account, new: Account, session: Session) -> None:
+    """Push resources of the gateway's site whose filters (or name) changed; a new address ended their flows."""
+    for resource in _changed_in_place(old, new):
+        if session.device.identity.owner in resource.sites:
+            session.outlet.push("resource_updated", views.gateway_resource(resource))
+
+
+def _changed_in_place(old: Account, new: Account) -> Iterator[Resource]:
+    for resource in new.resources.values():
+        before = old.resources.get(resource.id)
+        if before is None or before.reach != resource.reach:
+            continue
+        if views.gateway_resource(before) != views.gateway_resource(resource):
+            yield resource
+
+
+def _sites(view: Any) -> list[str]:
+    return [site["id"] for site in view.get("sites", view.get("gateway_groups", []))]

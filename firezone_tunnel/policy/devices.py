@@ -1,0 +1,81 @@
+"""Clients and gateways as the portal knows them, and one connection of each (spec/portal-protocol.md, 3.1)."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import attrs
+
+from firezone_tunnel.messages.common import Generation
+from firezone_tunnel.policy.account import Role, Token
+from firezone_tunnel.policy.credentials import Party
+from firezone_tunnel.policy.versions import Agent
+from firezone_tunnel.sansio import Entropy
+
+
+@attrs.frozen
+class Identity:
+    """What makes a device the same one again: its owner (an actor or a site) and its own id."""
+
+    role: Role
+    owner: str
+    external_id: str
+
+
+@attrs.frozen
+class Device:
+    """A client or a gateway. Id, addresses and `psk_base` are assigned once; the rest is of its newest connection."""
+
+    id: str
+    identity: Identity
+    name: str
+    public_key: str
+    psk_base: bytes = attrs.field(repr=False)
+    ipv4: str
+    ipv6: str
+    remote_ip: str
+    user_agent: str
+
+    @property
+    def party(self) -> Party:
+        return Party(self.id, self.public_key, self.psk_base)
+
+
+class Outlet(Protocol):
+    """How a decision reaches a connected peer. Nothing here waits, and nothing here fails."""
+
+    def push(self, event: str, payload: Any) -> None: ...
+
+    def close(self) -> None:
+        """Close the socket; the peer may come back."""
+
+    def disconnect(self, reason: str) -> None:
+        """Push `disconnect` with this reason, which tells the peer to stay away, and close the socket."""
+
+
+@attrs.define(eq=False)
+class Session:
+    """One connection of a client or gateway."""
+
+    device: Device
+    generation: Generation
+    agent: Agent
+    token: Token
+    outlet: Outlet
+    is_joined: bool = False
+    is_iceless: bool = False
+    relays: dict[str, str] = attrs.Factory(dict)
+    """What it was given: relay id to the stamp secret that its credentials were made from."""
+    resources: dict[str, Mapping[str, Any]] = attrs.Factory(dict)
+    """A client's: what it was told, by id."""
+
+    @property
+    def role(self) -> Role:
+        return self.device.identity.role
+
+
+def new_id(entropy: Entropy) -> str:
+    """A random UUID, version 4."""
+    return str(uuid.UUID(bytes=entropy(16), version=4))

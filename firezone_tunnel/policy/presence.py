@@ -1,0 +1,74 @@
+"""Who is connected right now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from firezone_tunnel.policy.account import Role
+from firezone_tunnel.policy.devices import Session
+
+SWAP_WINDOW = 60.0
+SWAPS_TOLERATED = 3  # more than these within the window: two hosts share an identity
+
+
+class SwapCounter:
+    """How often a newer connection took the place of an older one of the same device."""
+
+    def __init__(self) -> None:
+        self._swaps: dict[str, list[float]] = {}
+
+    def note(self, id_: str, now: float) -> bool:
+        """Count one; True when they become too many, and then not again for a window."""
+        recent = [at for at in self._swaps.get(id_, []) if now - at < SWAP_WINDOW]
+        self._swaps[id_] = [*recent, now]
+        return len(recent) == SWAPS_TOLERATED
+
+    def forget_old(self, now: float) -> None:
+        """Drop counts that are out of date: called now and then."""
+        self._swaps = {id_: ats for id_, ats in self._swaps.items() if now - ats[-1] < SWAP_WINDOW}
+
+
+class Presence:
+    """Connected clients and gateways by device id; the newest connection of a device wins, for every role."""
+
+    def __init__(self) -> None:
+        self._sessions: dict[str, Session] = {}
+
+    def arrive(self, session: Session) -> Session | None:
+        """Returns the older connection of the same device, to be closed."""
+        displaced = self._sessions.get(session.device.id)
+        self._sessions[session.device.id] = session
+        if displaced is not None:
+            displaced.is_joined = False
+        return displaced
+
+    def leave(self, session: Session) -> bool:
+        """False where a newer connection had taken its place."""
+        session.is_joined = False
+        if self._sessions.get(session.device.id) is not session:
+            return False
+        del self._sessions[session.device.id]
+        return True
+
+    def all(self) -> list[Session]:
+        return list(self._sessions.values())
+
+    def joined(self, role: Role) -> Iterator[Session]:
+        for session in self.all():
+            if session.role is role and session.is_joined:
+                yield session
+
+    def get(self, role: Role, id_: str) -> Session | None:
+        """The joined session of this device."""
+        session = self.connected(role, id_)
+        return session if session is not None and session.is_joined else None
+
+    def connected(self, role: Role, id_: str) -> Session | None:
+        """The session of this device, joined or about to join: what is pushed then waits for the join."""
+        session = self._sessions.get(id_)
+        return session if session is not None and session.role is role else None
+
+    def gateways_of(self, sites: Sequence[str]) -> list[Session]:
+        """Joined gateways of any of these sites, ordered by id."""
+        found = [one for one in self.joined(Role.GATEWAY) if one.device.identity.owner in sites]
+        return sorted(found, key=lambda one: one.device.id)

@@ -1,0 +1,120 @@
+"""Which relays are there, who gets which, and when to tell (spec/portal-protocol.md, 3.3, 3.4, 4.4)."""
+
+from __future__ import annotations
+
+import hashlib
+
+import attrs
+
+from firezone_tunnel.messages.common import Relay, RelaysPresence
+from firezone_tunnel.policy.account import Role, Token
+from firezone_tunnel.policy.credentials import FOREVER, relay_credentials
+from firezone_tunnel.policy.devices import Outlet, Session
+from firezone_tunnel.sansio import SocketAddress, Timeout
+
+RELAYS_EACH = 2  # spec, 3.3
+DEBOUNCE = 1.0  # spec, 3.3, today
+
+
+@attrs.define(eq=False)
+class RelaySession:
+    """One connection of a relay: its public addresses, at most one of a family, IPv4 first."""
+
+    id: str
+    token: Token
+    addresses: tuple[SocketAddress, ...]
+    outlet: Outlet
+    stamp_secret: str = attrs.field(default="", repr=False)
+
+
+class RelayRegistry:
+    """The joined relays; a change of them is told after a second, so that a burst or a flap is told once or never."""
+
+    def __init__(self) -> None:
+        self._relays: dict[str, RelaySession] = {}
+        self._settles_at: float | None = None
+        self._urgent = False
+
+    def join(self, relay: RelaySession, now: float) -> RelaySession | None:
+        """A relay joined; returns the older connection of the same relay, to be closed."""
+        displaced = self._relays.get(relay.id)
+        self._relays[relay.id] = relay
+        self._changed(now)
+        # Whoever has no relay at all, or credentials that the restarted relay refuses, is told at once.
+        self._urgent = True
+        return displaced if displaced is not relay else None
+
+    def leave(self, relay: RelaySession, now: float) -> None:
+        if self._relays.get(relay.id) is relay:
+            del self._relays[relay.id]
+            self._changed(now)
+
+    def all(self) -> list[RelaySession]:
+        return list(self._relays.values())
+
+    def give(self, session: Session) -> list[Relay]:
+        """Choose at most two relays for a client or gateway, remember them in its session, and make credentials.
+
+        A dual-stack relay is two adjacent entries. The choice depends on nothing but who asks and who is there, so a
+        device that reconnects gets the relays it has.
+        """
+        chosen = self._choose(session)
+        session.relays = {relay.id: relay.stamp_secret for relay in chosen}
+        expires_at = FOREVER
+        if session.role is Role.CLIENT and session.token.expires_at is not None:
+            expires_at = session.token.expires_at
+        return [
+            relay_credentials(
+                relay.id,
+                address,
+                stamp_secret=relay.stamp_secret,
+                public_key=session.device.public_key,
+                expires_at=expires_at,
+            )
+            for relay in chosen
+            for address in relay.addresses
+        ]
+
+    def urgent_news(self, sessions: list[Session]) -> list[tuple[Session, RelaysPresence]]:
+        """What can't wait for the debounce: a relay is back with another secret, or somebody had none at all."""
+        if not self._urgent:
+            return []
+        self._urgent = False
+        return self._news([one for one in sessions if not one.relays or self._has_restarted_relay(one)])
+
+    def next_timeout(self) -> Timeout | None:
+        return None if self._settles_at is None else Timeout(self._settles_at, "relays settled")
+
+    def settled_news(self, sessions: list[Session], now: float) -> list[tuple[Session, RelaysPresence]]:
+        """Once the debounce is over: who has a relay that is gone, or too few, and what to tell each of them."""
+        if self._settles_at is None or now < self._settles_at:
+            return []
+        self._settles_at = None
+        return self._news(sessions)
+
+    def _news(self, sessions: list[Session]) -> list[tuple[Session, RelaysPresence]]:
+        news = []
+        for session in sessions:
+            gone = [id_ for id_, secret in session.relays.items() if not self._is_good(id_, secret)]
+            if gone or len(session.relays) < min(RELAYS_EACH, len(self._relays)):
+                news.append((session, RelaysPresence(disconnected_ids=gone, connected=self.give(session))))
+        return news
+
+    def _is_good(self, id_: str, secret: str) -> bool:
+        return id_ in self._relays and self._relays[id_].stamp_secret == secret
+
+    def _has_restarted_relay(self, session: Session) -> bool:
+        return any(id_ in self._relays and not self._is_good(id_, secret) for id_, secret in session.relays.items())
+
+    def _choose(self, session: Session) -> list[RelaySession]:
+        """Those it has and that are still good stay; the others by rendezvous hashing: even, and stable."""
+
+        def rank(relay: RelaySession) -> tuple[bool, bytes]:
+            is_kept = session.relays.get(relay.id) == relay.stamp_secret
+            return not is_kept, hashlib.sha256(f"{session.device.id}{relay.id}".encode()).digest()
+
+        return sorted(self._relays.values(), key=rank)[:RELAYS_EACH]
+
+    def _changed(self, now: float) -> None:
+        if self._settles_at is None:
+            self._settles_at = now + DEBOUNCE

@@ -1,0 +1,245 @@
+"""What clients, gateways and relays say, and what happens then. One channel for each connection."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, TypeVar
+
+import attrs
+
+from firezone_tunnel.errors import PlatformError, ProtocolError
+from firezone_tunnel.logs import events as log
+from firezone_tunnel.messages import client, gateway, relay
+from firezone_tunnel.messages.common import (
+    Authorization,
+    Generation,
+    Message,
+    RelaysPresence,
+    SnownetCapabilities,
+    read,
+)
+from firezone_tunnel.phoenix.server import JoinRequested, MessageReceived
+from firezone_tunnel.policy import views
+from firezone_tunnel.policy.account import Role
+from firezone_tunnel.policy.devices import Session, new_id
+from firezone_tunnel.policy.flows import Failure, visible_resources
+from firezone_tunnel.policy.relays import RelaySession
+from firezone_tunnel.portal.state import State
+
+_M = TypeVar("_M", bound=Message)
+
+
+@attrs.frozen
+class Joined:
+    """Let it join, and push this first."""
+
+    event: str
+    payload: Any
+
+
+@attrs.frozen
+class JoinRefused:
+    reason: str
+
+
+class Unknown(Exception):
+    """A message that this role doesn't send, or not like this (spec, 2.8)."""
+
+
+class Channel(Protocol):
+    """What a role does with its messages; the caller gives it one at a time."""
+
+    async def join(self, request: JoinRequested) -> Joined | JoinRefused: ...
+
+    async def handle(self, message: MessageReceived) -> str | None:
+        """Deal with a message; returns a reason to refuse it.
+
+        Raises: Unknown; PlatformError.
+        """
+
+    def answers(self, event: str) -> bool:
+        """Whether this event gets an ok reply."""
+
+    def left(self) -> None:
+        """The peer left the channel, or its connection is gone."""
+
+
+class ClientChannel:
+    def __init__(self, state: State, session: Session) -> None:
+        self._state = state
+        self._session = session
+
+    async def join(self, request: JoinRequested) -> Joined | JoinRefused:
+        state, session = self._state, self._session
+        if session.agent.version is None:
+            return JoinRefused("invalid_version")
+        session.resources = visible_resources(state.account, session, state.utc_now())
+        session.is_joined = True
+        return Joined("init", views.client_init(state.account, session, state.relays.give(session)))
+
+    async def handle(self, message: MessageReceived) -> str | None:
+        is_seed = self._session.generation is Generation.SEED
+        match message.event:
+            case "create_flow" if is_seed:
+                await self._request_flow(_read(client.CreateFlow, message.payload))
+            case "request_authorization" if not is_seed:
+                await self._request_flow(_read(client.CreateFlow, {"connected_gateway_ids": []} | _table(message)))
+            case "broadcast_ice_candidates" | "broadcast_invalidated_ice_candidates":
+                to = _read(client.BroadcastIceCandidates, message.payload)
+                self._forward(message.event, to.gateway_ids, to.candidates)
+            case "new_gateway_ice_candidates" | "invalidate_gateway_ice_candidates":
+                one = _read(client.IceCandidates, message.payload)
+                self._forward(message.event, [one.gateway_id], one.candidates)
+            case _:
+                _handle_common(self._state, self._session, message)
+        return None
+
+    def answers(self, event: str) -> bool:
+        return False
+
+    def left(self) -> None:
+        self._session.is_joined = False
+        self._state.flows.forget(self._session)
+
+    async def _request_flow(self, message: client.CreateFlow) -> None:
+        state, session = self._state, self._session
+        now, utc_now = state.now(), state.utc_now()
+        answer = state.flows.request(
+            state.account, state.presence, session, message, new_id=new_id(state.entropy), now=now, utc_now=utc_now
+        )
+        if isinstance(answer, Failure):
+            refuse_flow(session, message.resource_id, answer)
+            return
+        try:
+            await state.store.put_flow(answer.flow)
+        except PlatformError:
+            state.flows.discard(answer)
+            raise
+        if state.presence.connected(Role.CLIENT, session.device.id) is not session:
+            state.flows.discard(answer)  # it is gone, or a newer connection took its place
+            return
+        log.info("portal:flow_granted", cid=session.device.id, gid=answer.flow.gateway_id, rid=message.resource_id)
+        state.flows.admit(state.account, answer)
+
+    def _forward(self, event: str, gateway_ids: list[str], candidates: list[str]) -> None:
+        kind = gateway.InvalidateIceCandidates if "invalidate" in event else gateway.IceCandidates
+        for id_ in dict.fromkeys(gateway_ids) if candidates else ():
+            peer = self._state.presence.get(Role.GATEWAY, id_)
+            if peer is not None:
+                payload = {"client_id": self._session.device.id, "candidates": candidates}
+                peer.outlet.push(kind.event(peer.generation), payload)
+
+
+class GatewayChannel:
+    def __init__(self, state: State, session: Session) -> None:
+        self._state = state
+        self._session = session
+
+    async def join(self, request: JoinRequested) -> Joined | JoinRefused:
+        session = self._session
+        authorizations = await current_authorizations(self._state, session)
+        session.is_joined = True
+        relays = self._state.relays.give(session)
+        return Joined("init", views.gateway_init(self._state.account, session, relays, authorizations))
+
+    async def handle(self, message: MessageReceived) -> str | None:
+        is_seed = self._session.generation is Generation.SEED
+        match message.event:
+            case "flow_authorized" if is_seed:
+                return self._admitted(_read(gateway.FlowAuthorized, message.payload))
+            case "authorization_created" if not is_seed:
+                return self._admitted(_read(gateway.FlowAuthorized, message.payload))
+            case "broadcast_ice_candidates" | "broadcast_invalidated_ice_candidates":
+                to = _read(gateway.BroadcastIceCandidates, message.payload)
+                self._forward(message.event, to.client_ids, to.candidates)
+            case _:
+                _handle_common(self._state, self._session, message)
+        return None
+
+    def answers(self, event: str) -> bool:
+        return event in gateway.FlowAuthorized.EVENTS
+
+    def left(self) -> None:
+        self._session.is_joined = False
+
+    def _admitted(self, message: gateway.FlowAuthorized) -> str | None:
+        pending = self._state.flows.answered(self._session, message.ref)
+        if pending == "invalid_ref":
+            return "invalid_ref"
+        if pending is not None:
+            flow = pending.flow
+            log.info("portal:flow_authorized", cid=flow.client_id, gid=flow.gateway_id, rid=flow.resource_id)
+            self._state.flows.tell_client(self._state.account, pending)
+        return None
+
+    def _forward(self, event: str, client_ids: list[str], candidates: list[str]) -> None:
+        kind = client.InvalidateIceCandidates if "invalidate" in event else client.IceCandidates
+        for id_ in dict.fromkeys(client_ids) if candidates else ():
+            peer = self._state.presence.get(Role.CLIENT, id_)
+            if peer is not None:
+                payload = {"gateway_id": self._session.device.id, "candidates": candidates}
+                peer.outlet.push(kind.event(peer.generation), payload)
+
+
+class RelayChannel:
+    def __init__(self, state: State, session: RelaySession) -> None:
+        self._state = state
+        self._session = session
+
+    async def join(self, request: JoinRequested) -> Joined | JoinRefused:
+        self._session.stamp_secret = _read(relay.Join, request.payload).stamp_secret
+        displaced = self._state.relays.join(self._session, self._state.now())
+        if displaced is not None:
+            self._state.displace(displaced.id, displaced.outlet)
+        return Joined("init", {})
+
+    async def handle(self, message: MessageReceived) -> str | None:
+        raise Unknown(message.event)
+
+    def answers(self, event: str) -> bool:
+        return False
+
+    def left(self) -> None:
+        self._state.relays.leave(self._session, self._state.now())
+
+
+def refuse_flow(session: Session, resource_id: str, failure: Failure) -> None:
+    """Tell a client that it gets no flow, and why."""
+    log.info("portal:flow_refused", cid=session.device.id, rid=resource_id, reason=failure.reason)
+    message = client.FlowCreationFailed(
+        resource_id=resource_id, reason=failure.reason, violated_properties=list(failure.violated)
+    )
+    views.push_to_client(session, message)
+
+
+async def current_authorizations(state: State, session: Session) -> list[Authorization]:
+    """What is granted at this gateway: one entry for each client and resource."""
+    flows = await state.store.flows_of_gateway(session.device.id, state.utc_now())
+    return [
+        Authorization(client_id=flow.client_id, resource_id=flow.resource_id, expires_at=flow.expires_at)
+        for flow in flows
+    ]
+
+
+def _handle_common(state: State, session: Session, message: MessageReceived) -> None:
+    """What clients and gateways of today say alike; the seed's don't, and may."""
+    match message.event:
+        case "no_relays":
+            presence = RelaysPresence(disconnected_ids=[], connected=state.relays.give(session))
+            views.push_relays(session, presence)
+        case "set_snownet_capabilities":
+            session.is_iceless = _read(SnownetCapabilities, message.payload).iceless
+        case _:
+            raise Unknown(message.event)
+
+
+def _read(kind: type[_M], payload: object) -> _M:
+    try:
+        return read(kind, payload)
+    except ProtocolError as error:
+        raise Unknown(str(error)) from error
+
+
+def _table(message: MessageReceived) -> dict[str, Any]:
+    if not isinstance(message.payload, dict):
+        raise Unknown(f"{message.event} without an object")
+    return message.payload

@@ -1,0 +1,37 @@
+"""What all connections of one portal share: the configuration, who is there, what is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+from firezone_tunnel.logs import events as log
+from firezone_tunnel.policy.account import Account
+from firezone_tunnel.policy.devices import Outlet
+from firezone_tunnel.policy.flows import FlowBook
+from firezone_tunnel.policy.presence import Presence, SwapCounter
+from firezone_tunnel.policy.relays import RelayRegistry
+from firezone_tunnel.portal.store import Store
+from firezone_tunnel.sansio import Entropy
+
+
+@attrs.define(eq=False)
+class State:
+    """`account` is replaced as a whole when the seed is read anew; `now` and `utc_now` are the clocks."""
+
+    account: Account
+    store: Store
+    flows: FlowBook
+    entropy: Entropy
+    now: Callable[[], float]
+    utc_now: Callable[[], float]
+    presence: Presence = attrs.Factory(Presence)
+    swaps: SwapCounter = attrs.Factory(SwapCounter)
+    relays: RelayRegistry = attrs.Factory(RelayRegistry)
+
+    def displace(self, id_: str, outlet: Outlet) -> None:
+        """A newer connection of the same device or relay took over: close the older one (decision 25)."""
+        if self.swaps.note(id_, self.now()):
+            log.warning("portal:identity_shared", device=id_, advice="two hosts use one identity: give each its own")
+        outlet.close()

@@ -1,0 +1,169 @@
+"""Relays come and go: who is told, when, and with which credentials."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_twisted
+
+from tests.service.portal_peers import Portal, key, start_portal, stop_portal, until
+
+_SECRETS = {one: one * 64 for one in "123456"}
+
+
+@pytest_twisted.async_yield_fixture
+async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
+    portal = await start_portal(tmp_path)
+    yield portal
+    await stop_portal(portal)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_dual_stack_relay_is_two_adjacent_entries_with_credentials_that_it_can_check(portal: Portal) -> None:
+    await portal.join("relay", stamp_secret=_SECRETS["1"], ipv6="2001:db8::10", port=3479)
+
+    for role, number in (("client", 1), ("gateway", 2)):
+        first, second = (await portal.join(role)).init["relays"]
+        assert (first["addr"], second["addr"]) == ("198.51.100.10:3479", "[2001:db8::10]:3479")
+        assert first["id"] == second["id"]
+        expires, salt = first["username"].split(":")
+        assert int(expires) == first["expires_at"] == 2145916800
+        assert salt == _unpadded(hashlib.sha256(key(number).encode()).digest())
+        password = f"{expires}:{_SECRETS['1']}:{salt}"
+        assert first["password"] == second["password"] == _unpadded(hashlib.sha256(password.encode()).digest())
+
+
+@pytest_twisted.ensureDeferred
+async def test_nobody_gets_more_than_two_relays_and_a_device_keeps_its_own(portal: Portal) -> None:
+    for number in range(5):
+        await portal.join("relay", ipv4=f"198.51.100.{number}")
+
+    first = (await portal.join("client")).init["relays"]
+    again = (await portal.join("client")).init["relays"]
+
+    assert len({relay["id"] for relay in first}) == 2
+    assert again == first
+
+
+@pytest.mark.parametrize("role", ["client", "gateway"])
+@pytest_twisted.ensureDeferred
+async def test_the_first_relay_is_told_at_once(portal: Portal, role: str) -> None:
+    peer = await portal.join(role)
+
+    await portal.join("relay")
+
+    news = await peer.receive("relays_presence")
+    assert (news["disconnected_ids"], len(news["connected"])) == ([], 1)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_second_relay_is_told_after_a_second(portal: Portal) -> None:
+    await portal.join("relay")
+    client = await portal.join("client")
+
+    await portal.join("relay", ipv4="198.51.100.20")
+    assert await client.settle() == []
+    portal.advance(1.1)
+
+    news = await client.receive("relays_presence")
+    assert (news["disconnected_ids"], len(news["connected"])) == ([], 2)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_relay_that_is_gone_is_told_after_a_second_with_its_replacement(portal: Portal) -> None:
+    relays = {number: await portal.join("relay", ipv4=f"198.51.100.{number}") for number in (10, 20, 30)}
+    portal.advance(1.1)
+    client = await portal.join("client")
+    had = {one["addr"]: one["id"] for one in client.init["relays"]}
+    lost = next(number for number in relays if f"198.51.100.{number}:3478" in had)
+
+    relays[lost].abort()
+    await until(lambda: relays[lost].closed_with)
+    assert await client.settle() == []
+    await _until_told(portal, client)
+
+    news = await client.receive("relays_presence")
+    assert news["disconnected_ids"] == [had[f"198.51.100.{lost}:3478"]]
+    assert len({one["id"] for one in news["connected"]} - set(news["disconnected_ids"])) == 2
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_relay_that_comes_back_with_its_secret_within_the_second_is_no_news(portal: Portal) -> None:
+    relay = await portal.join("relay")
+    client = await portal.join("client")
+
+    relay.abort()
+    await until(lambda: relay.closed_with)
+    await portal.join("relay")
+    portal.advance(2)
+
+    assert await client.settle() == []
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_relay_that_restarted_is_told_at_once_under_its_old_id(portal: Portal) -> None:
+    relay = await portal.join("relay", stamp_secret=_SECRETS["1"])
+    client = await portal.join("client")
+    (before,) = client.init["relays"]
+
+    relay.abort()
+    await portal.join("relay", stamp_secret=_SECRETS["2"])
+
+    news = await client.receive("relays_presence")
+    (after,) = news["connected"]
+    assert news["disconnected_ids"] == [before["id"]]
+    assert (after["id"], after["username"]) == (before["id"], before["username"])
+    assert after["password"] != before["password"]
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_last_relay_leaves_an_empty_list_and_the_next_is_told_at_once(portal: Portal) -> None:
+    relay = await portal.join("relay")
+    client = await portal.join("client")
+
+    relay.abort()
+    await _until_told(portal, client)
+    assert (await client.receive("relays_presence"))["connected"] == []
+    await portal.join("relay", ipv4="198.51.100.20")
+
+    assert len((await client.receive("relays_presence"))["connected"]) == 1
+
+
+@pytest.mark.parametrize("role", ["client", "gateway"])
+@pytest_twisted.ensureDeferred
+async def test_no_relays_is_answered_with_those_there_are(portal: Portal, role: str) -> None:
+    await portal.join("relay")
+    peer = await portal.join(role, today=True)
+
+    peer.send("no_relays", {})
+
+    news = await peer.receive("relays_presence")
+    assert (news["disconnected_ids"], news["connected"]) == ([], peer.init["relays"])
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_newest_connection_of_a_relay_wins(portal: Portal) -> None:
+    first = await portal.join("relay")
+
+    second = await portal.join("relay")
+
+    assert await first.closed() == 1000
+    assert await second.settle() == []
+    assert len((await portal.join("client")).init["relays"]) == 1
+
+
+async def _until_told(portal: Portal, peer: Any) -> None:
+    def is_told() -> bool:
+        portal.advance(0.2)
+        return any(frame["event"] == "relays_presence" for frame in peer.frames)
+
+    await until(is_told)
+
+
+def _unpadded(data: bytes) -> str:
+    return base64.b64encode(data).decode().rstrip("=")

@@ -1,0 +1,89 @@
+"""Small configurations and sessions for the tests of the portal's decisions."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+from firezone_tunnel.messages.common import Generation
+from firezone_tunnel.policy.account import Account, Actor, DnsSettings, Policy, Resource, Role, Site, Token, token_hash
+from firezone_tunnel.policy.conditions import Condition
+from firezone_tunnel.policy.devices import Device, Identity, Session
+from firezone_tunnel.policy.versions import parse_agent
+
+
+class Heard:
+    """An outlet that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.pushed: list[tuple[str, Any]] = []
+        self.is_closed = False
+
+    def push(self, event: str, payload: Any) -> None:
+        self.pushed.append((event, payload))
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def disconnect(self, reason: str) -> None:
+        self.push("disconnect", {"reason": reason})
+        self.close()
+
+
+def account(*policies: tuple[Condition, ...], expires_at: int | None = None, address: str = "10.0.0.0/8") -> Account:
+    """One site, one actor, one resource, and for each argument a policy with these conditions."""
+    token = Token("token", Role.CLIENT, token_hash("client"), "actor", expires_at)
+    return Account(
+        id="account",
+        name="Acme",
+        slug="acme",
+        dns=DnsSettings(),
+        sites={"site": Site("site", "HQ")},
+        groups={"group": "Everyone"},
+        actors={"actor": Actor("actor", "Dev", None, ("group",))},
+        tokens={token.hash: token},
+        resources={"lab": Resource("lab", "Lab", "cidr", address, None, None, ("site",), ())},
+        policies=tuple(
+            Policy(f"policy-{number}", "group", "lab", conditions) for number, conditions in enumerate(policies)
+        ),
+    )
+
+
+def session(
+    role: Role,
+    id_: str,
+    *,
+    generation: Generation = Generation.SEED,
+    agent: str = "connlib/1.5.3",
+    token: Token | None = None,
+) -> Session:
+    """A joined session; a client may see the lab."""
+    parsed = parse_agent(agent)
+    assert parsed is not None
+    owner = "actor" if role is Role.CLIENT else "site"
+    made = Session(
+        device=Device(
+            id=id_,
+            identity=Identity(role, owner, id_),
+            name=id_,
+            public_key=base64.b64encode(id_.encode().ljust(32)).decode(),
+            psk_base=bytes(32),
+            ipv4="100.64.0.7",
+            ipv6="fd00:2021:1111::7",
+            remote_ip="192.0.2.7",
+            user_agent=agent,
+        ),
+        generation=generation,
+        agent=parsed,
+        token=token or Token("token", role, token_hash(role.value), owner, None),
+        outlet=Heard(),
+        is_joined=True,
+    )
+    if role is Role.CLIENT:
+        made.resources = {"lab": {}}
+    return made
+
+
+def heard(session_: Session) -> list[tuple[str, Any]]:
+    assert isinstance(session_.outlet, Heard)
+    return session_.outlet.pushed
