@@ -1,0 +1,120 @@
+"""Our own three processes on the demo's network, started as anyone would start them: by twistd."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.system.hosts import Host
+from tests.system.network import PORTAL, PRIVATE_NETWORK, PRIVATE_NETWORK_IPV6, Network
+from tests.system.programs import Program
+
+PORTAL_PORT = 8081
+_TWISTD = Path(sys.executable).with_name("twistd")
+
+
+class Product:
+    """Portal, gateway and client, each on its host of the demo's network."""
+
+    def __init__(self, network: Network, *, log_level: str = "info") -> None:
+        self._network = network
+        self._log_level = log_level
+        self._programs: dict[str, Program] = {}
+
+    @property
+    def portal(self) -> Program:
+        return self._programs["portal"]
+
+    @property
+    def gateway(self) -> Program:
+        return self._programs["gateway"]
+
+    @property
+    def client(self) -> Program:
+        return self._programs["client"]
+
+    def start(self) -> None:
+        """Start all three, each when the one before is ready.
+
+        Raises: NotReady.
+        """
+        for _, start in self.starts():
+            start()
+
+    def starts(self) -> tuple[tuple[str, Callable[[], None]], ...]:
+        """How to start each one, by name, in order."""
+        return (("portal", self.start_portal), ("gateway", self.start_gateway), ("client", self.start_client))
+
+    def start_portal(self) -> None:
+        host = self._network.portal
+        seed = host.directory / "portal.toml"
+        seed.write_text(SEED)
+        database = str(host.state_directory / "portal.sqlite3")
+        arguments = ("--listen", f"{PORTAL}:{PORTAL_PORT}", "--seed", str(seed), "--database", database)
+        self._spawn(host, "portal", *arguments).wait_ready()
+
+    def start_gateway(self) -> None:
+        host = self._network.gateway
+        self._spawn(host, "gateway", *_own_paths(host), environment={"FIREZONE_TOKEN": GATEWAY_TOKEN}).wait_ready()
+
+    def start_client(self, **environment: str) -> None:
+        self.spawn_client(**environment).wait_ready()
+
+    def spawn_client(self, **environment: str) -> Program:
+        """Start the client without waiting for it."""
+        host = self._network.client
+        arguments = (*_own_paths(host), "--dns-control", "disabled")
+        return self._spawn(host, "client", *arguments, environment={"FIREZONE_TOKEN": CLIENT_TOKEN, **environment})
+
+    def restart_gateway(self) -> None:
+        """A fresh gateway: no connection, no key; returns when it is ready."""
+        self._stop("gateway")
+        self.start_gateway()
+
+    def restart_client(self) -> None:
+        """A fresh client: no connection, no key; returns when it is ready."""
+        self._stop("client")
+        self.start_client()
+
+    def connection(self) -> Mapping[str, Any]:
+        """What the client logged of its newest connection to a gateway: path, local and remote address."""
+        self.client.wait_for("tunnel:connection_established")
+        return list(self.client.events("tunnel:connection_established"))[-1]
+
+    def stop(self) -> dict[str, int]:
+        """End the client, the gateway and the portal, in this order; returns their exit codes."""
+        return {name: self._stop(name) for name in ("client", "gateway", "portal") if name in self._programs}
+
+    def _spawn(self, host: Host, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Program:
+        common = {
+            "FIREZONE_API_URL": f"ws://{PORTAL}:{PORTAL_PORT}",
+            "FIREZONE_NAME": name,
+            "FIREZONE_LOG_FORMAT": "json",
+            "FIREZONE_LOG_LEVEL": self._log_level,
+        }
+        command = (str(_TWISTD), "-n", "--pidfile=", f"firezone-{name}", *arguments)
+        program = host.spawn(name, *command, environment=common | dict(environment or {}))
+        self._programs[name] = program
+        return program
+
+    def _stop(self, name: str) -> int:
+        program = self._programs.pop(name)
+        for host in self._network.lab.hosts.values():
+            if program in host.programs:
+                host.programs.remove(program)
+        return program.stop()
+
+
+def _own_paths(host: Host) -> tuple[str, ...]:
+    """Every host has its own state and runtime directory: nothing is shared with the machine or with each other."""
+    return ("--state-dir", str(host.state_directory), "--runtime-dir", str(host.runtime_directory))
+
+
+REFUSED_PORT = 5202  # nothing listens there, and the resource's filters leave it out
+CLIENT_TOKEN = "n.client"
+GATEWAY_TOKEN = "n.gateway"
+SEED = f"""
+{PRIVATE_NETWORK} {PRIVATE_NETWORK_IPV6}
+"""

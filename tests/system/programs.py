@@ -1,0 +1,173 @@
+"""A program running on a host: when it is ready, what it logged, what it costs, how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_POLL = 0.02
+
+
+class NotReady(Exception):
+    """A program ended, or took too long, before it did what was waited for; the text ends with its last lines."""
+
+
+class Program:
+    """A started program. Its output goes to `log`; eliot's JSON lines in it can be asked for with `events`.
+
+    Readiness is the program's own word: it gets a NOTIFY_SOCKET, as from systemd, and sends READY=1 there.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log: Path,
+        notify_socket: Path,
+        working_directory: Path,
+    ) -> None:
+        self.name = name
+        self.log = log
+        self._notify_path = notify_socket
+        notify_socket.unlink(missing_ok=True)
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(notify_socket))
+        with log.open("ab") as output:
+            self._log_start = output.tell()
+            self.process = subprocess.Popen(
+                # A lab that is killed outright takes its programs with it.
+                ["setpriv", "--pdeathsig", "KILL", "--", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=working_directory,
+                env={**environment, "NOTIFY_SOCKET": str(notify_socket)},
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self.process.poll() is None
+
+    def wait_ready(self, timeout: float = 20.0) -> None:
+        """Block until the program says READY=1.
+
+        Raises: NotReady.
+        """
+        self._wait(self._said_ready, timeout, "being ready")
+
+    def wait_for(self, message_type: str, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
+        """Block until the program has logged such a message with these fields, and return it.
+
+        Raises: NotReady.
+        """
+        found: list[dict[str, Any]] = []
+
+        def was_logged() -> bool:
+            found.extend(self.events(message_type, **fields))
+            return bool(found)
+
+        self._wait(was_logged, timeout, f"logging {message_type} {fields or ''}")
+        return found[0]
+
+    def wait_exit(self, timeout: float = 10.0) -> int:
+        """Block until the program has ended by itself; returns its exit code.
+
+        Raises: NotReady.
+        """
+        self._wait(lambda: not self.is_running, timeout, "ending")
+        self._close()
+        return self.process.wait()
+
+    def events(self, message_type: str | None = None, **fields: Any) -> Iterator[dict[str, Any]]:
+        """What it logged as JSON since it started, oldest first."""
+        for line in self.output().splitlines():
+            event = _parse_event(line)
+            if event is None or (message_type is not None and event.get("message_type") != message_type):
+                continue
+            if all(event.get(name) == value for name, value in fields.items()):
+                yield event
+
+    def output(self) -> str:
+        """All it printed since it started."""
+        with self.log.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read().decode(errors="replace")
+
+    def send_signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def terminate(self) -> None:
+        """Ask it to end, without waiting."""
+        if self.is_running:
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.process.kill()
+        self.process.wait()
+        self._close()
+
+    def stop(self, timeout: float = 10.0) -> int:
+        """Ask it to end, kill it if it doesn't; returns its exit code."""
+        self.terminate()
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self._close()
+        return self.process.wait()
+
+    def cpu_seconds(self) -> float:
+        """Processor time that its threads have used so far, in user space and in the kernel."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime, proc(5)
+
+    def resident_bytes(self) -> int:
+        """Its resident set size."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def _said_ready(self) -> bool:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                if b"READY=1" in self._notify.recv(4096, socket.MSG_DONTWAIT).split(b"\n"):
+                    return True
+        return False
+
+    def _wait(self, is_done: Callable[[], bool], timeout: float, what: str) -> None:
+        deadline = time.monotonic() + timeout
+        while not is_done():
+            if not self.is_running and not is_done():
+                raise NotReady(f"{self.name} ended with {self.process.returncode} before {what}:\n{self._tail()}")
+            if time.monotonic() > deadline:
+                raise NotReady(f"{self.name} took more than {timeout:g} s before {what}:\n{self._tail()}")
+            time.sleep(_POLL)
+
+    def _tail(self) -> str:
+        return "\n".join(self.output().splitlines()[-15:])
+
+    def _close(self) -> None:
+        self._notify.close()
+        self._notify_path.unlink(missing_ok=True)
+
+
+def _parse_event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
