@@ -1,0 +1,120 @@
+"""The figures for people and for programs: a table, a plot, and latest.json."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.measure import CASES, Case, Figures
+
+PEERS = ("wireguard-go-debian", "wireguard-go-newest")
+OURS = "ours"
+REFERENCE = "no-tunnel"
+
+Medians = dict[str, dict[str, float]]
+"""Medians over all rounds: competitor -> case -> value."""
+
+_COLOURS = {REFERENCE: "#c8ccd2", "wireguard-go-debian": "#8fb3d9", "wireguard-go-newest": "#3f74b5", OURS: "#e8743b"}
+_BAR, _GAP, _LABEL, _WIDTH = 14, 18, 130, 760
+
+
+def medians(rounds: Mapping[str, Sequence[Figures]]) -> Medians:
+    """The median of all values of a case, by competitor."""
+    return {
+        name: {
+            case.name: statistics.median(value for figures in several for value in figures.get(case.name, ()))
+            for case in CASES
+            if any(case.name in figures for figures in several)
+        }
+        for name, several in rounds.items()
+    }
+
+
+def entries(results: Medians) -> list[dict[str, Any]]:
+    """One entry per case and peer: value of ours, value of the peer, and how many times better ours is."""
+    return [_entry(case, results, peer) for case in CASES for peer in PEERS]
+
+
+def write_json(path: Path, machine: Mapping[str, Any], results: Medians) -> None:
+    """`{"machine": …, "cases": [{"case", "unit", "ours", "peer", "peer_name", "ratio"}]}`"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"machine": {**machine, "no-tunnel": results.get(REFERENCE, {})}, "cases": entries(results)}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def print_table(console: Console, machine: Mapping[str, Any], results: Medians) -> None:
+    names = [name for name in (REFERENCE, *PEERS, OURS) if name in results]
+    table = Table(title="medians over all rounds; ratio: how many times better ours is", title_justify="left")
+    table.add_column("case")
+    table.add_column("unit")
+    for name in names:
+        table.add_column(name, justify="right")
+    for peer in PEERS:
+        table.add_column(f"ratio to {peer.rpartition('-')[2]}", justify="right")
+    for case in CASES:
+        values = [_text(results[name].get(case.name)) for name in names]
+        ratios = [_text(_entry(case, results, peer)["ratio"]) for peer in PEERS]
+        table.add_row(case.name, case.unit, *values, *ratios)
+    console.print(", ".join(f"{name}: {value}" for name, value in machine.items() if not isinstance(value, dict)))
+    console.print(table)
+
+
+def write_plot(path: Path, machine: Mapping[str, Any], results: Medians) -> None:
+    """Horizontal bars, one group per case, each group on a scale of its own (SVG)."""
+    names = [name for name in (REFERENCE, *PEERS, OURS) if name in results]
+    groups, top = [], 70
+    for case in CASES:
+        present = {name: results[name][case.name] for name in names if case.name in results[name]}
+        if present:
+            groups.append(_group(case, present, top))
+            top += _BAR * len(present) + _GAP
+    legend = "".join(
+        f'<rect x="{20 + 175 * place}" y="40" width="12" height="12" fill="{_COLOURS[name]}"/>'
+        f'<text x="{38 + 175 * place}" y="50">{name}</text>'
+        for place, name in enumerate(names)
+    )
+    title = f"{machine.get('cpu', '')}, {machine.get('cpus', '')} CPUs, Linux {machine.get('kernel', '')}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{top}"'
+        ' font-family="sans-serif" font-size="12">'
+        f'<rect width="100%" height="100%" fill="white"/><text x="20" y="24" font-size="14">{escape(title)}</text>'
+        f"{legend}{''.join(groups)}</svg>\n"
+    )
+
+
+def _entry(case: Case, results: Medians, peer: str) -> dict[str, Any]:
+    ours = results.get(OURS, {}).get(case.name)
+    theirs = results.get(peer, {}).get(case.name)
+    ratio = case.ratio(ours, theirs) if ours and theirs else None
+    return {"case": case.name, "unit": case.unit, "ours": ours, "peer": theirs, "peer_name": peer, "ratio": ratio}
+
+
+def _group(case: Case, values: Mapping[str, float], top: int) -> str:
+    """The bars of one case, the longest tunnel's as wide as the drawing allows; no tunnel at all may be cut."""
+    room = _WIDTH - _LABEL - 110
+    scale = room / max([value for name, value in values.items() if name != REFERENCE] or list(values.values()))
+    better = "more" if case.more_is_better else "less"
+    parts = [
+        f'<text x="{_LABEL - 10}" y="{top + 11}" text-anchor="end">{case.name}</text>',
+        f'<text x="{_LABEL - 10}" y="{top + 24}" text-anchor="end" font-size="10">{better} is better</text>',
+    ]
+    for place, (name, value) in enumerate(values.items()):
+        y, width = top + place * _BAR, min(max(value * scale, 1.0), room)
+        label = f"{_text(value)} {case.unit}{' (cut)' if value * scale > room + 1 else ''}"
+        parts.append(f'<rect x="{_LABEL}" y="{y}" width="{width:.1f}" height="{_BAR - 2}" fill="{_COLOURS[name]}"/>')
+        parts.append(f'<text x="{_LABEL + width + 5:.1f}" y="{y + 10}" font-size="10">{label}</text>')
+    return "".join(parts)
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
