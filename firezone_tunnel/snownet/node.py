@@ -94,19 +94,23 @@ class Node:
         remote: Credentials,
         now: float,
         utc_now: float,
-    ) -> None:
+    ) -> bool:
         """Connect to a peer. A connection on the very same terms is kept, one on others is replaced (2.2).
+
+        Returns whether it was kept.
 
         Raises: ProtocolError if the public key is worthless.
         """
         terms = Terms(remote_public_key, preshared_key, local, remote)
         connection = self._connections.get(cid)
-        if connection is not None and connection.terms == terms:
+        is_kept = connection is not None and connection.terms == terms
+        if connection is not None and is_kept:
             connection.renew(now, utc_now)
             self._announce(connection)
         else:
             connection = self._connect(cid, terms, now)
         self._settle(connection, now, utc_now)
+        return is_kept
 
     def close_connection(self, cid: str, now: float, *, farewell: bytes = b"") -> None:
         """End a connection; `farewell` is a last packet for the other side, if there is a way to it."""
@@ -158,8 +162,8 @@ class Node:
         if connection is None:
             self.counters.packets_without_connection += packet.segments
             return
+        self._unflushed[connection] = None  # a packet that wakes a connection is gathered like any other
         if connection.encapsulate(packet, now):
-            self._unflushed[connection] = None
             self._deadlines.no_later_than(connection, now + _TIMER_SLACK, "timers after sending")
         else:
             self._settle(connection, now, utc_now)
