@@ -1,0 +1,265 @@
+"""What a client and a gateway have in common: a tunnel between its host and its portal, begun and ended in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Protocol
+
+import attrs
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, DeferredLock
+from twisted.python.failure import Failure
+
+from firezone_tunnel.errors import FirezoneError, PlatformError, ProtocolError, one_line
+from firezone_tunnel.host.instance import Instance
+from firezone_tunnel.host.kernel import FIREZONE_MARK, Families
+from firezone_tunnel.host.monitor import NetworkMonitor
+from firezone_tunnel.host.netlink import Netlink
+from firezone_tunnel.host.worker import Worker
+from firezone_tunnel.logs import events as log
+from firezone_tunnel.messages.common import Generation, Message, write
+from firezone_tunnel.phoenix.channel import Fatal, Joined, Received
+from firezone_tunnel.portal_connection.service import Notice, PortalService
+from firezone_tunnel.portal_connection.url import LoginUrl
+from firezone_tunnel.runtime.clock import boottime, utc
+from firezone_tunnel.runtime.queues import BoundedQueue
+from firezone_tunnel.runtime.tunnel import TunnelCore, TunnelRuntime
+from firezone_tunnel.snownet.events import (
+    ConnectionClosed,
+    ConnectionEstablished,
+    ConnectionEvent,
+    ConnectionFailed,
+    PathChanged,
+)
+from firezone_tunnel.tun.device import DEFAULT_NAME, open_tun
+
+_PORTAL_EVENTS = 128  # spec/client-application.md, 0.3
+
+
+@attrs.frozen
+class DeviceConfig:
+    """Everything a client or a gateway must be told."""
+
+    url: LoginUrl
+    state_directory: Path
+    interface: str = DEFAULT_NAME
+    trust: Any = None  # `portal_connection.trust_from_file`; None: whom the host trusts
+    max_partition_time: float | None = None  # seconds without a portal; None: without end
+
+
+class DeviceCore(TunnelCore, Protocol):
+    """A tunnel core that listens to a portal."""
+
+    @property
+    def public_key(self) -> bytes: ...
+
+    def handle_joined(self) -> None: ...
+
+    def handle_left(self) -> None: ...
+
+    def handle_message(self, message: Any, now: float, utc_now: float) -> None: ...
+
+
+class DeviceService(Service):
+    """One client or gateway at work. What goes wrong for good stops it.
+
+    Subclasses say what is theirs in the methods at the end.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        config: DeviceConfig,
+        core: DeviceCore,
+        *,
+        role: str,
+        peer_field: str,
+        parse: Callable[[str, object], Any],
+    ) -> None:
+        """`role` is the portal's topic, `peer_field` what logs call the other side: "cid" or "gid"; `parse` a message's
+        event and payload.
+        """
+        self.worker = Worker(reactor)
+        self.netlink = Netlink(self.worker)
+        self.monitor = NetworkMonitor(
+            reactor,
+            self.netlink,
+            own_link=config.interface,
+            on_hosts=self._set_hosts,
+            on_moved=lambda _: self.moved(),
+        )
+        self._config = config
+        self._core = core
+        self._role = role
+        self._peer_field = peer_field
+        self._parse = parse
+        self._runtime = TunnelRuntime(
+            reactor, core, on_event=self._handle_event, on_lost=self._fail, mark=FIREZONE_MARK
+        )
+        self._portal_events: BoundedQueue[Notice] = BoundedQueue(reactor, _PORTAL_EVENTS, self._handle_notice)
+        self._portal = PortalService(
+            reactor,
+            url=config.url,
+            topic=role,
+            events=self._portal_events,
+            mark=FIREZONE_MARK,
+            trust=config.trust,
+            max_partition_time=config.max_partition_time,
+        )
+        self._instance: Instance | None = None
+        self._lock = DeferredLock()  # one change of the host at a time, and none after the end
+        self._stopped: Deferred[None] | None = None
+        self._error: FirezoneError | None = None
+
+    def startService(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
+        self.run(self._start)
+
+    def stopService(self) -> Deferred[None]:
+        """Fires when the host is as it was before. May be called more than once."""
+        if self._stopped is None:
+            super().stopService()  # type: ignore[no-untyped-call]
+            self._stopped = self._lock.run(lambda: Deferred.fromCoroutine(self._stop()))
+            self._stopped.addBoth(lambda _: self.ended(self._error))
+        done: Deferred[None] = Deferred()
+        self._stopped.addBoth(lambda _: done.callback(None))
+        return done
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Change the host, one change at a time; what fails ends the service."""
+        done: Deferred[None] = self._lock.run(lambda: Deferred.fromCoroutine(work()))
+        done.addErrback(self._failed)
+
+    async def configure(self, ipv4: str, ipv6: str) -> Families:
+        """Give the interface its addresses, and lead what is not marked into it; returns which families work.
+
+        Raises: PlatformError.
+        """
+        families = await self.netlink.configure_link(self._config.interface, ipv4=ipv4, ipv6=ipv6)
+        await self.netlink.set_rules(families)
+        return families
+
+    def say(self, message: Message) -> None:
+        """Send a message to the portal. Upstream's later portals understand the seed's names, too (decision 10)."""
+        self._portal.send(message.event(Generation.SEED), write(message))
+
+    def rebind(self) -> None:
+        """Take new sockets, and call the portal anew: by the old ones nothing arrives any more."""
+        self._runtime.settle()
+        self._runtime.bind()
+        self._set_hosts(self.monitor.hosts)
+        self._portal.connect(self._core.public_key)
+
+    async def _start(self) -> None:
+        """
+        Raises: FirezoneError.
+        """
+        self._instance = Instance(self._role)
+        if removed := await self.netlink.remove_everything():
+            log.info("host:leftovers_removed", count=removed)
+        self._runtime.open(open_tun(self._config.interface))
+        await self.monitor.start()
+        await self.set_up_host()
+        self._portal.startService()
+        self._portal.connect(self._core.public_key)
+
+    async def _stop(self) -> None:
+        """Goodbyes first, then the portal; the host last."""
+        self._portal_events.close()
+        self.monitor.close()
+        self._runtime.close()
+        if self._portal.running:
+            await self._portal.stopService()
+        if self._instance is not None:
+            try:
+                await self.netlink.remove_everything()
+                await self.restore_host()
+            except PlatformError as error:
+                log.error("host:not_restored", reason=one_line(error))
+            await self.netlink.close()
+            self._instance.close()
+        await self.worker.stop()
+
+    def _failed(self, failure: Failure) -> None:
+        error: Any = failure.value
+        if isinstance(error, FirezoneError):
+            self._fail(error)
+            return
+        log.error(f"{self._role}:crashed", reason=one_line(error), traceback=failure.getTraceback())
+        self._fail(PlatformError(f"The {self._role} failed: {one_line(error)}"))
+
+    def _fail(self, error: FirezoneError) -> None:
+        if self.running:
+            self._error = error
+            self.stopService()
+
+    def _set_hosts(self, hosts: list[str]) -> None:
+        self._runtime.set_hosts(hosts)
+
+    def _handle_notice(self, notice: Notice) -> None:
+        match notice:
+            case Joined():
+                self._core.handle_joined()
+            case Received(event, payload):
+                self._handle_message(event, payload)
+            case Fatal(error):
+                self._fail(error)
+            case _:
+                self._core.handle_left()
+        self._runtime.settle()
+
+    def _handle_message(self, event: str, payload: object) -> None:
+        try:
+            message = self._parse(event, payload)
+        except ProtocolError as error:
+            log.warning("portal:message_malformed", event=event, reason=one_line(error))
+            return
+        if message is None:
+            log.debug("portal:message_unknown", event=event)
+            return
+        self._core.handle_message(message, boottime(), utc())
+
+    def _handle_event(self, event: Any) -> None:
+        if isinstance(event, ConnectionEvent):
+            self._log_connection(event)
+        else:
+            self.handle_event(event)
+
+    def _log_connection(self, event: ConnectionEvent) -> None:
+        peer = {self._peer_field: event.cid}
+        match event:
+            case ConnectionEstablished(_, path, local, remote):
+                log.info("tunnel:connection_established", **peer, path=path, local=str(local), remote=str(remote))
+            case PathChanged(_, path, local, remote):
+                log.info("tunnel:path_changed", **peer, path=path, local=str(local), remote=str(remote))
+            case ConnectionFailed(_, reason):
+                log.info("tunnel:connection_failed", **peer, reason=reason)
+            case ConnectionClosed():
+                log.info("tunnel:connection_closed", **peer)
+
+    # What follows is for subclasses.
+
+    async def set_up_host(self) -> None:
+        """The interface exists, and the host's network is known.
+
+        Raises: FirezoneError.
+        """
+
+    async def restore_host(self) -> None:
+        """The interface is gone.
+
+        Raises: PlatformError.
+        """
+
+    def moved(self) -> None:
+        """The host is in another network."""
+        raise NotImplementedError
+
+    def handle_event(self, event: Any) -> None:
+        """An event of the core that says nothing about a connection."""
+        raise NotImplementedError
+
+    def ended(self, error: FirezoneError | None) -> None:
+        """The service has stopped, and because of this error, if there was one."""
+        raise NotImplementedError

@@ -1,0 +1,56 @@
+"""How late the reactor comes to what is due: measured while packets flow, so that an idle process stays asleep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from firezone_tunnel.runtime.clock import BoottimeTimer, boottime
+
+PERIOD = 0.02
+BUSY_FOR = 1.0
+_BUCKETS = 1000  # of a millisecond each; the last one holds all that is later
+
+
+class LoopLag:
+    """A histogram of how many milliseconds late a timer fired that was due every 20 ms of a busy time."""
+
+    def __init__(self, reactor: Any, clock: Callable[[], float] = boottime) -> None:
+        self.worst = 0.0  # seconds
+        self._clock = clock
+        self._timer = BoottimeTimer(reactor, self._tick)
+        self._late = [0] * _BUCKETS
+        self._busy_until = float("-inf")
+        self._due = 0.0
+
+    def busy(self, now: float) -> None:
+        """Packets are flowing."""
+        is_asleep = now >= self._busy_until
+        self._busy_until = now + BUSY_FOR
+        if is_asleep:
+            self._schedule(now)
+
+    def quantile_ms(self, fraction: float) -> int | None:
+        """That share of all was late by no more than this; None while nothing has been measured."""
+        total = sum(self._late)
+        seen = 0
+        for milliseconds, count in enumerate(self._late):
+            seen += count
+            if total and seen >= fraction * total:
+                return milliseconds + 1
+        return None
+
+    def close(self) -> None:
+        self._timer.close()
+
+    def _tick(self) -> None:
+        now = self._clock()
+        late = max(0.0, now - self._due)
+        self.worst = max(self.worst, late)
+        self._late[min(int(late * 1000), _BUCKETS - 1)] += 1
+        if now < self._busy_until:
+            self._schedule(now)
+
+    def _schedule(self, now: float) -> None:
+        self._due = now + PERIOD
+        self._timer.set(self._due)

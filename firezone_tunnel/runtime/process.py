@@ -1,0 +1,130 @@
+"""How a process of ours begins and ends under twistd: signals, fatal errors, exit codes, word to the service manager.
+
+twistd itself ends with 143 after SIGTERM, swallows a SystemExit and replaces signal handlers that a service installs
+while it starts (architecture, section 3): so all of this has one place, here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from twisted.application.service import IServiceCollection, MultiService
+from twisted.logger import ILogObserver
+
+from firezone_tunnel.errors import FirezoneError, one_line
+from firezone_tunnel.logs import events as log
+from firezone_tunnel.logs.writer import LogWriter, TwistedMessages
+
+
+class Process:
+    """The end of this process, which is the reactor's end. Only one application runs in a process."""
+
+    def __init__(self, reactor: Any, name: str) -> None:
+        """`name` stands before the sentence on stderr that says why it ended."""
+        self._reactor = reactor
+        self._name = name
+        self._code = 0
+        self._is_ending = False
+        self._hangup: Callable[[], object] | None = None
+
+    def install(self, logs: LogWriter) -> None:
+        """Call it before the reactor runs."""
+        _forbid_core_dumps()
+        atexit.register(self._exit, logs)
+        self._reactor.callWhenRunning(self._handle_signals)
+
+    def on_hangup(self, callback: Callable[[], object]) -> None:
+        """SIGHUP calls this, in the reactor's thread. Without it SIGHUP is ignored."""
+        self._hangup = callback
+
+    def ready(self) -> None:
+        """Tell a service manager that we are (sd_notify(3)); from now on no collection looks at what start-up made."""
+        gc.collect()
+        gc.freeze()
+        _notify(b"READY=1")
+
+    def stop(self) -> None:
+        """End in good order with code 0, or with the code of the error that is ending us already."""
+        if self._is_ending:
+            return
+        self._is_ending = True
+        _notify(b"STOPPING=1")
+        if self._reactor.running:
+            self._reactor.stop()
+        else:  # still starting: a reactor that doesn't run yet can't be stopped
+            self._reactor.callWhenRunning(self._reactor.stop)
+
+    def fail(self, error: BaseException) -> None:
+        """End in good order because of an error, which is told on stderr in one line."""
+        if self._is_ending:
+            return
+        self._code = error.exit_code if isinstance(error, FirezoneError) else 1
+        log.error("process:failed", reason=one_line(error), error=type(error).__name__)
+        print(f"{self._name}: {one_line(error)}", file=sys.stderr, flush=True)
+        self.stop()
+
+    def _handle_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: self._reactor.callFromThread(self.stop))
+        signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._hung_up))
+
+    def _hung_up(self) -> None:
+        if self._hangup is not None:
+            self._hangup()
+
+    def _exit(self, logs: LogWriter) -> None:
+        """The last thing in a process: twistd has run all shutdown triggers and removed its pidfile."""
+        logs.close()
+        if self._code:
+            with contextlib.suppress(OSError, ValueError):
+                sys.stdout.flush()
+            os._exit(self._code)  # an exit handler can't change the code in any other way
+
+
+class ApplicationService(MultiService):
+    """The service that a twistd plugin gives to twistd, which shows it everything the process needs.
+
+    Its children stop at once and in no order: whatever needs an order stops its own parts.
+    """
+
+    def __init__(self, process: Process, *, log_level: int, log_format: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.process = process
+        self._logs = LogWriter(sys.stdout, style=log_format)
+        self._log_level = log_level
+
+    def setServiceParent(self, parent: Any) -> None:
+        """twistd's application is the parent: from now on Twisted's own messages are among ours."""
+        log.set_threshold(self._log_level)
+        self._logs.open()
+        self.process.install(self._logs)
+        if IServiceCollection(parent, None) is not None:
+            parent.setComponent(ILogObserver, TwistedMessages())
+        super().setServiceParent(parent)  # type: ignore[no-untyped-call]
+
+
+def _notify(state: bytes) -> None:
+    """Send a state to the service manager, where there is one (sd_notify(3))."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):  # an abstract socket
+        address = f"\0{address[1:]}"
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as manager:
+        manager.sendto(state, address)
+
+
+def _forbid_core_dumps() -> None:
+    """Keys and tokens are in memory."""
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

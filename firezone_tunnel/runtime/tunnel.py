@@ -1,0 +1,243 @@
+"""Where a tunnel's core meets its TUN device, its UDP sockets and the clocks.
+
+The core says what to do, the transports do it in batches, and nothing here decides anything. Each read handler of the
+transports does a bounded amount of work; a socket that takes no more stops the reading of packets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import attrs
+from twisted.internet.error import ConnectionDone
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.logs import events as log
+from firezone_tunnel.packet.superpacket import SuperPacket
+from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.runtime.lag import LoopLag
+from firezone_tunnel.sansio import SocketAddress, Timeout, Transmit
+from firezone_tunnel.tun.device import TunDevice
+from firezone_tunnel.tun.transport import IPacketProtocol, TunTransport
+from firezone_tunnel.udp.transport import PREFERRED_PORT, IBatchProtocol, UdpTransport
+from firezone_tunnel.wireguard.seal import ReceiveBuffer
+
+_ANY_HOST = {False: "0.0.0.0", True: "::"}  # by whether it is IPv6
+
+
+class TunnelCore(Protocol):
+    """`tunnel.client.ClientTunnel` or `tunnel.gateway.GatewayTunnel`."""
+
+    def handle_packets(self, packets: Sequence[SuperPacket], now: float, utc_now: float) -> list[SuperPacket]: ...
+
+    def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[SuperPacket]: ...
+
+    def set_local_addresses(self, addresses: Sequence[SocketAddress], now: float) -> None: ...
+
+    def transmits(self) -> Iterator[Transmit]: ...
+
+    def events(self) -> Iterator[Any]: ...
+
+    def next_timeout(self) -> Timeout | None: ...
+
+    def handle_timeout(self, now: float, utc_now: float) -> None: ...
+
+    def close(self, now: float) -> None: ...
+
+
+class TunnelRuntime:
+    """One core at work, from `open` to `close`. Whoever calls the core itself calls `settle` afterwards."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        core: TunnelCore,
+        *,
+        on_event: Callable[[Any], object],
+        on_lost: Callable[[PlatformError], object],
+        mark: int | None,
+    ) -> None:
+        """`on_event` gets the core's events, in order; `on_lost` is told once if the TUN device or a socket is gone.
+
+        `mark` is the firewall mark of the sockets, which keeps their datagrams out of the tunnel.
+        """
+        self.lag = LoopLag(reactor)
+        self._reactor = reactor
+        self._core = core
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._mark = mark
+        self._timer = BoottimeTimer(reactor, self._timed_out)
+        self._buffer = ReceiveBuffer()
+        self._tun: TunTransport | None = None
+        self._udp: dict[bool, UdpTransport] = {}
+        self._blocked: list[UdpTransport] = []
+
+    def open(self, device: TunDevice) -> None:
+        """Take over the TUN device and bind the sockets. One address family is enough.
+
+        Raises: PlatformError; then the device is closed.
+        """
+        self._tun = TunTransport(self._reactor, _TunSide(self), device)
+        self.bind()
+
+    def bind(self) -> None:
+        """Open the UDP sockets, anew where there are some.
+
+        Raises: PlatformError, if neither family works.
+        """
+        for transport in self._udp.values():
+            transport.close()
+        self._udp.clear()
+        self._blocked.clear()
+        failures: list[PlatformError] = []
+        for is_ipv6 in (False, True):
+            try:
+                self._udp[is_ipv6] = UdpTransport(
+                    self._reactor, _UdpSide(self), host=_ANY_HOST[is_ipv6], mark=self._mark, buffer=self._buffer
+                )
+            except PlatformError as error:
+                failures.append(error)
+        if not self._udp:
+            raise failures[0]
+        if self._tun is not None:
+            self._tun.resumeProducing()
+        self._log_features()
+
+    def set_hosts(self, hosts: Sequence[str]) -> None:
+        """The addresses of this host, the preferred one of each family first: our sockets can be reached there."""
+        addresses = [
+            SocketAddress(host, self._udp[is_ipv6].getHost().port)
+            for host in hosts
+            if (is_ipv6 := ":" in host) in self._udp
+        ]
+        self._core.set_local_addresses(addresses, boottime())
+        self.settle()
+
+    def forget_paths(self) -> None:
+        """The network changed: what the paths could not do, they may be able to do now."""
+        for transport in self._udp.values():
+            transport.forget_paths()
+
+    def settle(self) -> None:
+        """Carry out what the core wants after it has been called."""
+        for transmit in self._core.transmits():
+            transport = self._udp.get(transmit.destination.is_ipv6)
+            if transport is None:
+                transmit.release()
+            else:
+                transport.send(transmit)
+        for event in self._core.events():
+            self._on_event(event)
+        timeout = self._core.next_timeout()
+        self._timer.set(None if timeout is None else timeout.at)
+
+    def close(self) -> None:
+        """Let the core say goodbye, then close everything. May be called more than once."""
+        self._core.close(boottime())
+        self.settle()
+        self._log_counters()
+        self._timer.close()
+        self.lag.close()
+        for transport in self._udp.values():
+            transport.close()
+        self._udp.clear()
+        if self._tun is not None:
+            self._tun.close()
+            self._tun = None
+
+    # What follows is called by the protocols below.
+
+    def packets_received(self, packets: list[SuperPacket]) -> None:
+        now = boottime()
+        self.lag.busy(now)
+        self._write(self._core.handle_packets(packets, now, utc()))
+        self.settle()
+
+    def batch_received(self, batch: DatagramBatch) -> None:
+        now = boottime()
+        self.lag.busy(now)
+        self._write(self._core.handle_datagrams(batch, now, utc()))
+        self.settle()
+
+    def sending_paused(self, transport: UdpTransport) -> None:
+        self._blocked.append(transport)
+        if self._tun is not None:
+            self._tun.pauseProducing()
+
+    def sending_resumed(self, transport: UdpTransport) -> None:
+        if transport in self._blocked:
+            self._blocked.remove(transport)
+        if not self._blocked and self._tun is not None:
+            self._tun.resumeProducing()
+
+    def lost(self, reason: Failure) -> None:
+        if reason.check(ConnectionDone) is None:  # type: ignore[no-untyped-call]  # else: by our own `close`
+            log.error("tunnel:transport_lost", reason=reason.getErrorMessage(), traceback=reason.getTraceback())
+            self._on_lost(PlatformError(f"The tunnel broke: {reason.getErrorMessage()}"))
+
+    def _write(self, packets: list[SuperPacket]) -> None:
+        if self._tun is not None:
+            for packet in packets:
+                self._tun.write(packet)
+
+    def _timed_out(self) -> None:
+        self._core.handle_timeout(boottime(), utc())
+        self.settle()
+
+    def _log_features(self) -> None:
+        for is_ipv6, transport in self._udp.items():
+            features = transport.features
+            log.info(
+                "udp:bound",
+                family="IPv6" if is_ipv6 else "IPv4",
+                port=transport.getHost().port,
+                preferred=transport.getHost().port == PREFERRED_PORT,
+                gso=features.gso,
+                gro=features.gro,
+                receive_buffer=features.receive_buffer,
+            )
+
+    def _log_counters(self) -> None:
+        """What the transports have done and seen, what is not zero of it."""
+        if self._tun is not None:
+            log.info("tun:closed", interface=self._tun.device.name, **_nonzero(self._tun.counters))
+        for transport in self._udp.values():
+            log.info("udp:closed", port=transport.getHost().port, **_nonzero(transport.counters))
+        late = {"late_p999_ms": self.lag.quantile_ms(0.999), "late_max_ms": round(self.lag.worst * 1000, 1)}
+        log.info("tunnel:loop_measured", **late)
+
+
+@implementer(IPacketProtocol)
+class _TunSide:
+    def __init__(self, runtime: TunnelRuntime) -> None:
+        self.packetsReceived = runtime.packets_received
+        self.connectionLost = runtime.lost
+
+    def makeConnection(self, transport: TunTransport) -> None:
+        log.info("tun:opened", interface=transport.device.name, offload=transport.device.offload.name.lower())
+
+
+@implementer(IBatchProtocol)
+class _UdpSide:
+    def __init__(self, runtime: TunnelRuntime) -> None:
+        self._runtime = runtime
+        self.batchReceived = runtime.batch_received
+        self.connectionLost = runtime.lost
+
+    def makeConnection(self, transport: UdpTransport) -> None:
+        self._transport = transport
+
+    def sendingPaused(self) -> None:
+        self._runtime.sending_paused(self._transport)
+
+    def sendingResumed(self) -> None:
+        self._runtime.sending_resumed(self._transport)
+
+
+def _nonzero(counters: Any) -> dict[str, int]:
+    return {name: value for name, value in attrs.asdict(counters).items() if value}
