@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -26,7 +27,13 @@ class _Application:
     def makeService(self, options: Any) -> IService:
         from twisted.internet import reactor
 
-        service: IService = import_module(self._module).make_service(reactor, options)
+        from firezone_tunnel.errors import FirezoneError
+
+        try:
+            service: IService = import_module(self._module).make_service(reactor, options)
+        except FirezoneError as error:
+            print(f"{self.tapname}: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
         return service
 
 

@@ -1,70 +1,72 @@
-"""The portal's command line: `twistd firezone-portal` (environment variables stand in for what is not given)."""
+"""`twistd firezone-portal`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
-from twisted.python.usage import Options, UsageError
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
-from firezone_tunnel.logs.events import LEVELS
 from firezone_tunnel.portal.service import PortalService
+from firezone_tunnel.runtime.process import ApplicationService, Process
+from firezone_tunnel.runtime.settings import LOG_SETTINGS, Setting
+from firezone_tunnel.runtime.settings import Options as CommonOptions
 from firezone_tunnel.sansio import SocketAddress
 
-_DEFAULTS = {
-    "listen": "127.0.0.1:8081",
-    "seed": None,
-    "database": "firezone-portal.sqlite3",
-    "tls-cert": None,
-    "tls-key": None,
-    "log-format": "human",
-    "log-level": "info",
-}
-_LOG_FORMATS = ("human", "json")
 
+class Options(CommonOptions):
+    """The seed file says who may reach what; SIGHUP re-reads it."""
 
-class PortalOptions(Options):
-    """`environment` replaces the process's own in tests."""
-
-    optParameters: ClassVar = [
-        ["listen", None, None, "address and port to listen on [default: 127.0.0.1:8081]"],
-        ["seed", None, None, "TOML file that says what is served; SIGHUP re-reads it"],
-        ["database", None, None, "SQLite file [default: ./firezone-portal.sqlite3]"],
-        ["tls-cert", None, None, "PEM file: the certificate, then its chain"],
-        ["tls-key", None, None, "PEM file: its private key"],
-        ["log-format", None, None, "human or json [default: human]"],
-        ["log-level", None, None, "debug, info, warn or error [default: info]"],
-    ]
-
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._environment = environment
-
-    def postOptions(self) -> None:
-        """Raises: UsageError."""
-        for name, default in _DEFAULTS.items():
-            if self[name] is None:
-                variable = f"FIREZONE_PORTAL_{name.upper().replace('-', '_')}"
-                self[name] = self._environment.get(variable, default)
-        if self["seed"] is None:
-            raise UsageError("--seed (or FIREZONE_PORTAL_SEED) must name the TOML file that says what is served")
-        if self["log-format"] not in _LOG_FORMATS:
-            raise UsageError(f"--log-format is one of {', '.join(_LOG_FORMATS)}")
-        if self["log-level"] not in LEVELS:
-            raise UsageError(f"--log-level is one of {', '.join(LEVELS)}")
-        try:
-            self["listen"] = SocketAddress.parse(self["listen"])
-        except ValueError as error:
-            raise UsageError(f"--listen: {error}") from error
-
-
-def make_service(reactor: Any, options: PortalOptions) -> PortalService:
-    return PortalService(
-        reactor,
-        listen=options["listen"],
-        seed_path=options["seed"],
-        database=options["database"],
-        tls_cert=options["tls-cert"],
-        tls_key=options["tls-key"],
+    settings = (
+        Setting(
+            "listen",
+            "address and port to listen on",
+            variables=("FIREZONE_PORTAL_LISTEN",),
+            default="127.0.0.1:8081",
+            parse=SocketAddress.parse,
+        ),
+        Setting("seed", "TOML file that says what is served", variables=("FIREZONE_PORTAL_SEED",), is_required=True),
+        Setting(
+            "database",
+            "SQLite file for what must survive a restart",
+            variables=("FIREZONE_PORTAL_DATABASE",),
+            default="firezone-portal.sqlite3",
+        ),
+        Setting("tls-cert", "PEM file: the certificate, then its chain", variables=("FIREZONE_PORTAL_TLS_CERT",)),
+        Setting("tls-key", "PEM file: its private key", variables=("FIREZONE_PORTAL_TLS_KEY",)),
+        *LOG_SETTINGS,
     )
+
+
+class Application(ApplicationService):
+    """A portal for as long as the process lives."""
+
+    def __init__(self, reactor: Any, options: Options) -> None:
+        process = Process(reactor, "firezone-portal")
+        super().__init__(process, log_level=options["log-level"], log_format=options["log-format"])
+        self._portal = PortalService(
+            reactor,
+            listen=options["listen"],
+            seed_path=options["seed"],
+            database=options["database"],
+            tls_cert=options["tls-cert"],
+            tls_key=options["tls-key"],
+        )
+        process.on_hangup(self._portal.reload)
+
+    def startService(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
+        self._portal.ready.addCallbacks(lambda _: self.process.ready(), self._failed)
+        self._portal.startService()
+
+    def stopService(self) -> Deferred[Any]:
+        super().stopService()  # type: ignore[no-untyped-call]
+        return self._portal.stopService()
+
+    def _failed(self, failure: Failure) -> None:
+        error: Any = failure.value
+        self.process.fail(error)
+
+
+def make_service(reactor: Any, options: Options) -> Application:
+    return Application(reactor, options)

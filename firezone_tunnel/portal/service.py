@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -36,7 +34,7 @@ _PEM_BEGIN = "-----BEGIN CERTIFICATE-----"
 
 
 class PortalService(Service):
-    """Serves what `seed_path` says on `listen`; SIGHUP, or `reload()`, reads it anew.
+    """Serves what `seed_path` says on `listen`; `reload()` reads it anew.
 
     `ready` fires with the listening port, or fails with a FirezoneError in one sentence.
     """
@@ -55,7 +53,6 @@ class PortalService(Service):
         entropy: Entropy = os.urandom,
         now: Callable[[], float] = boottime,
         utc_now: Callable[[], float] = utc,
-        handle_sighup: bool = True,
     ) -> None:
         self.ready: Deferred[IListeningPort] = Deferred()
         self.hub: Hub | None = None
@@ -66,11 +63,9 @@ class PortalService(Service):
         self._store = Store(reactor, database, entropy)
         self._entropy = entropy
         self._clocks = (now, utc_now)
-        self._handle_sighup = handle_sighup
         self._lock = DeferredLock()  # a start that is under way is finished before it is stopped
         self._port: IListeningPort | None = None
         self._timer: BoottimeTimer | None = None
-        self._old_sighup: Any = None
 
     def startService(self) -> None:
         super().startService()  # type: ignore[no-untyped-call]
@@ -102,16 +97,11 @@ class PortalService(Service):
         await self.hub.review_flows()
         self._port = await _listen(endpoint, PortalFactory(self._reactor, self.hub), self._listen)
         self._set_timer()
-        if self._handle_sighup:
-            self._reactor.callWhenRunning(self._catch_sighup)
         address: Any = self._port.getHost()
         log.info("portal:listening", host=address.host, port=address.port, tls=self._tls[0] is not None)
         return self._port
 
     async def _stop(self) -> None:
-        if self._old_sighup is not None:
-            signal.signal(signal.SIGHUP, self._old_sighup)
-            self._old_sighup = None
         if self._timer is not None:
             self._timer.close()
         if self._port is not None:
@@ -148,13 +138,6 @@ class PortalService(Service):
     def _set_timer(self) -> None:
         if self._timer is not None and self.hub is not None and self.running:
             self._timer.set(self.hub.next_timeout().at)
-
-    def _catch_sighup(self) -> None:
-        def caught(_signal: int, _frame: FrameType | None) -> None:
-            self._reactor.callFromThread(self.reload)
-
-        if self.running:
-            self._old_sighup = signal.signal(signal.SIGHUP, caught)
 
     def _endpoint(self) -> IStreamServerEndpoint:
         """Raises: ConfigurationError."""

@@ -184,7 +184,6 @@ async def start_portal(directory: Path, seed: str = SEED, **options: Any) -> Por
         database=str(directory / "portal.sqlite3"),
         now=clock.now,
         utc_now=clock.utc_now,
-        handle_sighup=False,
         **options,
     )
     service.startService()

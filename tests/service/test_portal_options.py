@@ -18,7 +18,7 @@ from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol, wrap
 from twisted.python.usage import UsageError
 
 from firezone_tunnel.errors import ConfigurationError
-from firezone_tunnel.portal.options import PortalOptions, make_service
+from firezone_tunnel.portal.options import Options
 from firezone_tunnel.portal.service import PortalService
 from firezone_tunnel.sansio import SocketAddress
 from tests.service.portal_peers import CLIENT_TOKEN, SEED, Collector, Peer, Refusal, start_portal, stop_portal, until
@@ -30,13 +30,12 @@ def test_only_the_seed_must_be_given() -> None:
 
     assert options["listen"] == SocketAddress("127.0.0.1", 8081)
     assert options["database"] == "firezone-portal.sqlite3"
-    assert isinstance(make_service(reactor, options), PortalService)
 
 
 def test_the_environment_stands_in_for_what_is_not_given() -> None:
     environment = {"FIREZONE_PORTAL_SEED": "a.toml", "FIREZONE_PORTAL_LISTEN": "[::1]:9000"}
 
-    options = PortalOptions(environment)
+    options = Options(environment)
     options.parseOptions(["--seed", "b.toml"])
 
     assert (options["seed"], options["listen"]) == ("b.toml", SocketAddress("::1", 9000))
@@ -123,8 +122,8 @@ async def _fails(directory: Path, seed: str | None, complaint: str, **options: A
     await service.stopService()
 
 
-def _parse(*arguments: str) -> PortalOptions:
-    options = PortalOptions({})
+def _parse(*arguments: str) -> Options:
+    options = Options({})
     options.parseOptions(arguments)
     return options
 

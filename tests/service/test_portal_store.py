@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 import sqlite3
 import stat
 import subprocess
@@ -75,17 +74,6 @@ async def test_what_was_acknowledged_survives_kill_at_any_moment(tmp_path: Path)
         _KILLS + 1
     )
     assert sqlite3.connect(tmp_path / "portal.sqlite3").execute("PRAGMA integrity_check").fetchone() == ("ok",)
-
-
-@pytest_twisted.ensureDeferred
-async def test_sighup_reads_the_seed_anew(tmp_path: Path) -> None:
-    with _Process(tmp_path) as process:
-        client = await process.portal.join("client")
-
-        process.portal.seed.write_text(SEED.replace('"Lab"', '"Laboratory"'))
-        process.popen.send_signal(signal.SIGHUP)
-
-        assert (await client.receive("resource_created_or_updated"))["name"] == "Laboratory"
 
 
 @pytest_twisted.ensureDeferred

@@ -116,5 +116,49 @@ REFUSED_PORT = 5202  # nothing listens there, and the resource's filters leave i
 CLIENT_TOKEN = "n.client"
 GATEWAY_TOKEN = "n.gateway"
 SEED = f"""
-{PRIVATE_NETWORK} {PRIVATE_NETWORK_IPV6}
+[account]
+name = "Demo"
+slug = "demo"
+
+[[sites]]
+name = "HQ"
+
+[[groups]]
+name = "Everyone"
+
+[[actors]]
+name = "Demo User"
+groups = ["Everyone"]
+
+[[tokens]]
+kind = "client"
+actor = "Demo User"
+token = "{CLIENT_TOKEN}"
+
+[[tokens]]
+kind = "gateway"
+site = "HQ"
+token = "{GATEWAY_TOKEN}"
+
+[[resources]]
+name = "Private network"
+type = "cidr"
+address = "{PRIVATE_NETWORK}"
+site = "HQ"
+filters = ["tcp/80", "tcp/5201", "udp/5201", "icmp"]
+
+[[resources]]
+name = "Private network, IPv6"
+type = "cidr"
+address = "{PRIVATE_NETWORK_IPV6}"
+site = "HQ"
+filters = ["tcp/80", "tcp/5201", "udp/5201", "icmp"]
+
+[[policies]]
+group = "Everyone"
+resource = "Private network"
+
+[[policies]]
+group = "Everyone"
+resource = "Private network, IPv6"
 """

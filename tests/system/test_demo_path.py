@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.system.hosts import Host, Lab
 from tests.system.network import PRIVATE_NETWORK, SERVER, SERVER_IPV6, WEB_PORT, Network
-from tests.system.product import REFUSED_PORT, Product
+from tests.system.product import REFUSED_PORT, SEED, Product
 from tests.system.programs import NotReady
 
 pytestmark = pytest.mark.namespaces
@@ -118,6 +120,20 @@ def test_everything_on_the_hosts_is_put_back_on_exit(network: Network) -> None:
     assert [host_state(host) for host in hosts] == before
 
 
+def test_a_resource_that_is_added_and_removed_while_everything_runs(network: Network, product: Product) -> None:
+    seed = network.portal.directory / "portal.toml"
+    private_only = seed.read_text().replace(f'address = "{PRIVATE_NETWORK}"', 'address = "10.99.0.0/24"')
+    seed.write_text(private_only)
+    product.portal.send_signal(signal.SIGHUP)
+    wait_until(lambda: not routes_to(network.client, SERVER))
+    assert download(network, 1, patience=1) is None
+
+    seed.write_text(SEED)
+    product.portal.send_signal(signal.SIGHUP)
+    wait_until(lambda: routes_to(network.client, SERVER))
+    assert download(network, 1) == 1
+
+
 def test_a_second_client_on_a_host_is_refused_and_the_first_undisturbed(network: Network, product: Product) -> None:
     first = product.client
 
@@ -143,7 +159,7 @@ def test_a_wrong_token_ends_the_client_with_one_clear_line_and_no_retry(network:
 def test_a_client_waits_for_a_portal_that_is_not_there_yet(network: Network) -> None:
     product = Product(network)
     client = product.spawn_client()
-    client.wait_for("portal:hiccup", timeout=15)
+    client.wait_for("portal:retry_scheduled", timeout=15)
 
     product.start_portal()
 
@@ -179,12 +195,27 @@ def download(network: Network, count: int, *, server: str = SERVER, patience: fl
     return int(answer.stdout) if answer.returncode == 0 else None
 
 
+def routes_to(host: Host, address: str) -> bool:
+    """Whether the host sends packets for an address into the tunnel."""
+    return "tun-firezone" in host.run("ip", "route", "get", address, check=False).stdout
+
+
+def wait_until(is_so: Callable[[], bool], timeout: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
 def tunnel_addresses(host: Host) -> str:
     return host.run("sh", "-c", "ip -brief address show dev tun-firezone scope global").stdout
 
 
 def host_state(host: Host) -> list[str]:
-    """What a client or gateway may change on a host: links, addresses, routes, rules, firewall, forwarding."""
+    """What a client or gateway may change on a host: links, addresses, routes, rules, firewall, forwarding.
+
+    The kernel itself adds link-local addresses, and routes for them, a moment after an interface came up.
+    """
     commands = (
         "ip -brief link; ip -brief address",
         "ip route show table all; ip -6 route show table all",
@@ -192,4 +223,5 @@ def host_state(host: Host) -> list[str]:
         "nft list ruleset",
         "sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding",
     )
-    return [host.run("sh", "-c", command).stdout for command in commands]
+    lines = [line for command in commands for line in host.run("sh", "-c", command).stdout.splitlines()]
+    return [re.sub(r" fe80::\S+", "", line) for line in lines if not line.startswith("local fe80")]

@@ -1,0 +1,136 @@
+"""`twistd firezone-client`: the headless client."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
+
+from firezone_tunnel.client.events import Disconnected, EventStream, TunInterfaceUpdated
+from firezone_tunnel.client.session import DEFAULT_STATE_DIRECTORY, IDENTITY_FILE, Session
+from firezone_tunnel.logs import events as log
+from firezone_tunnel.portal_connection.service import trust_from_file
+from firezone_tunnel.portal_connection.url import LoginUrl, default_name
+from firezone_tunnel.runtime.device import DeviceConfig
+from firezone_tunnel.runtime.identity import load_identity
+from firezone_tunnel.runtime.process import ApplicationService, Process
+from firezone_tunnel.runtime.settings import DEVICE_SETTINGS, LOG_SETTINGS, Setting, parse_duration, read_token
+from firezone_tunnel.runtime.settings import Options as CommonOptions
+
+
+def parse_dns_control(text: str) -> str:
+    """
+    Raises: ValueError.
+    """
+    if text != "disabled":
+        raise ValueError(f"{text!r} is not supported yet: only disabled is")
+    return text
+
+
+class Options(CommonOptions):
+    """The token comes by FIREZONE_TOKEN, by a file, or as a systemd credential: never on the command line."""
+
+    settings = (
+        *DEVICE_SETTINGS,
+        Setting(
+            "token-path",
+            "file with the token, readable by its owner only",
+            variables=("FIREZONE_TOKEN_PATH",),
+            default="/etc/dev.firezone.client/token",
+            parse=Path,
+        ),
+        Setting(
+            "state-dir",
+            "directory for what must survive a restart",
+            variables=("FIREZONE_STATE_DIR",),
+            default=str(DEFAULT_STATE_DIRECTORY),
+            parse=Path,
+        ),
+        Setting(
+            "dns-control",
+            "how the host's DNS is set up: disabled",
+            variables=("FIREZONE_DNS_CONTROL",),
+            default="disabled",
+            parse=parse_dns_control,
+        ),
+        Setting(
+            "max-partition-time",
+            "give up after this long without a portal, such as 1h or 30d [default: never]",
+            variables=("MAX_PARTITION_TIME",),
+            parse=parse_duration,
+            short="m",
+        ),
+        Setting("check", "check the configuration and exit", is_flag=True),
+        Setting("exit", "bring the tunnel up once and exit", is_flag=True),
+        *LOG_SETTINGS,
+    )
+
+
+class Application(ApplicationService):
+    """A session for as long as the process lives."""
+
+    def __init__(self, reactor: Any, options: Options, config: DeviceConfig) -> None:
+        process = Process(reactor, "firezone-client")
+        super().__init__(process, log_level=options["log-level"], log_format=options["log-format"])
+        self._reactor = reactor
+        self._config = config
+        self._exit_when_ready = options["exit"]
+        self._session: Session | None = None
+
+    def startService(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
+        self._session, events = Session.start(self._config, self._reactor)
+        self.process.on_hangup(self._hung_up)
+        following: Deferred[None] = Deferred.fromCoroutine(self._follow(events))
+        following.addErrback(self._failed)
+
+    def stopService(self) -> Deferred[Any]:
+        super().stopService()  # type: ignore[no-untyped-call]
+        assert self._session is not None
+        return self._session.close()
+
+    async def _follow(self, events: EventStream) -> None:
+        is_ready = False
+        async for event in events:
+            match event:
+                case TunInterfaceUpdated() if not is_ready:
+                    is_ready = True
+                    log.info("client:tunnel_ready", ipv4=str(event.ipv4), ipv6=str(event.ipv6))
+                    self.process.ready()
+                    if self._exit_when_ready:
+                        self.process.stop()
+                case Disconnected(error):
+                    self.process.fail(error)
+
+    def _failed(self, failure: Failure) -> None:
+        error: Any = failure.value
+        self.process.fail(error)
+
+    def _hung_up(self) -> None:
+        assert self._session is not None
+        self._session.reset("SIGHUP")
+
+
+def make_service(reactor: Any, options: Options) -> Application:
+    """
+    Raises: ConfigurationError; SystemExit with 0 after `--check`.
+    """
+    ca_file = options["ca-file"]
+    config = DeviceConfig(
+        url=LoginUrl.client(
+            options["api-url"],
+            read_token(options.environment, options["token-path"]),
+            device_id=options["firezone-id"] or load_identity(options["state-dir"] / IDENTITY_FILE),
+            name=options["firezone-name"] or default_name(),
+        ),
+        state_directory=options["state-dir"],
+        interface=options["interface"],
+        trust=None if ca_file is None else trust_from_file(ca_file),
+        max_partition_time=options["max-partition-time"],
+    )
+    if options["check"]:
+        print("check passed")
+        raise SystemExit(0)
+    return Application(reactor, options, config)

@@ -1,0 +1,122 @@
+"""The client's tunnel service: its core, its host, and what of both a front end gets to know."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from firezone_tunnel.client.events import (
+    AllGatewaysOffline,
+    Disconnected,
+    Event,
+    EventStream,
+    GatewayVersionMismatch,
+    ResourcesUpdated,
+    TunInterfaceUpdated,
+)
+from firezone_tunnel.errors import FirezoneError
+from firezone_tunnel.host.kernel import Families
+from firezone_tunnel.host.rpfilter import ReplyMarks
+from firezone_tunnel.logs import events as log
+from firezone_tunnel.messages import client as messages
+from firezone_tunnel.runtime.clock import boottime
+from firezone_tunnel.runtime.device import DeviceConfig, DeviceService
+from firezone_tunnel.tunnel.client import (
+    ClientTunnel,
+    FlowIgnored,
+    FlowRefused,
+    ResourcesChanged,
+    ToPortal,
+    TunConfig,
+    TunConfigChanged,
+)
+from firezone_tunnel.wireguard.seal import SlotPool
+
+_REFUSALS: dict[str, Callable[[str], Event]] = {
+    "offline": AllGatewaysOffline,
+    "version_mismatch": GatewayVersionMismatch,
+}
+
+
+class TunnelService(DeviceService):
+    """One client at work. It tells `events` what a front end wants to know, and ends them when it has stopped."""
+
+    name = "tunnel"
+
+    def __init__(self, reactor: Any, config: DeviceConfig, events: EventStream) -> None:
+        self._client = ClientTunnel(entropy=os.urandom, now=boottime(), slots=SlotPool())
+        super().__init__(reactor, config, self._client, role=messages.TOPIC, peer_field="gid", parse=messages.parse)
+        self._events = events
+        self._reply_marks = ReplyMarks(self.worker, state_directory=config.state_directory)
+        self._wanted: TunConfig | None = None
+        self._applied: TunConfig | None = None
+        self._families = Families(ipv4=False, ipv6=False)
+        self._told: dict[Event, None] = {}
+
+    def reset(self, reason: str) -> None:
+        """Begin anew with a new key and new sockets: after the network has changed, or because somebody wants it."""
+        log.info("client:reset", reason=reason)
+        self._client.reset(boottime())
+        self.rebind()
+
+    async def set_up_host(self) -> None:
+        """See to it that answers to our own sockets arrive whatever the tunnel's routes are (decision 13)."""
+        await self._reply_marks.ensure(self.monitor.interfaces)
+
+    async def restore_host(self) -> None:
+        await self._reply_marks.remove()
+
+    def moved(self) -> None:
+        self.reset("the network has changed")
+        self.run(self.set_up_host)
+
+    def handle_event(self, event: Any) -> None:
+        match event:
+            case ToPortal(message):
+                self.say(message)
+            case TunConfigChanged(config):
+                self._wanted = config
+                self.run(self._apply)
+            case ResourcesChanged(resources):
+                self._events.put(ResourcesUpdated(resources))
+            case FlowRefused(rid, reason):
+                log.debug("tunnel:flow_refused", rid=rid, reason=reason)
+                if reason in _REFUSALS:
+                    self._tell_once(_REFUSALS[reason](rid))
+            case FlowIgnored(rid, gid, reason):
+                log.warning("tunnel:flow_ignored", rid=rid, gid=gid, reason=reason)
+
+    def ended(self, error: FirezoneError | None) -> None:
+        if error is not None:
+            self._events.put(Disconnected(error))
+        self._events.end()
+
+    def _tell_once(self, event: Event) -> None:
+        if event not in self._told:
+            self._told[event] = None
+            self._events.put(event)
+
+    async def _apply(self) -> None:
+        """Set up the interface as it is wanted now; what came in between need not be.
+
+        Raises: PlatformError.
+        """
+        config, self._wanted = self._wanted, None
+        if config is None or not self.running:
+            return
+        before, self._applied = self._applied, config
+        if before is None or (before.ipv4, before.ipv6) != (config.ipv4, config.ipv6):
+            self._families = await self.configure(str(config.ipv4), str(config.ipv6))
+        works = {4: self._families.ipv4, 6: self._families.ipv6}
+        routes = tuple(network for network in config.routes if works[network.version])
+        await self.netlink.set_routes(self._config.interface, map(str, routes))
+        self._events.put(
+            TunInterfaceUpdated(
+                ipv4=config.ipv4 if works[4] else None,
+                ipv6=config.ipv6 if works[6] else None,
+                dns=(),
+                search_domain=config.search_domain,
+                routes=routes,
+            )
+        )

@@ -1,0 +1,114 @@
+"""`twistd firezone-gateway`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from firezone_tunnel.gateway.service import GatewayService
+from firezone_tunnel.portal_connection.service import trust_from_file
+from firezone_tunnel.portal_connection.url import LoginUrl, default_name
+from firezone_tunnel.runtime.device import DeviceConfig
+from firezone_tunnel.runtime.health import HealthServer
+from firezone_tunnel.runtime.identity import load_identity
+from firezone_tunnel.runtime.process import ApplicationService, Process
+from firezone_tunnel.runtime.settings import (
+    DEVICE_SETTINGS,
+    LOG_SETTINGS,
+    Setting,
+    parse_address,
+    parse_duration,
+    read_token,
+)
+from firezone_tunnel.runtime.settings import Options as CommonOptions
+
+_IDENTITY_FILE = "gateway_id"
+
+
+class Options(CommonOptions):
+    """The token comes by FIREZONE_TOKEN, by a file, or as a systemd credential: never on the command line."""
+
+    settings = (
+        *DEVICE_SETTINGS,
+        Setting(
+            "token-path",
+            "file with the token, readable by its owner only",
+            variables=("FIREZONE_TOKEN_PATH",),
+            default="/etc/firezone/gateway-token",
+            parse=Path,
+        ),
+        Setting(
+            "state-dir",
+            "directory for what must survive a restart",
+            variables=("FIREZONE_STATE_DIR",),
+            default="/var/lib/firezone",
+            parse=Path,
+        ),
+        Setting(
+            "health-check-addr",
+            "where to serve /healthz and /readyz; off for nowhere",
+            variables=("HEALTH_CHECK_ADDR",),
+            default="0.0.0.0:8080",
+            parse=parse_address,
+        ),
+        Setting(
+            "max-partition-time",
+            "give up after this long without a portal, such as 15m or 30d",
+            variables=("FIREZONE_MAX_PARTITION_TIME",),
+            default="24h",
+            parse=parse_duration,
+            short="m",
+        ),
+        *LOG_SETTINGS,
+    )
+
+
+class Application(ApplicationService):
+    """A gateway for as long as the process lives."""
+
+    def __init__(self, reactor: Any, options: Options, config: DeviceConfig) -> None:
+        process = Process(reactor, "firezone-gateway")
+        super().__init__(process, log_level=options["log-level"], log_format=options["log-format"])
+        self._gateway = GatewayService(reactor, config)
+        self._gateway.ready.addCallback(lambda _: process.ready())
+        self._gateway.failed.addCallback(process.fail)
+        address = options["health-check-addr"]
+        self._health = address and HealthServer(reactor, address, lambda: self._gateway.is_ready)
+
+    def startService(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
+        if self._health is not None:
+            try:
+                self._health.startService()
+            except Exception as error:  # noqa: BLE001  # a service's boundary: twistd would swallow it
+                self.process.fail(error)
+                return
+        self._gateway.startService()
+
+    def stopService(self) -> Deferred[Any]:
+        super().stopService()  # type: ignore[no-untyped-call]
+        if self._health is not None:
+            self._health.stopService()
+        return self._gateway.stopService()
+
+
+def make_service(reactor: Any, options: Options) -> Application:
+    """
+    Raises: ConfigurationError.
+    """
+    ca_file = options["ca-file"]
+    config = DeviceConfig(
+        url=LoginUrl.gateway(
+            options["api-url"],
+            read_token(options.environment, options["token-path"]),
+            device_id=options["firezone-id"] or load_identity(options["state-dir"] / _IDENTITY_FILE),
+            name=options["firezone-name"] or default_name(),
+        ),
+        state_directory=options["state-dir"],
+        interface=options["interface"],
+        trust=None if ca_file is None else trust_from_file(ca_file),
+        max_partition_time=options["max-partition-time"],
+    )
+    return Application(reactor, options, config)
