@@ -257,6 +257,14 @@ class ErrorCode(NamedTuple):
     reason: str = ""
 
 
+class AddressError(NamedTuple):
+    """ADDRESS-ERROR-CODE (RFC 8656, section 18.12): why an allocation lacks an address of a family."""
+
+    family: int
+    code: int
+    reason: str = ""
+
+
 class IcmpError(NamedTuple):
     """ICMP (RFC 8656, section 18.13): what came back for a datagram that a relay sent to a peer."""
 
@@ -378,6 +386,15 @@ def _decode_error_code(value: bytes, _transaction_id: bytes) -> ErrorCode:
     return ErrorCode((value[2] & 7) * 100 + value[3], _at_most(value[4:], _MAX_TEXT).decode())
 
 
+def _encode_address_error(error: AddressError, transaction_id: bytes) -> bytes:
+    """As ERROR-CODE, with the family in the first of the reserved bytes."""
+    return bytes((error.family,)) + _encode_error_code(ErrorCode(error.code, error.reason), transaction_id)[1:]
+
+
+def _decode_address_error(value: bytes, transaction_id: bytes) -> AddressError:
+    return AddressError(value[0] if value else 0, *_decode_error_code(value, transaction_id))
+
+
 def _encode_numbers(numbers: tuple[int, ...], _transaction_id: bytes) -> bytes:
     return b"".join(number.to_bytes(2, "big") for number in numbers)
 
@@ -439,6 +456,7 @@ PRIORITY = Attribute(0x0024, "PRIORITY", *_number("!I"))
 USE_CANDIDATE = Attribute(0x0025, "USE-CANDIDATE", *_FLAG)
 # Comprehension-optional.
 ADDITIONAL_ADDRESS_FAMILY = Attribute(0x8000, "ADDITIONAL-ADDRESS-FAMILY", *_number("!Bxxx"))
+ADDRESS_ERROR_CODE = Attribute(0x8001, "ADDRESS-ERROR-CODE", _encode_address_error, _decode_address_error)
 ICMP = Attribute(0x8004, "ICMP", _encode_icmp, _decode_icmp)
 SOFTWARE = Attribute(0x8022, "SOFTWARE", *_text(_MAX_TEXT))
 ALTERNATE_SERVER = Attribute(0x8023, "ALTERNATE-SERVER", *_ADDRESS)
