@@ -54,11 +54,13 @@ class TunTransport:
     """Reads and writes one TUN device.
 
     A turn of the reactor reads at most `MAX_FRAMES` frames, or what comes within `MAX_TURN` seconds, or as many runs
-    of 64 KiB as fill the slab: sealing them is what takes the time.
+    of 64 KiB as fill the slab: sealing them is what takes the time. The first turn after a calm reads one frame only,
+    so that a lone packet doesn't wait for the answer that there is no other.
     """
 
     MAX_FRAMES = 64
     MAX_TURN = 0.001
+    CALM = 0.001
 
     def __init__(self, reactor: IReactorFDSet, protocol: IPacketProtocol, device: TunDevice) -> None:
         """Start reading. From now on the device is the transport's to close."""
@@ -73,6 +75,7 @@ class TunTransport:
         self._refused = {kind for kind, needed in _RUNS.items() if device.offload < needed}
         self._taken: set[int] = set()
         self._logged: set[int] = set()
+        self._ended = perf_counter()  # of the last turn
         protocol.makeConnection(self)
         self.resumeProducing()
 
@@ -109,14 +112,16 @@ class TunTransport:
         self._lose(Failure(ConnectionDone()))  # type: ignore[no-untyped-call]
 
     def doRead(self) -> None:
-        deadline = perf_counter() + self.MAX_TURN
+        began = perf_counter()
+        deadline = began + self.MAX_TURN
+        most = 1 if began - self._ended > self.CALM else self.MAX_FRAMES
         fd = self._fd
         slab = self._slab
         counters = self.counters
         packets: list[SuperPacket] = []
         position = _FIRST_FRAME
         failure: OSError | None = None
-        for _ in range(self.MAX_FRAMES):
+        for _ in range(most):
             try:
                 length = os.readv(fd, (slab[position : position + _FRAME_SIZE],))
             except BlockingIOError:
@@ -141,6 +146,7 @@ class TunTransport:
             self._deliver(packets)
         if failure is not None:
             self._read_failed(failure)
+        self._ended = perf_counter()
 
     def connectionLost(self, reason: Failure) -> None:
         if isinstance(reason.value, ConnectionDone):

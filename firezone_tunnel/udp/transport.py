@@ -75,11 +75,13 @@ class UdpTransport:
     """One UDP socket of one address family.
 
     A turn of the reactor hands at most `MAX_BATCHES` batches to the protocol, and no further one once `MAX_TURN`
-    seconds have passed.
+    seconds have passed. The first turn after a calm takes one batch only: what answers it is not to wait for the news
+    that there is no other.
     """
 
     MAX_BATCHES = 32
     MAX_TURN = 0.002
+    CALM = 0.001
     MAX_QUEUE = 256  # transmits
 
     def __init__(
@@ -119,6 +121,7 @@ class UdpTransport:
         self._unsegmented: dict[SocketAddress, float] = {}  # until when
         self._queue: deque[tuple[Transmit, int]] = deque()  # and the byte from which on it has yet to leave
         self._logged: set[int] = set()
+        self._ended = perf_counter()  # of the last turn
         protocol.makeConnection(self)
         self.resumeProducing()
 
@@ -163,25 +166,28 @@ class UdpTransport:
         self.connectionLost(Failure(ConnectionDone()))  # type: ignore[no-untyped-call]
 
     def doRead(self) -> None:
-        deadline = perf_counter() + self.MAX_TURN
+        began = perf_counter()
+        deadline = began + self.MAX_TURN
+        most = 1 if began - self._ended > self.CALM else self.MAX_BATCHES
         into = (self._buffer.view,)
         batch_received = self._protocol.batchReceived
-        for _ in range(self.MAX_BATCHES):
+        for _ in range(most):
             if self._socket is None:
                 return
             try:
                 length, ancillary, _, address = self._socket.recvmsg_into(into, ANCILLARY_SPACE)
             except BlockingIOError:
-                return
+                break
             except OSError as error:
                 self.counters.receive_errors += 1
                 self._log_once(error, "udp:receive_failed")
-                return
+                break
             batch = self._batch(length, tuple(ancillary), address)
             if batch is not None:
                 batch_received(batch)
             if perf_counter() >= deadline:
-                return
+                break
+        self._ended = perf_counter()
 
     def doWrite(self) -> None:
         queue = self._queue

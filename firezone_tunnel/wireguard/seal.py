@@ -250,6 +250,28 @@ class ReceiveBuffer:
         starts = self._received(segment_size, headroom).starts[:count].tobytes()
         return receiver if starts == starts[:8] * count else None  # faster than NumPy for so few
 
+    def common_channel(self, *, length: int, segment_size: int) -> int | None:
+        """The channel number, if every datagram of the batch is TURN channel data on the same channel, its length field
+        right (RFC 8656, section 12.4).
+        """
+        count = _shape(length, segment_size)[0]
+        channel = self.channel(count - 1, length=length, segment_size=segment_size)
+        if count <= 1 or channel is None:
+            return channel
+        headers = self._received(segment_size, _CHANNEL_HEADER.size).headers[: count - 1].tobytes()
+        whole = _CHANNEL_HEADER.pack(channel, segment_size - _CHANNEL_HEADER.size)
+        return channel if headers == whole * (count - 1) else None
+
+    def channel(self, index: int, *, length: int, segment_size: int) -> int | None:
+        """The channel number of one datagram; None if it is no channel data."""
+        start = index * segment_size
+        size = min(segment_size, length - start)
+        if size < _CHANNEL_HEADER.size:
+            return None
+        channel, content = _CHANNEL_HEADER.unpack_from(self._memory, start)
+        is_channel = 0x4000 <= channel <= 0x7FFF and content == size - _CHANNEL_HEADER.size
+        return channel if is_channel else None
+
     def receiver(self, index: int, *, length: int, segment_size: int, headroom: int = 0) -> int | None:
         """The receiver index of one datagram; None if it is no transport data message."""
         start = index * segment_size
@@ -257,6 +279,22 @@ class ReceiveBuffer:
             return None
         kind, receiver, _ = _HEADER.unpack_from(self._memory, start + headroom)
         return receiver if kind == MESSAGE_TYPE else None
+
+    def open_lone(
+        self, cipher: ChaCha20Poly1305, *, length: int, start: int = 0, headroom: int = 0
+    ) -> tuple[memoryview, int | None]:
+        """Authenticate and decrypt, in place, the datagram of `length` bytes at `start`.
+
+        Lone datagrams have any size: a layout for each would push out those of the batches. Returns the packet, and the
+        message's counter; None if it is forged.
+        """
+        view = self.view
+        counter = _HEADER.unpack_from(self._memory, start + headroom)[2]
+        packet = start + headroom + HEADER_SIZE
+        end = start + length
+        opened = view[packet : end - TAG_SIZE]
+        failed = open_rows(cipher, [(_NONCE.pack(counter), opened, view[packet:end])])
+        return opened, None if failed else counter
 
     def open(
         self,
@@ -271,11 +309,9 @@ class ReceiveBuffer:
         """Authenticate and decrypt, in place, the `count` (default: all) datagrams from `first` on.
 
         They must be transport data messages, as `common_receiver` or `receiver` say. Forged ones are marked; what
-        is in their place is undefined. An empty packet is a keepalive.
+        is in their place is undefined. An empty packet is a keepalive. For a single one there is `open_lone`.
         """
         total, last = _shape(length, segment_size)
-        if total == 1:
-            return self._open_single(cipher, length, headroom)
         after = total if count is None else first + count
         received = self._received(segment_size, headroom)
         counters = received.counters[first:after]
@@ -298,17 +334,6 @@ class ReceiveBuffer:
             authentic=authentic,
             failed=len(failed),
         )
-
-    def _open_single(self, cipher: ChaCha20Poly1305, length: int, headroom: int) -> Opened:
-        """Lone datagrams have any size: a layout for each would push out those of the batches."""
-        start = headroom + HEADER_SIZE
-        size = length - headroom - OVERHEAD
-        counter = _HEADER.unpack_from(self._memory, headroom)[2]
-        view = self.view
-        job = (_NONCE.pack(counter), view[start : start + size], view[start:length])
-        failed = len(open_rows(cipher, [job]))
-        counters = np.array([counter], np.uint64)
-        return Opened(start, length, size, size, 1, counters, np.array([not failed]), failed)
 
     def _received(self, segment_size: int, headroom: int) -> _Rows:
         key = (segment_size, headroom)
@@ -348,6 +373,8 @@ def open_rows(cipher: ChaCha20Poly1305, jobs: Sequence[_Job]) -> list[int]:
 
 _HEADER = struct.Struct("<IIQ")
 """type and reserved bytes, receiver index, counter (whitepaper, section 5.4.6)."""
+_CHANNEL_HEADER = struct.Struct(">HH")
+"""channel number, length of what follows (RFC 8656, section 12.4)."""
 _NONCE = struct.Struct("<4xQ")
 _NONCE_SIZE = 12
 
@@ -367,6 +394,7 @@ class _Rows:
         self._jobs: list[_Job] = []
         self.starts = column(memory, "<u8", headroom, stride, rows)  # type and receiver index
         self.counters = column(memory, "<u8", headroom + 8, stride, rows)
+        self.headers = column(memory, "<u4", 0, stride, rows)  # of a channel, where there is headroom
 
     def jobs(self, nonces: _Nonces, count: int) -> list[_Job]:
         """What to hand to the AEAD for the first `count` messages; views are made when they are first needed."""

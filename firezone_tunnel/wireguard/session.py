@@ -123,6 +123,18 @@ class Session:
                 return genuine
         return self._accept_each(numbers, genuine)
 
+    def accept_lone(self, counter: int | None) -> bool:
+        """`accept` for the one message of a datagram that came alone, None if it was forged; without NumPy, whose code
+        is rarely warm when packets are rare: that costs ten times what it does in a batch.
+        """
+        if counter is None:
+            self._counters.forged += 1
+            return False
+        if self._enter(counter):
+            return True
+        self._counters.replayed += 1
+        return False
+
     def close(self) -> None:
         """Let go of the keys. The cipher objects hold the only copies; nothing can be sealed or opened afterwards."""
         del self.seal_cipher, self.open_cipher
@@ -134,12 +146,7 @@ class Session:
     def _accept_each(self, numbers: Counters, genuine: Mask) -> Mask:
         fresh = np.zeros(len(numbers), np.bool_)
         for position, (number, is_genuine) in enumerate(zip(numbers.tolist(), genuine.tolist(), strict=True)):
-            if not is_genuine:
-                self._counters.forged += 1
-            elif self._enter(number):
-                fresh[position] = True
-            else:
-                self._counters.replayed += 1
+            fresh[position] = self.accept_lone(number if is_genuine else None)
         return fresh
 
     def _enter(self, number: int) -> bool:
