@@ -14,10 +14,10 @@ class DatagramBatch:
 
     They stand one after another from the start of `buffer`, `length` bytes in all, `segment_size` bytes each but
     the last, which may be shorter. A datagram that came alone has `segment_size == length`. The buffer is valid
-    until the receiver returns.
+    until the receiver returns. In each datagram, what matters starts after `headroom` bytes (a relay's channel header).
     """
 
-    __slots__ = ("buffer", "ecn", "length", "local", "segment_size", "source")
+    __slots__ = ("buffer", "ecn", "headroom", "length", "local", "segment_size", "source")
 
     def __init__(
         self,
@@ -27,6 +27,8 @@ class DatagramBatch:
         source: SocketAddress,
         local: SocketAddress,
         ecn: int = 0,
+        *,
+        headroom: int = 0,
     ) -> None:
         self.buffer = buffer
         self.length = length
@@ -34,6 +36,7 @@ class DatagramBatch:
         self.source = source
         self.local = local
         self.ecn = ecn
+        self.headroom = headroom
 
     @property
     def count(self) -> int:

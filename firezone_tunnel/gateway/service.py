@@ -34,8 +34,8 @@ class GatewayService(DeviceService):
     name = "gateway"
 
     def __init__(self, reactor: Any, config: DeviceConfig) -> None:
-        core = GatewayTunnel(entropy=os.urandom, now=boottime(), utc_now=utc(), slots=SlotPool())
-        super().__init__(reactor, config, core, role=messages.TOPIC, peer_field="cid", parse=messages.parse)
+        self._gateway = GatewayTunnel(entropy=os.urandom, now=boottime(), utc_now=utc(), slots=SlotPool())
+        super().__init__(reactor, config, self._gateway, role=messages.TOPIC, peer_field="cid", parse=messages.parse)
         self.ready: Deferred[None] = Deferred()
         self.failed: Deferred[FirezoneError] = Deferred()
         self._firewall = GatewayFirewall(
@@ -55,6 +55,8 @@ class GatewayService(DeviceService):
     def moved(self) -> None:
         """Unlike a client, a gateway keeps its key and its connections: it only takes other paths (decision 3)."""
         self.rebind()
+        self._gateway.restart_relays(boottime())
+        self._runtime.settle()
 
     def handle_event(self, event: Any) -> None:
         match event:

@@ -72,7 +72,11 @@ class IceCredentials(Record, frozen=True, kw_only=True):
 
 
 class Relay(Record, frozen=True, kw_only=True):
-    """One address of a relay; a dual-stack relay is two adjacent entries with one id."""
+    """One address of a relay; a dual-stack relay is two adjacent entries with one id.
+
+    A `realm` is ours, and told to our own peers only: it is what upstream's don't speak to, a standard TURN server.
+    None stands for the realm that the server names.
+    """
 
     id: str
     type: Literal["turn"] = "turn"
@@ -80,6 +84,11 @@ class Relay(Record, frozen=True, kw_only=True):
     username: str
     password: str
     expires_at: int
+    realm: str | msgspec.UnsetType | None = msgspec.UNSET
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError, so that a list leaves out an entry whose address is none."""
+        SocketAddress.parse(self.addr)
 
     @property
     def address(self) -> SocketAddress:

@@ -32,6 +32,7 @@ from firezone_tunnel.snownet.events import (
     ConnectionFailed,
     PathChanged,
 )
+from firezone_tunnel.snownet.relays import RelayAllocated, RelayFailed
 from firezone_tunnel.tun.device import DEFAULT_NAME, open_tun
 
 _PORTAL_EVENTS = 128  # spec/client-application.md, 0.3
@@ -223,6 +224,10 @@ class DeviceService(Service):
     def _handle_event(self, event: Any) -> None:
         if isinstance(event, ConnectionEvent):
             self._log_connection(event)
+        elif isinstance(event, RelayAllocated):
+            log.info("tunnel:relay_allocated", relay=event.rid, address=str(event.address))
+        elif isinstance(event, RelayFailed):
+            log.info("tunnel:relay_failed", relay=event.rid, reason=f"the relay {event.reason}")
         else:
             self.handle_event(event)
 

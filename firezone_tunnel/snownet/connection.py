@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from typing import ClassVar
-
-import attrs
 
 from firezone_tunnel.ice.agent import Agent, AgentState, Nominated
 from firezone_tunnel.ice.candidate import Candidate
 from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.sansio import Entropy, Releasable, SocketAddress, Timeout, Transmit, earliest
+from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
 from firezone_tunnel.snownet.directory import Directory
 from firezone_tunnel.snownet.events import (
     ConnectionEstablished,
@@ -21,10 +18,12 @@ from firezone_tunnel.snownet.events import (
     Role,
     Terms,
 )
+from firezone_tunnel.snownet.paths import Path, RelayedPath, direct_path
+from firezone_tunnel.snownet.relays import Relays
 from firezone_tunnel.stun.message import Message
 from firezone_tunnel.wireguard.handshake import CookieReply, HandshakeInitiation, HandshakeResponse, StaticKey
 from firezone_tunnel.wireguard.peer import Expired, Peer
-from firezone_tunnel.wireguard.seal import OVERHEAD, SlotPool, plan, seal_message, send_limit
+from firezone_tunnel.wireguard.seal import SlotPool, plan, seal_message, send_limit
 from firezone_tunnel.wireguard.session import Session
 
 NO_CANDIDATES_TIMEOUT = 10.0  # spec/data-plane.md, 0.3, this one and the next two
@@ -53,25 +52,6 @@ _NEXT = {
 }
 
 
-@attrs.frozen
-class DirectPath:
-    """Datagrams leave from one of our own addresses for one of the other side's."""
-
-    source: SocketAddress
-    destination: SocketAddress
-
-    name: ClassVar[str] = "direct"
-    headroom: ClassVar[int] = 0
-    """Bytes that the path needs before each datagram."""
-
-    def transmit(
-        self, payload: bytes | memoryview, *, segment_size: int = 0, ecn: int = 0, pooled: Releasable | None = None
-    ) -> Transmit:
-        return Transmit(
-            self.destination, payload, source=self.source, segment_size=segment_size, ecn=ecn, pooled=pooled
-        )
-
-
 class Connection:
     """What goes out is put into the node's outbox.
 
@@ -89,6 +69,7 @@ class Connection:
         *,
         key: StaticKey,
         directory: Directory,
+        relays: Relays,
         slots: SlotPool,
         outbox: Outbox,
         entropy: Entropy,
@@ -97,7 +78,7 @@ class Connection:
         self.cid = cid
         self.terms = terms
         self.state = State.CONNECTING
-        self.path: DirectPath | None = None
+        self.path: Path | None = None
         self.peer = Peer(
             local=key,
             remote_public_key=terms.remote_public_key,
@@ -111,6 +92,7 @@ class Connection:
             controlling=role is Role.CLIENT, local=terms.local, remote=terms.remote, entropy=entropy, now=now
         )
         self._is_client = role is Role.CLIENT
+        self._relays = relays
         self._slots = slots
         self._outbox = outbox
         self._created_at = now
@@ -181,7 +163,15 @@ class Connection:
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> bool:
         """False: the agent can't use it."""
-        return self.agent.add_remote_candidate(candidate, now)
+        if not self.agent.add_remote_candidate(candidate, now):
+            return False
+        self._relays.bind_channels(candidate, now)
+        return True
+
+    def relay_allocated(self, now: float) -> None:
+        """A relay gave us an address: let it forward what comes from the other side."""
+        for candidate in self.agent.remote_candidates:
+            self._relays.bind_channels(candidate, now)
 
     def settle(self, now: float, utc_now: float) -> None:
         """Let ICE and WireGuard act on what has happened, and put into the outbox what they have to say."""
@@ -197,7 +187,8 @@ class Connection:
         path = self.path
         if path is None:
             return  # a response to the other side's handshake waits until there is one
-        self._outbox.transmits.extend(path.transmit(datagram) for datagram in self.peer.transmits())
+        for datagram in self.peer.transmits():
+            self._send(path.send((datagram,), now=now), path)
         if self._has_had_session and not self._announced:
             self._announced = True
             event_ = ConnectionEstablished(self.cid, path.name, path.source, path.destination)
@@ -229,8 +220,10 @@ class Connection:
         session = self.peer.sending_session(now) if farewell and self.path is not None else None
         if session is not None and self.path is not None:
             sealed = seal_message(session.seal_cipher, session.peer_index, session.take_counters(1), farewell)
-            # Not from the path's source: on the way out of a network, that address may be gone already.
-            self._outbox.transmits.append(Transmit(self.path.destination, sealed))
+            transmit = self.path.send((sealed,), now=now)
+            if transmit is not None:
+                transmit.source = None  # on the way out of a network, that address may be gone already
+                self._outbox.transmits.append(transmit)
         self._lone.clear()
         self._waiting.clear()
         self.peer.close()
@@ -259,12 +252,27 @@ class Connection:
         agent = self.agent
         for event in agent.events():
             if isinstance(event, Nominated):
-                self._use(DirectPath(event.source, event.destination), now, utc_now)
+                self._use(self._path(event), now, utc_now)
             else:
                 self._disconnected_at = now if event.state is AgentState.DISCONNECTED else None
-        self._outbox.transmits.extend(agent.transmits())
+        for check in agent.transmits():
+            wrapped = self._relays.wrap(check, now)
+            if wrapped is not None:
+                self._outbox.transmits.append(wrapped)
 
-    def _use(self, path: DirectPath, now: float, utc_now: float) -> None:
+    def _path(self, nominated: Nominated) -> Path:
+        allocation = self._relays.at_relayed(nominated.source)
+        if allocation is None:
+            return direct_path(nominated)
+        return RelayedPath(nominated.source, nominated.destination, allocation)
+
+    def _send(self, transmit: Transmit | None, path: Path) -> None:
+        if transmit is not None:
+            self._outbox.transmits.append(transmit)
+        if isinstance(path, RelayedPath):
+            self._relays.touch(path.allocation)
+
+    def _use(self, path: Path, now: float, utc_now: float) -> None:
         """Move to a path. Nothing is lost on the way: sessions and packets that wait have nothing to do with paths."""
         if path == self.path:
             return
@@ -315,7 +323,7 @@ class Connection:
             self.encapsulate(packet, now)
         self.flush(now)
 
-    def _gather(self, packet: SuperPacket, path: DirectPath, now: float) -> None:
+    def _gather(self, packet: SuperPacket, path: Path, now: float) -> None:
         """Collect lone packets for one send, as long as they come in one size and with one ECN."""
         lone = self._lone
         if lone:
@@ -328,9 +336,8 @@ class Connection:
         self._lone = [packet]
         self._lone_limit = send_limit(len(packet.data), path.headroom)
 
-    def _send_run(self, packet: SuperPacket, session: Session, path: DirectPath, now: float) -> None:
+    def _send_run(self, packet: SuperPacket, session: Session, path: Path, now: float) -> None:
         headroom = path.headroom
-        transmits = self._outbox.transmits
         sent = 0
         for first, count in plan(packet, headroom):
             slot = self._slots.borrow()
@@ -346,27 +353,26 @@ class Connection:
                 count=count,
                 headroom=headroom,
             )
-            transmits.append(path.transmit(payload, segment_size=size, ecn=packet.ecn, pooled=slot))
+            self._send(path.send_run(payload, segment_size=size, ecn=packet.ecn, pooled=slot, now=now), path)
             sent += count
         if sent:
             self.peer.sent_data(session, sent, now)
 
-    def _send_lone(self, packets: list[SuperPacket], session: Session, path: DirectPath, now: float) -> None:
+    def _send_lone(self, packets: list[SuperPacket], session: Session, path: Path, now: float) -> None:
         count = len(packets)
         first = session.take_counters(count)
         slot = None
         if count >= _MIN_POOLED and self._slots.free > _RESERVED_SLOTS:
             slot = self._slots.borrow()
-        payload: bytes | memoryview
+        ecn = packets[0].ecn
         if slot is not None:
             payload, size = slot.seal_lone(
                 session.seal_cipher, session.peer_index, first, packets, headroom=path.headroom
             )
+            self._send(path.send_run(payload, segment_size=size, ecn=ecn, pooled=slot, now=now), path)
         else:
-            payload = b"".join(_sealed(packet, session, first + index) for index, packet in enumerate(packets))
-            size = OVERHEAD + len(packets[0].data) if count > 1 else 0
-        transmit = path.transmit(payload, segment_size=size, ecn=packets[0].ecn, pooled=slot)
-        self._outbox.transmits.append(transmit)
+            sealed = [_sealed(packet, session, first + index) for index, packet in enumerate(packets)]
+            self._send(path.send(sealed, now=now, ecn=ecn), path)
         self.peer.sent_data(session, count, now)
 
 

@@ -9,6 +9,7 @@ import attrs
 
 from firezone_tunnel.ice.agent import Credentials
 from firezone_tunnel.sansio import SocketAddress, Transmit
+from firezone_tunnel.snownet.relays import RelayAllocated, RelayFailed
 
 
 class Role(enum.Enum):
@@ -46,7 +47,7 @@ class InvalidatedCandidates:
 
 @attrs.frozen
 class ConnectionEstablished:
-    """There is a path, and keys for it. `path` is how it leads: "direct"."""
+    """There is a path, and keys for it. `path` is how it leads: "direct" or "relayed"."""
 
     cid: str
     path: str
@@ -80,7 +81,8 @@ class ConnectionClosed:
 
 
 ConnectionEvent = ConnectionEstablished | PathChanged | ConnectionFailed | ConnectionClosed
-NodeEvent = ConnectionEvent | NewCandidates | InvalidatedCandidates
+RelayNews = RelayAllocated | RelayFailed
+NodeEvent = ConnectionEvent | RelayNews | NewCandidates | InvalidatedCandidates
 
 
 @attrs.define
@@ -91,6 +93,8 @@ class NodeCounters:
     """Transport messages for a session that we don't have (any longer)."""
     unknown_peers: int = 0
     """Handshakes of somebody the portal told us nothing about."""
+    unbound_channels: int = 0
+    """Channel data on a channel that stands for nobody."""
     unmatched_stun: int = 0
     unrecognized: int = 0
     """Datagrams that are neither STUN nor WireGuard."""
@@ -111,5 +115,5 @@ class Outbox:
     """Where the connections of a node put what leaves it."""
 
     transmits: deque[Transmit] = attrs.field(factory=deque)
-    events: deque[ConnectionEvent] = attrs.field(factory=deque)
+    events: deque[ConnectionEvent | RelayNews] = attrs.field(factory=deque)
     counters: NodeCounters = attrs.field(factory=NodeCounters)

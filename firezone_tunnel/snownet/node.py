@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.ice.agent import Credentials
-from firezone_tunnel.ice.candidate import Candidate, parse_sdp
+from firezone_tunnel.ice.candidate import Candidate, CandidateKind, parse_sdp
 from firezone_tunnel.packet.coalesce import Arena, coalesce
 from firezone_tunnel.packet.rewrite import CE, mark_congestion
-from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit
+from firezone_tunnel.packet.superpacket import SuperPacket, parse
+from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
 from firezone_tunnel.snownet.connection import Connection, State
 from firezone_tunnel.snownet.deadlines import Deadlines
 from firezone_tunnel.snownet.directory import Directory
@@ -26,10 +26,14 @@ from firezone_tunnel.snownet.events import (
     Role,
     Terms,
 )
+from firezone_tunnel.snownet.relays import RelayAllocated, Relays, RelayTerms
 from firezone_tunnel.stun import message as stun
+from firezone_tunnel.turn.allocation import Allocation
+from firezone_tunnel.turn.events import CandidateFound, CandidateLost
 from firezone_tunnel.wireguard.cookie import Doorman
 from firezone_tunnel.wireguard.handshake import HandshakeInitiation, StaticKey, open_static
 from firezone_tunnel.wireguard.seal import SlotPool
+from firezone_tunnel.wireguard.session import Session
 
 _TIMER_SLACK = 1.0
 """Seconds after which a connection's timers are looked at when packets went through it. Packets only set timers that
@@ -83,6 +87,16 @@ class Node:
             for address in new:
                 self._offer(connection, Candidate.host(address), now)
             self._deadlines.no_later_than(connection, now, "other local addresses")
+
+    def update_relays(self, gone: Iterable[str], connected: Iterable[RelayTerms], now: float) -> None:
+        """Use other relays: some are gone, these are there (2.10)."""
+        self._relays.update(gone, connected, now)
+        self._follow_relays(now)
+
+    def restart_relays(self, now: float) -> None:
+        """The sockets are others now: what the relays granted to the old ones is of no use."""
+        self._relays.restart(now)
+        self._follow_relays(now)
 
     def upsert_connection(
         self,
@@ -150,11 +164,12 @@ class Node:
         WireGuard messages may come over any path: their keys say whose they are (2.7).
         """
         self._arena.reset()
-        receiver = batch.buffer.common_receiver(length=batch.length, segment_size=batch.segment_size)
-        if receiver is None:
-            return self._handle_mixed(batch, now, utc_now)
-        received = self._open(batch, receiver, 0, batch.count, now, utc_now)
-        return [] if received is None else [received]
+        allocation = self._relays.at_socket(batch.source)
+        if allocation is None:
+            return self._handle(batch, now, utc_now)
+        received = self._handle_from_relay(allocation, batch, now, utc_now)
+        self._follow_relays(now)
+        return received
 
     def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float) -> None:
         """Send a packet, at the latest on `flush`. While there is no way yet, a client keeps it, a gateway drops it."""
@@ -179,6 +194,7 @@ class Node:
         transmits = self._outbox.transmits
         while transmits:
             yield transmits.popleft()
+        yield from self._relays.transmits()
 
     def events(self) -> Iterator[NodeEvent]:
         """What has happened; the candidates for each peer come together, the best first."""
@@ -191,9 +207,11 @@ class Node:
             yield NewCandidates(cid, new)
 
     def next_timeout(self) -> Timeout | None:
-        return self._deadlines.first()
+        return earliest((self._deadlines.first(), self._relays.next_timeout()))
 
     def handle_timeout(self, now: float, utc_now: float) -> None:
+        self._relays.handle_timeout(now)
+        self._follow_relays(now)
         for connection in self._deadlines.due(now):
             connection.handle_timeout(now, utc_now)
             self._settle(connection, now, utc_now)
@@ -210,10 +228,17 @@ class Node:
         self._key.wipe()
         self._begin()
 
+    def close(self, now: float, *, farewell: bytes = b"") -> None:
+        """End all connections, and give back what relays have granted."""
+        for cid in list(self._connections):
+            self.close_connection(cid, now, farewell=farewell)
+        self._relays.close()
+
     def _begin(self) -> None:
         self._key = StaticKey.generate(self._entropy)
         self._doorman = Doorman(self._key, self._entropy)
         self._directory = Directory(self._entropy, worker=self._worker)
+        self._relays = Relays(self._entropy)
         self._connections: dict[str, Connection] = {}
         self._deadlines: Deadlines[Connection] = Deadlines()
         self._unflushed: dict[Connection, None] = {}
@@ -227,6 +252,7 @@ class Node:
             terms,
             key=self._key,
             directory=self._directory,
+            relays=self._relays,
             slots=self._slots,
             outbox=self._outbox,
             entropy=self._entropy,
@@ -237,8 +263,8 @@ class Node:
             self._drop(previous, now)
         self._connections[cid] = connection
         self._directory.add(connection)
-        for address in self._addresses:
-            self._offer(connection, Candidate.host(address), now)
+        for candidate in (*map(Candidate.host, self._addresses), *self._relays.candidates()):
+            self._offer(connection, candidate, now)
         return connection
 
     def _drop(self, connection: Connection, now: float, farewell: bytes = b"") -> None:
@@ -264,11 +290,38 @@ class Node:
             self._new.setdefault(connection.cid, {})[added] = None
 
     def _invalidate(self, connection: Connection, base: SocketAddress, now: float) -> None:
-        agent = connection.agent
-        for present in agent.local_candidates:
-            if present.base == base and agent.remove_local_candidate(present, now):
+        """One of our own addresses is gone, and every candidate that was sent from it."""
+        for present in connection.agent.local_candidates:
+            if present.base == base:
+                self._withdraw(connection, present, now)
+
+    def _withdraw(self, connection: Connection, candidate: Candidate, now: float) -> None:
+        for present in connection.agent.local_candidates:
+            if present.identity == candidate.identity and present.base == candidate.base:
+                connection.agent.remove_local_candidate(present, now)
                 self._new.get(connection.cid, {}).pop(present, None)
                 self._invalidated.setdefault(connection.cid, {})[present] = None
+
+    def _follow_relays(self, now: float) -> None:
+        """Tell the connections what the relays found, and took away."""
+        for event in self._relays.events():
+            match event:
+                case CandidateFound(candidate) if candidate.kind is not CandidateKind.HOST:
+                    for connection in self._connections.values():
+                        self._offer(connection, candidate, now)
+                        self._deadlines.no_later_than(connection, now, "another candidate")
+                case CandidateLost(candidate) if candidate.kind is not CandidateKind.HOST:
+                    for connection in self._connections.values():
+                        self._withdraw(connection, candidate, now)
+                        self._deadlines.no_later_than(connection, now, "one candidate less")
+                case CandidateFound() | CandidateLost():
+                    pass  # our own addresses are the host's to tell
+                case RelayAllocated():
+                    for connection in self._connections.values():
+                        connection.relay_allocated(now)
+                    self._outbox.events.append(event)
+                case _:
+                    self._outbox.events.append(event)
 
     def _announce(self, connection: Connection) -> None:
         for candidate in connection.agent.local_candidates:
@@ -283,22 +336,57 @@ class Node:
         if connection is None or session is None:
             self.counters.unknown_sessions += count
             return None
-        buffer = batch.buffer
-        opened = buffer.open(
-            session.open_cipher, length=batch.length, segment_size=batch.segment_size, first=first, count=count
-        )
-        fresh = session.accept(opened.counters, opened.authentic)
-        if b"\1" not in fresh.tobytes():
+        if count == 1:
+            packets, payload_size = self._open_lone(batch, session, first)
+        else:
+            packets, payload_size = self._open_run(batch, session, first, count)
+        if packets is None:
             return None
         unconfirmed = not session.confirmed
-        payload_size = opened.size if count > 1 else opened.last_size
         connection.peer.received_data(session, payload_size, now)
         # Everything else that a batch changes can wait: only timers (see above) and counters.
-        if unconfirmed or not payload_size or not connection.received(now):
+        woken = payload_size > 0 and not connection.received(now)
+        if woken or unconfirmed or not payload_size:
             self._settle(connection, now, utc_now)
         if not payload_size:
             return None
         self._deadlines.no_later_than(connection, now + _TIMER_SLACK, "timers after receiving")
+        if batch.ecn == CE:
+            for packet in packets:
+                mark_congestion(packet)
+        return Received(connection.cid, packets)
+
+    def _open_lone(self, batch: DatagramBatch, session: Session, index: int) -> tuple[list[SuperPacket] | None, int]:
+        """The packet in one datagram, and its size; None if the message is forged or a replay."""
+        start = index * batch.segment_size
+        length = min(batch.segment_size, batch.length - start)
+        data, counter = batch.buffer.open_lone(session.open_cipher, length=length, start=start, headroom=batch.headroom)
+        if not session.accept_lone(counter):
+            return None, 0
+        packet = parse(data) if data else None
+        if packet is not None:
+            return [packet], len(data)
+        if data:
+            self.counters.malformed_packets += 1
+        return [], len(data)
+
+    def _open_run(
+        self, batch: DatagramBatch, session: Session, first: int, count: int
+    ) -> tuple[list[SuperPacket] | None, int]:
+        """The packets in `count` datagrams, merged, and the size of one; None if no message is authentic and new."""
+        buffer = batch.buffer
+        opened = buffer.open(
+            session.open_cipher,
+            length=batch.length,
+            segment_size=batch.segment_size,
+            headroom=batch.headroom,
+            first=first,
+            count=count,
+        )
+        fresh = session.accept(opened.counters, opened.authentic)
+        if b"\1" not in fresh.tobytes():
+            return None, 0
+        rejected = self._arena.rejected
         packets = coalesce(
             buffer.view,
             offset=opened.offset,
@@ -309,24 +397,61 @@ class Node:
             arena=self._arena,
             keep=fresh,
         )
-        if batch.ecn == CE:
-            for packet in packets:
-                mark_congestion(packet)
-        return Received(connection.cid, packets)
+        self.counters.malformed_packets += self._arena.rejected - rejected
+        return packets, opened.size
 
-    def _handle_mixed(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
+    def _handle(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
+        """Take in datagrams of a peer."""
+        receiver = batch.buffer.common_receiver(
+            length=batch.length, segment_size=batch.segment_size, headroom=batch.headroom
+        )
+        if receiver is None:
+            return self._handle_mixed(batch, 0, batch.count, now, utc_now)
+        received = self._open(batch, receiver, 0, batch.count, now, utc_now)
+        return [] if received is None else [received]
+
+    def _handle_from_relay(
+        self, allocation: Allocation, batch: DatagramBatch, now: float, utc_now: float
+    ) -> list[Received]:
+        """Take in what came from a relay: mostly what peers sent, on one channel each."""
+        channel = batch.buffer.common_channel(length=batch.length, segment_size=batch.segment_size)
+        if channel is not None:
+            inner = self._relays.unwrap(allocation, batch, channel, now)
+            if inner is None:
+                self.counters.unbound_channels += batch.count
+                return []
+            return self._handle(inner, now, utc_now)
+        received: list[Received] = []
+        for index in range(batch.count):
+            channel = batch.buffer.channel(index, length=batch.length, segment_size=batch.segment_size)
+            inner = None if channel is None else self._relays.unwrap(allocation, batch, channel, now)
+            if inner is not None:
+                received += self._handle_mixed(inner, index, index + 1, now, utc_now)
+            elif channel is not None:
+                self.counters.unbound_channels += 1
+            elif not self._is_relays_answer(allocation, batch, index, now):
+                # Somebody behind the relay's address who isn't the relay (decision 4).
+                received += self._handle_mixed(batch, index, index + 1, now, utc_now)
+        return received
+
+    def _is_relays_answer(self, allocation: Allocation, batch: DatagramBatch, index: int, now: float) -> bool:
+        message = stun.parse(self._datagram(batch, index))
+        if message is None:
+            return False
+        return self._relays.handle_message(allocation, message, batch.source, batch.local, now)
+
+    def _handle_mixed(
+        self, batch: DatagramBatch, first: int, after_last: int, now: float, utc_now: float
+    ) -> list[Received]:
         """Take in datagrams that are not all messages of one session, each run of those together."""
         received: list[Received] = []
-        count, size = batch.count, batch.segment_size
-        first = 0
-        while first < count:
+        while first < after_last:
             receiver = self._receiver(batch, first)
             after = first + 1
             if receiver is None:
-                datagram = batch.buffer.view[first * size : min(after * size, batch.length)]
-                self._handle_control(datagram, batch, now, utc_now)
+                self._handle_control(self._datagram(batch, first), batch, now, utc_now)
             else:
-                while after < count and self._receiver(batch, after) == receiver:
+                while after < after_last and self._receiver(batch, after) == receiver:
                     after += 1
                 opened = self._open(batch, receiver, first, after - first, now, utc_now)
                 if opened is not None:
@@ -336,7 +461,14 @@ class Node:
 
     @staticmethod
     def _receiver(batch: DatagramBatch, index: int) -> int | None:
-        return batch.buffer.receiver(index, length=batch.length, segment_size=batch.segment_size)
+        return batch.buffer.receiver(
+            index, length=batch.length, segment_size=batch.segment_size, headroom=batch.headroom
+        )
+
+    @staticmethod
+    def _datagram(batch: DatagramBatch, index: int) -> memoryview:
+        start = index * batch.segment_size
+        return batch.buffer.view[start + batch.headroom : min(start + batch.segment_size, batch.length)]
 
     def _handle_control(self, datagram: memoryview, batch: DatagramBatch, now: float, utc_now: float) -> None:
         message = stun.parse(datagram)
@@ -358,7 +490,9 @@ class Node:
             self.counters.unrecognized += 1
             return None
         if isinstance(message, bytes):
-            self._outbox.transmits.append(Transmit(batch.source, message, source=batch.local))
+            reply = self._relays.wrap(Transmit(batch.source, message, source=batch.local), now)
+            if reply is not None:
+                self._outbox.transmits.append(reply)
             return None
         if isinstance(message, HandshakeInitiation):
             connection = self._initiator(message)
@@ -380,7 +514,8 @@ def _take(waiting: dict[str, dict[Candidate, None]]) -> Iterator[tuple[str, tupl
     while waiting:
         cid = next(iter(waiting))
         candidates = waiting.pop(cid)
-        yield cid, tuple(one.to_sdp() for one in sorted(candidates, key=_best_first))
+        if candidates:
+            yield cid, tuple(one.to_sdp() for one in sorted(candidates, key=_best_first))
 
 
 def _best_first(candidate: Candidate) -> int:

@@ -15,7 +15,7 @@ from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.ice.agent import Credentials
 from firezone_tunnel.messages import client as messages
-from firezone_tunnel.messages.common import IceCredentials, Interface, Network
+from firezone_tunnel.messages.common import IceCredentials, Interface, Network, NoRelays, RelaysPresence
 from firezone_tunnel.packet.rewrite import Refusal, icmp_error
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
@@ -26,12 +26,15 @@ from firezone_tunnel.snownet.events import (
     ConnectionFailed,
     InvalidatedCandidates,
     NewCandidates,
+    RelayNews,
     Role,
 )
 from firezone_tunnel.snownet.node import Node
+from firezone_tunnel.snownet.relays import RelayFailed
 from firezone_tunnel.tunnel import control
 from firezone_tunnel.tunnel.gateways import Gateways
 from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
+from firezone_tunnel.tunnel.relays import relay_terms
 from firezone_tunnel.tunnel.resources import ActiveResource, ResourceTable, ResourceView, SiteStatuses
 from firezone_tunnel.tunnel.waiting import WaitingPackets
 from firezone_tunnel.wireguard.seal import SlotPool
@@ -84,7 +87,7 @@ class FlowIgnored:
     reason: str
 
 
-ClientEvent = ToPortal | TunConfigChanged | ResourcesChanged | FlowRefused | FlowIgnored | ConnectionEvent
+ClientEvent = ToPortal | TunConfigChanged | ResourcesChanged | FlowRefused | FlowIgnored | ConnectionEvent | RelayNews
 """Of connection events, `cid` is the gateway's id."""
 
 
@@ -209,6 +212,8 @@ class ClientTunnel:
             case messages.InvalidateIceCandidates():
                 for candidate in message.candidates:
                     self.node.remove_remote_candidate(message.gateway_id, candidate, now)
+            case RelaysPresence():
+                self.node.update_relays(message.disconnected_ids, relay_terms(message.connected), now)
         self._follow_node()
         self._publish()
 
@@ -232,9 +237,7 @@ class ClientTunnel:
 
     def close(self, now: float) -> None:
         """Say goodbye to every gateway: what `transmits` gives after this is the last."""
-        farewell = control.encode(control.Goodbye())
-        for gateway in self._gateways.all():
-            self.node.close_connection(gateway.id, now, farewell=farewell)
+        self.node.close(now, farewell=control.encode(control.Goodbye()))
         self._follow_node()
 
     def transmits(self) -> Iterator[Transmit]:
@@ -280,6 +283,7 @@ class ClientTunnel:
         self._set_interface(init.interface)
         for rid in self._resources.set(init.resources):
             self._forget_flow(rid, now)
+        self.node.update_relays((), relay_terms(init.relays), now)
         self.node.announce()
         for rid in self._wanted_again:
             if self._resources.get(rid) is not None and self._gateways.serving(rid) is None:
@@ -361,6 +365,8 @@ class ClientTunnel:
                 case ConnectionFailed(gid) | ConnectionClosed(gid):
                     self._gateways.remove(gid)
                     self._sites.disconnected(gid)
+                case RelayFailed(is_last=True) if self._is_joined:
+                    self._events.append(ToPortal(NoRelays()))
             self._events.append(event)
             self._publish()
 

@@ -15,14 +15,16 @@ from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.ice.agent import Credentials
 from firezone_tunnel.messages import gateway as messages
-from firezone_tunnel.messages.common import Authorization, IceCredentials, Interface
+from firezone_tunnel.messages.common import Authorization, IceCredentials, Interface, NoRelays, RelaysPresence
 from firezone_tunnel.packet.rewrite import Refusal, icmp_error, is_icmp_error
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
-from firezone_tunnel.snownet.events import ConnectionEvent, InvalidatedCandidates, NewCandidates, Role
+from firezone_tunnel.snownet.events import ConnectionEvent, InvalidatedCandidates, NewCandidates, RelayNews, Role
 from firezone_tunnel.snownet.node import Node
+from firezone_tunnel.snownet.relays import RelayFailed
 from firezone_tunnel.tunnel import control
 from firezone_tunnel.tunnel.clients import Client, UnsupportedResource
+from firezone_tunnel.tunnel.relays import relay_terms
 from firezone_tunnel.wireguard.seal import SlotPool
 
 _EXPIRY_CHECK_INTERVAL = 60.0
@@ -71,7 +73,7 @@ class FlowEnded:
     reason: str
 
 
-GatewayEvent = InterfaceChanged | ToPortal | FlowAuthorized | FlowIgnored | FlowEnded | ConnectionEvent
+GatewayEvent = InterfaceChanged | ToPortal | FlowAuthorized | FlowIgnored | FlowEnded | ConnectionEvent | RelayNews
 """Of connection events, `cid` is the client's id."""
 
 
@@ -190,6 +192,8 @@ class GatewayTunnel:
             case messages.InvalidateIceCandidates():
                 for candidate in message.candidates:
                     self.node.remove_remote_candidate(message.client_id, candidate, now)
+            case RelaysPresence():
+                self.node.update_relays(message.disconnected_ids, relay_terms(message.connected), now)
         self._follow_node()
 
     def set_local_addresses(self, addresses: Sequence[SocketAddress], now: float) -> None:
@@ -197,10 +201,14 @@ class GatewayTunnel:
         self.node.set_local_addresses(addresses, now)
         self._follow_node()
 
+    def restart_relays(self, now: float) -> None:
+        """The sockets are others now, and the relays know nothing of them."""
+        self.node.restart_relays(now)
+        self._follow_node()
+
     def close(self, now: float) -> None:
         """Say goodbye to every client: what `transmits` gives after this is the last."""
-        for cid in self._clients:
-            self.node.close_connection(cid, now, farewell=control.encode(control.Goodbye()))
+        self.node.close(now, farewell=control.encode(control.Goodbye()))
         self._follow_node()
 
     def transmits(self) -> Iterator[Transmit]:
@@ -233,6 +241,7 @@ class GatewayTunnel:
             self._events.append(InterfaceChanged(init.interface.ipv4, init.interface.ipv6))
         self._retain(init.authorizations, now)
         self._schedule_expiry(now)
+        self.node.update_relays((), relay_terms(init.relays), now)
         self.node.announce()
 
     def _retain(self, authorizations: Sequence[Authorization], now: float) -> None:
@@ -320,6 +329,8 @@ class GatewayTunnel:
                     self._tell_portal(messages.BroadcastIceCandidates, cid, candidates)
                 case InvalidatedCandidates(cid, candidates):
                     self._tell_portal(messages.BroadcastInvalidatedIceCandidates, cid, candidates)
+                case RelayFailed(is_last=True) if self._is_joined:
+                    self._events += [event, ToPortal(NoRelays())]
                 case _:
                     self._events.append(event)
 

@@ -1,0 +1,118 @@
+"""The ways that datagrams can take to a peer: from a socket of ours, or through a relay (spec/data-plane.md, 2.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import attrs
+
+from firezone_tunnel.ice.agent import Nominated
+from firezone_tunnel.ice.candidate import CandidateKind
+from firezone_tunnel.packet.layout import column
+from firezone_tunnel.sansio import Releasable, SocketAddress, Transmit
+from firezone_tunnel.turn.allocation import Allocation
+from firezone_tunnel.turn.channel import HEADER, HEADER_SIZE
+
+
+class Path(Protocol):
+    """Where datagrams go. What can't leave is dropped: the path has no channel yet, or none any more."""
+
+    @property
+    def name(self) -> str:
+        """How it leads: "direct" or "relayed"."""
+
+    @property
+    def source(self) -> SocketAddress:
+        """The address that the peer sees, or our own before a NAT."""
+
+    @property
+    def destination(self) -> SocketAddress: ...
+
+    @property
+    def headroom(self) -> int:
+        """Bytes that the path needs before each datagram of `send_run`."""
+
+    def send(self, datagrams: Sequence[bytes], *, now: float, ecn: int = 0) -> Transmit | None:
+        """Send datagrams of one size, the last may be shorter."""
+
+    def send_run(
+        self, payload: memoryview, *, segment_size: int, ecn: int, pooled: Releasable, now: float
+    ) -> Transmit | None:
+        """Send sealed datagrams that stand in a row, each with the path's headroom before it; `segment_size` counts it,
+        and is 0 where there is only one. A payload that can't leave is released.
+        """
+
+
+@attrs.frozen
+class DirectPath:
+    """Datagrams leave from one of our own addresses, for one of the peer's or for the peer's relay."""
+
+    source: SocketAddress
+    destination: SocketAddress
+    name: str = attrs.field(default="direct", eq=False)
+
+    headroom: ClassVar[int] = 0
+
+    def send(self, datagrams: Sequence[bytes], *, now: float, ecn: int = 0) -> Transmit | None:
+        size = len(datagrams[0]) if len(datagrams) > 1 else 0
+        payload = b"".join(datagrams) if size else datagrams[0]
+        return Transmit(self.destination, payload, source=self.source, segment_size=size, ecn=ecn)
+
+    def send_run(
+        self, payload: memoryview, *, segment_size: int, ecn: int, pooled: Releasable, now: float
+    ) -> Transmit | None:
+        return Transmit(
+            self.destination, payload, source=self.source, segment_size=segment_size, ecn=ecn, pooled=pooled
+        )
+
+
+@attrs.frozen
+class RelayedPath:
+    """Datagrams go to our relay on a channel; it sends them on from the address `source` that it gave us."""
+
+    source: SocketAddress
+    destination: SocketAddress
+    allocation: Allocation = attrs.field(repr=False)
+
+    name: ClassVar[str] = "relayed"
+    headroom: ClassVar[int] = HEADER_SIZE
+
+    def send(self, datagrams: Sequence[bytes], *, now: float, ecn: int = 0) -> Transmit | None:
+        channel = self._channel(now)
+        relay = self.allocation.active_socket
+        if channel is None or relay is None:
+            return None
+        size = HEADER_SIZE + len(datagrams[0]) if len(datagrams) > 1 else 0
+        payload = b"".join(HEADER.pack(channel, len(datagram)) + datagram for datagram in datagrams)
+        return Transmit(relay, payload, segment_size=size, ecn=ecn)
+
+    def send_run(
+        self, payload: memoryview, *, segment_size: int, ecn: int, pooled: Releasable, now: float
+    ) -> Transmit | None:
+        channel = self._channel(now)
+        relay = self.allocation.active_socket
+        if channel is None or relay is None:
+            pooled.release()
+            return None
+        size = segment_size or len(payload)
+        count = -(-len(payload) // size)
+        column(payload, ">u4", 0, size, count)[:] = channel << 16 | size - HEADER_SIZE
+        last = (count - 1) * size
+        HEADER.pack_into(payload, last, channel, len(payload) - last - HEADER_SIZE)
+        return Transmit(relay, payload, segment_size=segment_size, ecn=ecn, pooled=pooled)
+
+    def _channel(self, now: float) -> int | None:
+        allocation = self.allocation
+        channel = allocation.channel_to(self.destination, now)
+        if channel is None:
+            allocation.bind_channel(self.destination, now)
+        else:
+            allocation.sent_channel_data(now)
+        return channel
+
+
+def direct_path(nominated: Nominated) -> DirectPath:
+    """The way from a socket of our own; where the peer is at a relay, it counts as relayed."""
+    is_relayed = nominated.remote.kind is CandidateKind.RELAYED
+    return DirectPath(nominated.source, nominated.destination, "relayed" if is_relayed else "direct")

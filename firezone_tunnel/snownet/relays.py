@@ -1,0 +1,245 @@
+"""The relays of a node: their allocations, the candidates that they give, and what goes through them.
+
+spec/data-plane.md, 2.4, 2.7, 2.10 and 3. Every connection gets the candidates of all relays (decision 3).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import attrs
+
+from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.ice.candidate import Candidate, CandidateKind
+from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit
+from firezone_tunnel.snownet.deadlines import Deadlines
+from firezone_tunnel.stun.message import Message
+from firezone_tunnel.turn.allocation import FIREZONE_REALM, Allocation
+from firezone_tunnel.turn.channel import HEADER_SIZE, encode_channel_data
+from firezone_tunnel.turn.events import CandidateFound, CandidateLost, Failed
+
+MAX_RELAYS = 4  # the two that the portal names, and two of before that connections may still use
+_TIMER_SLACK = 1.0
+
+
+@attrs.frozen
+class RelayTerms:
+    """What the portal told about a relay. A `realm` of None is for a standard TURN server, which names its own."""
+
+    rid: str
+    ipv4: SocketAddress | None
+    ipv6: SocketAddress | None
+    username: str
+    password: str = attrs.field(repr=False)
+    realm: str | None = FIREZONE_REALM
+
+
+@attrs.frozen
+class RelayFailed:
+    """A relay is of no use. `is_last`: there is none left."""
+
+    rid: str
+    reason: str
+    is_last: bool
+
+
+@attrs.frozen
+class RelayAllocated:
+    """A relay gave us an address."""
+
+    rid: str
+    address: SocketAddress
+
+
+RelayEvent = CandidateFound | CandidateLost | RelayFailed | RelayAllocated
+
+
+class Relays:
+    """Drain `transmits` and `events` after each call that may have changed something."""
+
+    def __init__(self, entropy: Entropy) -> None:
+        self._entropy = entropy
+        self._allocations: dict[str, Allocation] = {}
+        self._terms: dict[str, RelayTerms] = {}
+        self._by_socket: dict[SocketAddress, Allocation] = {}
+        self._by_relayed: dict[SocketAddress, Allocation] = {}
+        self._deadlines: Deadlines[Allocation] = Deadlines()
+        self._touched: dict[Allocation, None] = {}
+        self._transmits: deque[Transmit] = deque()
+        self._events: deque[RelayEvent] = deque()
+        self.at_socket = self._by_socket.get
+        """The allocation at the relay with this socket address, or None."""
+        self.at_relayed = self._by_relayed.get
+        """The allocation that this relayed address of ours belongs to, or None."""
+
+    def __bool__(self) -> bool:
+        return bool(self._allocations)
+
+    def update(self, gone: Iterable[str], connected: Iterable[RelayTerms], now: float) -> None:
+        """Drop relays, then have these as well; those that stay are asked whether they still know us (2.10)."""
+        for rid in gone:
+            self._drop(rid)
+        present = list(self._allocations)
+        named: dict[str, None] = {}
+        for terms in connected:
+            named[terms.rid] = None
+            if self._terms.get(terms.rid) != terms:
+                self._drop(terms.rid)
+                self._add(terms, now)
+        for rid in present:
+            if rid in self._allocations and rid not in named and len(self._allocations) > MAX_RELAYS:
+                self._drop(rid)
+        for rid in present:
+            allocation = self._allocations.get(rid)
+            if allocation is not None:
+                allocation.refresh(now)
+                self._touched[allocation] = None
+
+    def restart(self, now: float) -> None:
+        """The network changed: the same relays, anew."""
+        for allocation in self._allocations.values():
+            allocation.restart(now)
+            self._touched[allocation] = None
+
+    def close(self) -> None:
+        """Give all allocations back; what `transmits` has afterwards is the last."""
+        for rid, allocation in list(self._allocations.items()):
+            farewell = allocation.close()
+            if farewell is not None:
+                self._transmits.append(farewell)
+            self._forget(rid)
+
+    def candidates(self) -> list[Candidate]:
+        """Reflexive and relayed candidates for a new connection, the relayed last."""
+        found = [one for allocation in self._allocations.values() for one in allocation.candidates]
+        return sorted((one for one in found if one.kind is not CandidateKind.HOST), key=_best_first)
+
+    def bind_channels(self, remote: Candidate, now: float) -> None:
+        """Let every relay forward what comes from this remote address, before it is needed (2.4.7)."""
+        if remote.kind is CandidateKind.HOST:
+            return
+        for allocation in self._allocations.values():
+            allocation.bind_channel(remote.address, now)
+            self._touched[allocation] = None
+
+    def wrap(self, transmit: Transmit, now: float) -> Transmit | None:
+        """A check that an agent wants to send: as channel data where it leaves from a relayed address of ours.
+
+        None where there is no channel yet; it is asked for, and the next check will find it.
+        """
+        allocation = None if transmit.source is None else self._by_relayed.get(transmit.source)
+        if allocation is None:
+            return transmit
+        self._touched[allocation] = None
+        channel = allocation.channel_to(transmit.destination, now)
+        if channel is None or allocation.active_socket is None:
+            allocation.bind_channel(transmit.destination, now)
+            return None
+        allocation.sent_channel_data(now)
+        return Transmit(allocation.active_socket, encode_channel_data(channel, transmit.payload))
+
+    def touch(self, allocation: Allocation) -> None:
+        """Something was done to it: look at its timers and at what it wants to send."""
+        self._touched[allocation] = None
+
+    def unwrap(self, allocation: Allocation, batch: DatagramBatch, channel: int, now: float) -> DatagramBatch | None:
+        """Channel data on one channel, as if it had come from the peer itself; None if that channel isn't bound."""
+        peer = allocation.peer_of(channel, now)
+        self._deadlines.no_later_than(allocation, now + _TIMER_SLACK, "turn:timers after receiving")
+        relayed = None if peer is None else allocation.relayed(peer.is_ipv6)
+        if peer is None or relayed is None:
+            return None
+        return DatagramBatch(
+            batch.buffer, batch.length, batch.segment_size, peer, relayed, batch.ecn, headroom=HEADER_SIZE
+        )
+
+    def handle_message(
+        self, allocation: Allocation, message: Message, source: SocketAddress, local: SocketAddress, now: float
+    ) -> bool:
+        """A STUN message from the relay itself. False: it is nothing that we asked for."""
+        self._touched[allocation] = None
+        return allocation.handle_message(message, source, local, now)
+
+    def next_timeout(self) -> Timeout | None:
+        self._settle()
+        return self._deadlines.first()
+
+    def handle_timeout(self, now: float) -> None:
+        for allocation in self._deadlines.due(now):
+            allocation.handle_timeout(now)
+            self._touched[allocation] = None
+
+    def transmits(self) -> Iterator[Transmit]:
+        self._settle()
+        while self._transmits:
+            yield self._transmits.popleft()
+
+    def events(self) -> Iterator[RelayEvent]:
+        self._settle()
+        while self._events:
+            yield self._events.popleft()
+
+    def _add(self, terms: RelayTerms, now: float) -> None:
+        try:
+            allocation = Allocation(
+                terms.rid,
+                ipv4=terms.ipv4,
+                ipv6=terms.ipv6,
+                username=terms.username,
+                password=terms.password,
+                realm=terms.realm,
+                entropy=self._entropy,
+                now=now,
+            )
+        except ValueError as error:
+            self._events.append(RelayFailed(terms.rid, str(error), is_last=not self._allocations))
+            return
+        self._terms[terms.rid] = terms
+        self._allocations[terms.rid] = allocation
+        self._by_socket.update(dict.fromkeys(allocation.sockets, allocation))
+        self._touched[allocation] = None
+
+    def _drop(self, rid: str) -> None:
+        """Without a word to the relay: it is gone, or somebody else by now."""
+        allocation = self._allocations.get(rid)
+        if allocation is not None:
+            allocation.close()
+            self._forget(rid)
+
+    def _forget(self, rid: str) -> None:
+        allocation = self._allocations.pop(rid)
+        del self._terms[rid]
+        self._follow(allocation)
+        self._touched.pop(allocation, None)
+        self._deadlines.set(allocation, None)
+        for addresses in (self._by_socket, self._by_relayed):
+            for address in [one for one, other in addresses.items() if other is allocation]:
+                del addresses[address]
+
+    def _settle(self) -> None:
+        while self._touched:
+            allocation, _ = self._touched.popitem()
+            self._follow(allocation)
+            if self._allocations.get(allocation.rid) is allocation:
+                self._deadlines.set(allocation, allocation.next_timeout())
+
+    def _follow(self, allocation: Allocation) -> None:
+        self._transmits.extend(allocation.transmits())
+        for event in allocation.events():
+            match event:
+                case Failed(reason):
+                    self._forget(allocation.rid)
+                    self._events.append(RelayFailed(allocation.rid, reason.value, is_last=not self._allocations))
+                case CandidateFound(candidate):
+                    if candidate.kind is CandidateKind.RELAYED:
+                        self._by_relayed[candidate.address] = allocation
+                        self._events.append(RelayAllocated(allocation.rid, candidate.address))
+                    self._events.append(event)
+                case CandidateLost(candidate):
+                    self._by_relayed.pop(candidate.address, None)
+                    self._events.append(event)
+
+
+def _best_first(candidate: Candidate) -> int:
+    return -candidate.priority
