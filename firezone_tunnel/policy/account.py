@@ -11,6 +11,7 @@ import attrs
 
 from firezone_tunnel.messages.common import Filter
 from firezone_tunnel.policy.conditions import Condition
+from firezone_tunnel.sansio import SocketAddress
 
 
 class Role(enum.Enum):
@@ -101,6 +102,18 @@ class DnsSettings:
 
 
 @attrs.frozen
+class TurnServer:
+    """A standard TURN server with a user of its own; its realm is None where the server is to name it."""
+
+    id: str
+    name: str
+    addresses: tuple[SocketAddress, ...]
+    username: str
+    password: str = attrs.field(repr=False)
+    realm: str | None = None
+
+
+@attrs.frozen
 class Account:
     """Everything that is configured; each mapping is by id, `tokens` by hash."""
 
@@ -114,6 +127,7 @@ class Account:
     tokens: Mapping[str, Token]
     resources: Mapping[str, Resource]
     policies: tuple[Policy, ...]
+    turn_servers: Mapping[str, TurnServer] = attrs.field(factory=dict)
 
     def token(self, role: Role, text: str, utc_now: float) -> Token | None:
         """The token of this text, if it admits this role and has not expired."""

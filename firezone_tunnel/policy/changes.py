@@ -7,6 +7,7 @@ from typing import Any
 
 import attrs
 
+from firezone_tunnel.messages.common import RelaysPresence
 from firezone_tunnel.policy import views
 from firezone_tunnel.policy.account import Account, Resource, Role
 from firezone_tunnel.policy.conditions import Circumstances
@@ -41,6 +42,14 @@ def judge(account: Account, stored: StoredFlow, utc_now: float) -> Flow | None:
     if expires_at is not None and expires_at <= utc_now:
         return None
     return attrs.evolve(flow, policy_id=granted.policy_id, expires_at=expires_at)
+
+
+def tell_turn_servers(old: Account, new: Account, session: Session) -> None:
+    """Push which TURN servers are gone, and those that are there now."""
+    if old.turn_servers == new.turn_servers or not session.agent.is_ours:
+        return
+    gone = [id_ for id_ in old.turn_servers if old.turn_servers[id_] != new.turn_servers.get(id_)]
+    views.push_relays(session, RelaysPresence(disconnected_ids=gone, connected=views.turn_servers(new, session)))
 
 
 def tell_client(old: Account, new: Account, session: Session, utc_now: float) -> None:

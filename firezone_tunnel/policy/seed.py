@@ -26,10 +26,12 @@ from firezone_tunnel.policy.account import (
     Role,
     Site,
     Token,
+    TurnServer,
     token_hash,
 )
 from firezone_tunnel.policy.addresses import RESERVED
 from firezone_tunnel.policy.conditions import parse_condition
+from firezone_tunnel.sansio import SocketAddress
 
 _NAMESPACE = uuid.UUID("7d0f5a0e-6d49-5f2b-9a55-3f6f1c1f8e10")  # of ids that are derived from names
 _DNS_PORT = 53
@@ -115,6 +117,13 @@ class _PolicyTable(_Table, frozen=True, kw_only=True):
     id: uuid.UUID | None = None
 
 
+class _TurnServerTable(_Named, frozen=True, kw_only=True):
+    addresses: Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]
+    username: Name
+    password: Name
+    realm: Name | None = None
+
+
 class _File(_Table, frozen=True, kw_only=True):
     account: _AccountTable
     dns: _DnsTable = _DnsTable()
@@ -124,6 +133,7 @@ class _File(_Table, frozen=True, kw_only=True):
     tokens: list[_TokenTable] = []
     resources: list[_ResourceTable] = []
     policies: list[_PolicyTable] = []
+    turn_servers: list[_TurnServerTable] = []
 
 
 class _HasId(Protocol):
@@ -156,7 +166,9 @@ class _Reader:
         tokens = self._each("tokens", file.tokens, lambda table: self._token(table, actors, sites))
         policies = self._each("policies", file.policies, lambda table: self._policy(table, groups, resources))
         self._check_names(actors.values(), "actors")
+        turn_servers = self._each("turn_servers", file.turn_servers, self._turn_server)
         self._check_names(resources.values(), "resources")
+        self._check_names(turn_servers.values(), "turn_servers")
         return Account(
             id=self._account_id,
             name=file.account.name,
@@ -168,6 +180,7 @@ class _Reader:
             tokens={token.hash: token for token in tokens.values()},
             resources=resources,
             policies=tuple(policies.values()),
+            turn_servers=turn_servers,
         )
 
     def _file(self) -> _File:
@@ -260,6 +273,19 @@ class _Reader:
         name = f"{group}:{resource}:{msgspec.json.encode(table.conditions).decode()}"
         return Policy(self._id(table.id, "policies", name), group, resource, conditions)
 
+    def _turn_server(self, table: _TurnServerTable) -> TurnServer:
+        addresses = tuple(self._try(SocketAddress.parse, text) for text in table.addresses)
+        if len({address.is_ipv6 for address in addresses}) != len(addresses):
+            self._fail("a TURN server has at most one address of each family")
+        return TurnServer(
+            id=self._id(table.id, "turn_servers", table.name),
+            name=table.name,
+            addresses=addresses,
+            username=table.username,
+            password=table.password,
+            realm=table.realm,
+        )
+
     def _dns(self, table: _DnsTable) -> DnsSettings:
         self._at = ("dns", None)
         for url in table.upstream_doh:
@@ -280,7 +306,7 @@ class _Reader:
             made[one.id] = one
         return made
 
-    def _check_names(self, things: Iterable[Site | Actor | Resource], kind: str) -> None:
+    def _check_names(self, things: Iterable[Site | Actor | Resource | TurnServer], kind: str) -> None:
         """Tables refer to each other by name, so a name must be unique even where ids differ."""
         seen: set[str] = set()
         for number, thing in enumerate(things):

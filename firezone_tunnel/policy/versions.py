@@ -27,10 +27,11 @@ class Version(NamedTuple):
 
 
 class Agent(NamedTuple):
-    """`version` is None where what follows the slash is no semantic version."""
+    """`version` is None where what follows the slash is no semantic version; `is_ours` says that it is this program."""
 
     component: str
     version: Version | None
+    is_ours: bool = False
 
     @property
     def knows_sites(self) -> bool:
@@ -48,7 +49,8 @@ def parse_agent(user_agent: str) -> Agent | None:
         component, slash, text = token.partition("/")
         if slash and component in _COMPONENTS:
             found = _SEMVER.fullmatch(text)
-            return Agent(component, Version(*map(int, found.groups())) if found else None)
+            version = Version(*map(int, found.groups())) if found else None
+            return Agent(component, version, is_ours="firezone_tunnel/" in user_agent)
     return None
 
 

@@ -17,6 +17,7 @@ from firezone_tunnel.messages.common import (
     write,
 )
 from firezone_tunnel.policy.account import Account, DnsSettings, Resource
+from firezone_tunnel.policy.credentials import FOREVER
 from firezone_tunnel.policy.devices import Device, Session
 
 _DNS_PORT = 53
@@ -78,7 +79,7 @@ def client_init(account: Account, session: Session, relays: Sequence[Relay]) -> 
     return {
         "interface": client_interface(session.device, account.dns),
         "resources": list(session.resources.values()),
-        "relays": [write(relay) for relay in relays],
+        "relays": [write(relay) for relay in (*relays, *turn_servers(account, session))],
         "authorizations": [],
         "flow_logs": write(_FLOW_LOGS),
     }
@@ -91,10 +92,28 @@ def gateway_init(
         "interface": {"ipv4": session.device.ipv4, "ipv6": session.device.ipv6},
         "config": write(gateway.Config()),
         "account_slug": account.slug,
-        "relays": [write(relay) for relay in relays],
+        "relays": [write(relay) for relay in (*relays, *turn_servers(account, session))],
         "authorizations": [write(one) for one in authorizations],
         "flow_logs": write(_FLOW_LOGS),
     }
+
+
+def turn_servers(account: Account, session: Session) -> list[Relay]:
+    """Standard TURN servers, which upstream's peers don't speak to: they come on top of the relays (decision 4)."""
+    if not session.agent.is_ours:
+        return []
+    return [
+        Relay(
+            id=server.id,
+            addr=str(address),
+            username=server.username,
+            password=server.password,
+            expires_at=FOREVER,
+            realm=server.realm,
+        )
+        for server in account.turn_servers.values()
+        for address in server.addresses
+    ]
 
 
 def push_relays(session: Session, presence: RelaysPresence) -> None:

@@ -224,8 +224,8 @@ def _handle_common(state: State, session: Session, message: MessageReceived) -> 
     """What clients and gateways of today say alike; the seed's don't, and may."""
     match message.event:
         case "no_relays":
-            presence = RelaysPresence(disconnected_ids=[], connected=state.relays.give(session))
-            views.push_relays(session, presence)
+            connected = [*state.relays.give(session), *views.turn_servers(state.account, session)]
+            views.push_relays(session, RelaysPresence(disconnected_ids=[], connected=connected))
         case "set_snownet_capabilities":
             session.is_iceless = _read(SnownetCapabilities, message.payload).iceless
         case _:

@@ -101,6 +101,9 @@ class Hub:
             changes.tell_client(old, account, session, utc_now)
         for session in list(state.presence.joined(Role.GATEWAY)):
             changes.tell_gateway(old, account, session)
+        for session in list(state.presence.all()):
+            if session.is_joined:
+                changes.tell_turn_servers(old, account, session)
         await self.review_flows()
         if old.slug != account.slug:
             for session in list(state.presence.joined(Role.GATEWAY)):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_twisted
 
-from tests.service.portal_peers import Portal, key, start_portal, stop_portal, until
+from tests.service.portal_peers import SEED, Portal, key, start_portal, stop_portal, until
 
 _SECRETS = {one: one * 64 for one in "123456"}
 
@@ -167,3 +167,46 @@ async def _until_told(portal: Portal, peer: Any) -> None:
 
 def _unpadded(data: bytes) -> str:
     return base64.b64encode(data).decode().rstrip("=")
+
+
+_OURS = "Linux/6.8 connlib/1.5.12 (x86_64; firezone_tunnel/0.1.0)"
+_TURN_SERVER = """
+[[turn_servers]]
+name = "coturn"
+addresses = ["192.0.2.3:3478", "[2001:db8::3]:3478"]
+username = "user"
+password = "secret"
+"""
+
+
+@pytest.mark.parametrize("role", ["client", "gateway"])
+@pytest_twisted.ensureDeferred
+async def test_standard_turn_servers_are_for_our_own_peers_and_come_on_top_of_the_relays(
+    tmp_path: Path, role: str
+) -> None:
+    portal = await start_portal(tmp_path, SEED + _TURN_SERVER)
+    await portal.join("relay", ipv4="198.51.100.1")
+    await portal.join("relay", ipv4="198.51.100.2")
+
+    ours = (await portal.join(role, agent=_OURS)).init["relays"]
+    theirs = (await portal.join(role, external_id="another")).init["relays"]
+
+    assert [relay["addr"] for relay in ours[2:]] == ["192.0.2.3:3478", "[2001:db8::3]:3478"]
+    assert {(relay["username"], relay["password"], relay["realm"]) for relay in ours[2:]} == {("user", "secret", None)}
+    assert len(theirs) == 2
+    assert all("realm" not in relay for relay in theirs)
+    await stop_portal(portal)
+
+
+@pytest_twisted.ensureDeferred
+async def test_turn_servers_that_come_and_go_are_told_to_our_own_peers(tmp_path: Path) -> None:
+    portal = await start_portal(tmp_path, SEED + _TURN_SERVER)
+    ours, theirs = await portal.join("client", agent=_OURS), await portal.join("gateway")
+
+    await portal.reseed(("192.0.2.3:3478", "192.0.2.4:3478"))
+
+    news = await ours.receive("relays_presence")
+    assert news["disconnected_ids"] == [ours.init["relays"][0]["id"]]
+    assert [relay["addr"] for relay in news["connected"]] == ["192.0.2.4:3478", "[2001:db8::3]:3478"]
+    assert await theirs.settle() == []
+    await stop_portal(portal)

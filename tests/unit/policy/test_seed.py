@@ -30,6 +30,7 @@ name = "Everyone"
 name = "Dev"
 groups = ["Everyone"]
 """
+_TURN = '\n[[turn_servers]]\nname = "coturn"\nusername = "u"\npassword = "p"\n'
 _RESOURCE = '\n[[resources]]\nname = "Lab"\nsite = "HQ"\n'
 
 
@@ -170,6 +171,8 @@ def test_an_address_that_cannot_be_served_is_refused(kind: str, address: str, co
         (_HEAD + '[dns]\nupstream = ["100.64.0.1"]\n', "[dns] in line 14: the resolver 100.64.0.1 lies in"),
         (_HEAD + '[dns]\nupstream = ["10.0.0.1:99999"]\n', "no address of a resolver"),
         (_HEAD + '[dns]\nsearch_domain = "a b"\n', "'a b' is no domain name"),
+        (_HEAD + _TURN + 'addresses = ["192.0.2.3"]\n', "turn_servers"),
+        (_HEAD + _TURN + 'addresses = ["192.0.2.3:1", "192.0.2.4:1"]\n', "at most one address of each family"),
         (_HEAD + _RESOURCE + 'type = "internet"\nfilters = ["icmp"]\n', "an internet resource has no filters"),
         (_HEAD + '[[resources]]\nname = "Lab"\ntype = "internet"\n', "a resource needs a `site`"),
         (_HEAD + _RESOURCE + 'type = "cidr"\naddress = "10.0.0.0/8"\nfilters = ["tcp/9-8"]\n', "no range of ports"),

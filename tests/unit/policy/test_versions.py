@@ -21,7 +21,18 @@ from firezone_tunnel.policy.versions import Agent, Version, is_compatible, parse
     ],
 )
 def test_the_first_known_component_counts(text: str, component: str, version: tuple[int, int, int]) -> None:
-    assert parse_agent(text) == Agent(component, Version(*version))
+    agent = parse_agent(text)
+
+    assert agent is not None
+    assert (agent.component, agent.version) == (component, Version(*version))
+
+
+def test_our_own_program_is_told_from_upstreams() -> None:
+    ours = parse_agent("Linux/6.8 connlib/1.5.12 (x86_64; firezone_tunnel/0.1.0)")
+    theirs = parse_agent("Linux/6.8 connlib/1.5.12 (x86_64)")
+
+    assert ours is not None and ours.is_ours
+    assert theirs is not None and not theirs.is_ours
 
 
 @pytest.mark.parametrize("text", ["", "Linux/6.8", "curl/8.0", "connlib", "xconnlib/1.0.0"])
