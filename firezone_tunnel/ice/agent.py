@@ -196,16 +196,17 @@ class Agent:
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> bool:
         """Take what the peer signalled. Returns whether it is news; False also for another session's candidate."""
-        known = self._remotes.get(candidate.address, [])
+        guessed = self._optimistic.get(candidate.address)
+        known = [present for present in self._remotes.get(candidate.address, ()) if present is not guessed]
         if candidate.ufrag not in {None, self.remote.ufrag} or not is_usable(candidate.address):
             return False
         if any(candidate.identity == present.identity for present in known):
             return False
-        if not known and len(self._remotes) >= MAX_REMOTE_ADDRESSES:
+        if candidate.address not in self._remotes and len(self._remotes) >= MAX_REMOTE_ADDRESSES:
             return False
         self._discarded.pop(candidate.address, None)
-        guessed = self._optimistic.pop(candidate.address, None)
-        signalled = [one for one in known if one.kind is not CandidateKind.PEER_REFLEXIVE and one is not guessed]
+        self._optimistic.pop(candidate.address, None)
+        signalled = [one for one in known if one.kind is not CandidateKind.PEER_REFLEXIVE]
         self._remotes[candidate.address] = [*signalled, candidate]
         self._pair_up(candidate.address, now)
         self._guess(now)
@@ -428,9 +429,11 @@ class Agent:
         if current is not None and current.missed(now) >= MISSES_TO_LEAVE:
             since = current.unanswered_since  # what hasn't answered after that may have died of the same cause
             current = None
+        # One that works is left only for one that answers right now, not for one that may be about to end.
+        tolerated = MISSES_TO_LEAVE if current is None else 1
         best = current
         for pair in self._checklist:
-            answers = pair.succeeded and pair.missed(now) < MISSES_TO_LEAVE and pair.answered_at >= since
+            answers = pair.succeeded and pair.missed(now) < tolerated and pair.answered_at >= since
             if answers and (best is None or pair.priority > best.priority):
                 best = pair
         return best
