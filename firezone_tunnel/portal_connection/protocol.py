@@ -76,7 +76,7 @@ class PortalProtocol(WebSocketClientProtocol):  # type: ignore[misc]
             self.transport.abortConnection()
 
     def close(self) -> None:
-        """Close 1000; the listener hears `closed` when the portal has answered, or after a while."""
+        """Close 1000; the listener hears `closed` when the portal has answered, and calls `abort` if it never does."""
         self.sendClose(self.CLOSE_STATUS_CODE_NORMAL)
 
     def connectionLost(self, reason: Failure) -> None:
@@ -189,6 +189,7 @@ class PortalFactory(WebSocketClientFactory):  # type: ignore[misc]
         self.log = _Silence()
         self.setProtocolOptions(
             openHandshakeTimeout=DIAL_TIMEOUT,
+            closeHandshakeTimeout=0,  # Autobahn's 1 s may be over before the frame has left; whoever closes has his own
             maxFramePayloadSize=MAX_MESSAGE,
             maxMessagePayloadSize=MAX_MESSAGE,
             autoPingInterval=0,

@@ -161,10 +161,12 @@ class RudePeer(Peer):
 
 
 class HastyPeer(Peer):
-    """Breaks the connection right after the upgrade."""
+    """Breaks the connection right after the upgrade: when the first frame shows that its answer has arrived."""
 
     def onOpen(self) -> None:
-        super().onOpen()
+        """Nobody gets to meet it."""
+
+    def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.transport.abortConnection()
 
 
@@ -208,16 +210,20 @@ class UnrulyPortal(Factory):
         self.peers = Signal()
         self.losses = Signal()
         self._websockets = WebSocketServerFactory(reactor=_reactor)
-        self._websockets.setProtocolOptions(openHandshakeTimeout=0, maxMessagePayloadSize=1 << 24)
+        # Autobahn cuts its timeouts to whole seconds of the clock: one of 1 s may be over at once.
+        self._websockets.setProtocolOptions(
+            openHandshakeTimeout=0, closeHandshakeTimeout=PATIENCE, maxMessagePayloadSize=1 << 24
+        )
         self._port = (
             _reactor.listenTCP(0, self, interface="127.0.0.1")
             if tls is None
             else _reactor.listenSSL(0, self, tls, interface="127.0.0.1")
         )
+        self._number = int(self._port.getHost().port)  # a port that has stopped listening can't tell any more
 
     @property
     def port(self) -> int:
-        return int(self._port.getHost().port)
+        return self._number
 
     def buildProtocol(self, addr: Any) -> Any:
         protocol = self.script.popleft()(self) if self.script else Peer(self)
