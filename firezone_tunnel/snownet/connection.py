@@ -104,8 +104,11 @@ class Connection:
         self._lone: list[SuperPacket] = []  # of one length and ECN, to leave together
         self._lone_limit = 0
 
-    def encapsulate(self, packet: SuperPacket, now: float) -> bool:
-        """Send a packet, or keep it until that is possible. False: `settle` has something to do."""
+    def encapsulate(self, packet: SuperPacket, now: float, *, alone: bool = False) -> bool:
+        """Send a packet, or keep it until that is possible. False: `settle` has something to do.
+
+        `alone`: no other follows in this turn, so there is nothing to gather it with.
+        """
         path = self.path
         # A gateway never makes the first handshake: it waits for the client's (2.8).
         if path is None or not (self._is_client or self._has_had_session):
@@ -120,6 +123,8 @@ class Connection:
             if self._lone:
                 self.flush(now)
             self._send_run(packet, session, path, now)
+        elif alone:
+            self._send_single(packet, session, path, now)
         else:
             self._gather(packet, path, now)
         return not awoken
@@ -357,6 +362,11 @@ class Connection:
             sent += count
         if sent:
             self.peer.sent_data(session, sent, now)
+
+    def _send_single(self, packet: SuperPacket, session: Session, path: Path, now: float) -> None:
+        sealed = _sealed(packet, session, session.take_counters(1))
+        self._send(path.send((sealed,), now=now, ecn=packet.ecn), path)
+        self.peer.sent_data(session, 1, now)
 
     def _send_lone(self, packets: list[SuperPacket], session: Session, path: Path, now: float) -> None:
         count = len(packets)

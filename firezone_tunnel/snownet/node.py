@@ -171,14 +171,18 @@ class Node:
         self._follow_relays(now)
         return received
 
-    def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float) -> None:
-        """Send a packet, at the latest on `flush`. While there is no way yet, a client keeps it, a gateway drops it."""
+    def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float, *, alone: bool = False) -> None:
+        """Send a packet, at the latest on `flush`. While there is no way yet, a client keeps it, a gateway drops it.
+
+        `alone`: it is the only one of its turn.
+        """
         connection = self._connections.get(cid)
         if connection is None:
             self.counters.packets_without_connection += packet.segments
             return
-        self._unflushed[connection] = None  # a packet that wakes a connection is gathered like any other
-        if connection.encapsulate(packet, now):
+        if not alone:
+            self._unflushed[connection] = None  # a packet that wakes a connection is gathered like any other
+        if connection.encapsulate(packet, now, alone=alone):
             self._deadlines.no_later_than(connection, now + _TIMER_SLACK, "timers after sending")
         else:
             self._settle(connection, now, utc_now)
@@ -194,7 +198,13 @@ class Node:
         transmits = self._outbox.transmits
         while transmits:
             yield transmits.popleft()
-        yield from self._relays.transmits()
+        if self._relays.has_news:
+            yield from self._relays.transmits()
+
+    @property
+    def has_events(self) -> bool:
+        """Whether `events` has any: there are none after most batches."""
+        return bool(self._outbox.events or self._new or self._invalidated)
 
     def events(self) -> Iterator[NodeEvent]:
         """What has happened; the candidates for each peer come together, the best first."""
@@ -402,6 +412,8 @@ class Node:
 
     def _handle(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
         """Take in datagrams of a peer."""
+        if batch.length == batch.segment_size:
+            return self._handle_mixed(batch, 0, 1, now, utc_now)
         receiver = batch.buffer.common_receiver(
             length=batch.length, segment_size=batch.segment_size, headroom=batch.headroom
         )

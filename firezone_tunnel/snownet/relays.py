@@ -73,8 +73,10 @@ class Relays:
         self.at_relayed = self._by_relayed.get
         """The allocation that this relayed address of ours belongs to, or None."""
 
-    def __bool__(self) -> bool:
-        return bool(self._allocations)
+    @property
+    def has_news(self) -> bool:
+        """Whether `transmits` or `events` may have any."""
+        return bool(self._touched or self._transmits or self._events)
 
     def update(self, gone: Iterable[str], connected: Iterable[RelayTerms], now: float) -> None:
         """Drop relays, then have these as well; those that stay are asked whether they still know us (2.10)."""

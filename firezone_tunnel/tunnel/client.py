@@ -142,6 +142,7 @@ class ClientTunnel:
         answers: list[SuperPacket] = []
         lookup, serving = self._resources.lookup, self._gateways.serving
         encapsulate, own, counters = self.node.encapsulate, self._own, self.counters
+        alone = len(packets) == 1
         for packet in packets:
             if packet.source not in own:
                 counters.foreign_source += packet.segments
@@ -160,7 +161,7 @@ class ClientTunnel:
             if gateway is None:
                 self._want(resource, packet, now)
             else:
-                encapsulate(gateway.id, packet, now, utc_now)
+                encapsulate(gateway.id, packet, now, utc_now, alone=alone)
         self.node.flush(now)
         self._follow_node()
         return answers
@@ -288,11 +289,10 @@ class ClientTunnel:
         for rid in self._wanted_again:
             if self._resources.get(rid) is not None and self._gateways.serving(rid) is None:
                 self._pending.setdefault(rid, _PendingFlow())
-                self._ask(rid, self._pending[rid], now)
-        self._wanted_again = ()
         for rid, pending in self._pending.items():  # whatever was asked of an earlier connection is forgotten there
-            if len(pending.packets):
+            if len(pending.packets) or rid in self._wanted_again:
                 self._ask(rid, pending, now)
+        self._wanted_again = ()
 
     def _set_interface(self, interface: Interface) -> None:
         self._interface = interface
@@ -352,6 +352,8 @@ class ClientTunnel:
             self.node.close_connection(gateway.id, now, farewell=control.encode(control.Goodbye()))
 
     def _follow_node(self) -> None:
+        if not self.node.has_events:
+            return
         for event in self.node.events():
             match event:
                 case NewCandidates(gid, candidates):

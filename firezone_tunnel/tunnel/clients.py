@@ -19,8 +19,21 @@ class UnsupportedResource(Exception):
 
 @attrs.frozen
 class Allowed:
+    """What a client may use, and until which unix time, if there is one."""
+
     resource: CidrResource
-    expires_at: int | None  # unix time
+    expires_at: int | None
+
+    @classmethod
+    def of(cls, resource: Resource, expires_at: int | None) -> Allowed:
+        """
+        Raises: UnsupportedResource.
+        """
+        if not isinstance(resource, CidrResource):
+            raise UnsupportedResource(f"this gateway gives access to networks and addresses only, not to {resource.id}")
+        if parse_network(resource.address) is None:
+            raise UnsupportedResource(f"{resource.address!r} is no network")
+        return cls(resource, expires_at)
 
 
 class Client:
@@ -36,16 +49,9 @@ class Client:
         self._filters = FilterTable()
         self.rules = lru_cache(_MAX_CACHED_ADDRESSES)(self._rules)
 
-    def allow(self, resource: Resource, expires_at: int | None) -> None:
-        """Give access to a resource, or renew it on the new terms.
-
-        Raises: UnsupportedResource.
-        """
-        if not isinstance(resource, CidrResource):
-            raise UnsupportedResource(f"this gateway gives access to networks and addresses only, not to {resource.id}")
-        if parse_network(resource.address) is None:
-            raise UnsupportedResource(f"{resource.address!r} is no network")
-        self.resources[resource.id] = Allowed(resource, expires_at)
+    def allow(self, allowed: Allowed) -> None:
+        """Give access to a resource, or renew it on the new terms."""
+        self.resources[allowed.resource.id] = allowed
         self._rebuild()
 
     def forbid(self, rid: str) -> bool:

@@ -62,7 +62,7 @@ def decode(packet: SuperPacket) -> Event | None:
                 return DomainStatus(status.resource, status.domain, active=status.status == _ACTIVE)
             case _Code.GOODBYE:
                 return Goodbye()
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # a packet holds enough brackets for the last
         return None
     return None
 

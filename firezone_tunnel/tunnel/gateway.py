@@ -23,7 +23,7 @@ from firezone_tunnel.snownet.events import ConnectionEvent, InvalidatedCandidate
 from firezone_tunnel.snownet.node import Node
 from firezone_tunnel.snownet.relays import RelayFailed
 from firezone_tunnel.tunnel import control
-from firezone_tunnel.tunnel.clients import Client, UnsupportedResource
+from firezone_tunnel.tunnel.clients import Allowed, Client, UnsupportedResource
 from firezone_tunnel.tunnel.relays import relay_terms
 from firezone_tunnel.wireguard.seal import SlotPool
 
@@ -119,6 +119,7 @@ class GatewayTunnel:
         """The host routed these into the tunnel. Returns nothing: what may not pass is dropped silently."""
         by_address, own = self._by_address.get, self._own
         encapsulate, counters = self.node.encapsulate, self.counters
+        alone = len(packets) == 1
         for packet in packets:
             client = by_address(packet.destination)
             if client is None:
@@ -127,7 +128,7 @@ class GatewayTunnel:
             source = packet.source
             # An ICMP error may come from any router on the way.
             if client.rules(source).permits(packet, packet.source_port) or source in own or is_icmp_error(packet):
-                encapsulate(client.id, packet, now, utc_now)
+                encapsulate(client.id, packet, now, utc_now, alone=alone)
             else:
                 counters.filtered_answers += packet.segments
         self.node.flush(now)
@@ -259,8 +260,7 @@ class GatewayTunnel:
         peer, rid = flow.client, flow.resource.id
         try:
             addresses = (ipaddress.IPv4Address(peer.ipv4).packed, ipaddress.IPv6Address(peer.ipv6).packed)
-            client = self._clients.get(peer.id) or Client(peer.id)
-            client.allow(flow.resource, flow.expires_at)
+            allowed = Allowed.of(flow.resource, flow.expires_at)
             self.node.upsert_connection(
                 peer.id,
                 remote_public_key=peer.public_key,
@@ -273,7 +273,8 @@ class GatewayTunnel:
         except (ProtocolError, UnsupportedResource, ValueError) as error:
             self._events.append(FlowIgnored(peer.id, rid, str(error)))
             return
-        self._clients[peer.id] = client
+        client = self._clients.setdefault(peer.id, Client(peer.id))
+        client.allow(allowed)
         self._forget_addresses(client)
         client.addresses = addresses
         self._by_address.update(dict.fromkeys(addresses, client))
@@ -318,11 +319,14 @@ class GatewayTunnel:
     def _handle_control(self, client: Client, packet: SuperPacket, now: float) -> None:
         if isinstance(control.decode(packet), control.Goodbye):
             self.node.close_connection(client.id, now)
-            self._forget(client)
+            if self._clients.get(client.id) is client:  # it may say so twice
+                self._forget(client)
         else:
             self.counters.unknown_control += 1
 
     def _follow_node(self) -> None:
+        if not self.node.has_events:
+            return
         for event in self.node.events():
             match event:
                 case NewCandidates(cid, candidates):

@@ -6,7 +6,7 @@ spec/data-plane.md, 4.2 and 4.3; spec/client-application.md, 1.9.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import attrs
@@ -88,14 +88,14 @@ class ResourceTable:
         for resource_id in void:
             del self._entries[resource_id]
         void += [resource.id for resource in wanted.values() if self._put(resource)]
-        self._rebuild()
+        self._rebuild(void)
         return void
 
     def add(self, resource: Resource) -> bool:
         """Insert or update a resource; returns whether its connection is void: it is now somewhere else."""
-        void = self._put(resource)
-        self._rebuild()
-        return void
+        is_void = self._put(resource)
+        self._rebuild([resource.id] if is_void else [])
+        return is_void
 
     def remove(self, resource_id: str) -> bool:
         """Returns whether it was there."""
@@ -123,13 +123,15 @@ class ResourceTable:
         self._entries[resource.id] = ActiveResource(resource, () if network is None else (network,))
         return entry is not None
 
-    def _rebuild(self) -> None:
+    def _rebuild(self, void: Sequence[str] = ()) -> None:
+        """Connections of `void` resources lead to where those were before."""
         table: PrefixTable[ActiveResource] = PrefixTable()
         entries = sorted(self._entries.values(), key=_id_order)
         for entry in entries:
             for network in entry.networks:
                 occupant = table.get(network)
-                if occupant is None or not self._is_connected(occupant.id):
+                is_used = occupant is not None and occupant.id not in void and self._is_connected(occupant.id)
+                if not is_used:
                     table.insert(network, entry)
         filters = FilterTable(
             (network, Rules.of(entry.resource.filters))
