@@ -77,6 +77,7 @@ class EventStream:
         self._events: deque[Event] = deque()
         self._waiting: Deferred[Event | None] | None = None
         self._has_ended = False
+        self._endings: list[Deferred[None]] = []
 
     def next(self) -> Deferred[Event | None]:
         """Fires with the next event; with None, again and again, when there is none to come.
@@ -91,6 +92,18 @@ class EventStream:
             raise RuntimeError("somebody waits for the next event already: a stream has one consumer")
         self._waiting = Deferred(self._forget_waiting)
         return self._waiting
+
+    def put_back(self, event: Event) -> None:
+        """For a consumer that took an event and can't use it: it is the next one again."""
+        self._events.appendleft(event)
+
+    def when_ended(self) -> Deferred[None]:
+        """Fires when nothing is added any more, whether all was read or not."""
+        if self._has_ended:
+            return succeed(None)
+        ending: Deferred[None] = Deferred()
+        self._endings.append(ending)
+        return ending
 
     def __aiter__(self) -> EventStream:
         return self
@@ -121,10 +134,15 @@ class EventStream:
 
     def end(self) -> None:
         """What is in the stream can still be read."""
+        if self._has_ended:
+            return
         self._has_ended = True
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             waiting.callback(None)
+        endings, self._endings = self._endings, []
+        for ending in endings:
+            ending.callback(None)
 
     def _forget_waiting(self, _: object) -> None:
         self._waiting = None

@@ -73,7 +73,12 @@ class Application(ApplicationService):
 
     def __init__(self, reactor: Any, options: Options, config: DeviceConfig) -> None:
         process = Process(reactor, "firezone-client")
-        super().__init__(process, log_level=options["log-level"], log_format=options["log-format"])
+        super().__init__(
+            process,
+            log_level=options["log-level"],
+            log_format=options["log-format"],
+            log_directory=options["log-dir"],
+        )
         self._reactor = reactor
         self._config = config
         self._exit_when_ready = options["exit"]

@@ -70,7 +70,12 @@ class Application(ApplicationService):
 
     def __init__(self, reactor: Any, options: Options, config: DeviceConfig) -> None:
         process = Process(reactor, "firezone-gateway")
-        super().__init__(process, log_level=options["log-level"], log_format=options["log-format"])
+        super().__init__(
+            process,
+            log_level=options["log-level"],
+            log_format=options["log-format"],
+            log_directory=options["log-dir"],
+        )
         self._gateway = GatewayService(reactor, config)
         self._gateway.ready.addCallback(lambda _: process.ready())
         self._gateway.failed.addCallback(process.fail)

@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 from eliot import add_destinations, remove_destination
 from twisted.logger import ILogObserver, LogLevel, formatEvent
@@ -26,10 +26,20 @@ CLOSE_TIMEOUT = 1.0  # seconds that the end of a process waits for the last line
 FORMATS = ("human", "json")
 
 
+class Stream(Protocol):
+    """What lines are written to: a text stream such as stdout, or a `logs.file.LogFile`."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+    def isatty(self) -> bool: ...
+
+
 class LogWriter:
     """An eliot destination that writes each message as a line to `stream`, from `open` to `close`."""
 
-    def __init__(self, stream: TextIO, *, style: str, capacity: int = QUEUE_CAPACITY) -> None:
+    def __init__(self, stream: Stream, *, style: str, capacity: int = QUEUE_CAPACITY) -> None:
         """`style` is one of `FORMATS`."""
         self.dropped = 0
         self._stream = stream
@@ -44,12 +54,18 @@ class LogWriter:
         self._thread.start()
         add_destinations(self)
 
-    def close(self) -> None:
-        """Receive no more; waits a second at most for what is queued to be written."""
-        remove_destination(self)
+    def close(self) -> bool:
+        """Receive no more; waits a second at most for what is queued to be written.
+
+        False: its thread still waits for the stream, which nobody else must touch from now on.
+        """
+        with contextlib.suppress(ValueError):  # it was closed before, or never opened
+            remove_destination(self)
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=CLOSE_TIMEOUT)
-        self._thread.join(CLOSE_TIMEOUT)
+        if self._thread.ident is not None:
+            self._thread.join(CLOSE_TIMEOUT)
+        return not self._thread.is_alive()
 
     def __call__(self, message: dict[str, Any]) -> None:
         try:

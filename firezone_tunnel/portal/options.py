@@ -43,7 +43,12 @@ class Application(ApplicationService):
 
     def __init__(self, reactor: Any, options: Options) -> None:
         process = Process(reactor, "firezone-portal")
-        super().__init__(process, log_level=options["log-level"], log_format=options["log-format"])
+        super().__init__(
+            process,
+            log_level=options["log-level"],
+            log_format=options["log-format"],
+            log_directory=options["log-dir"],
+        )
         self._portal = PortalService(
             reactor,
             listen=options["listen"],

@@ -11,18 +11,23 @@ import contextlib
 import gc
 import os
 import resource
+import select
 import signal
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from twisted.application.service import IServiceCollection, MultiService
 from twisted.logger import ILogObserver
 
 from firezone_tunnel.errors import FirezoneError, one_line
 from firezone_tunnel.logs import events as log
+from firezone_tunnel.logs.file import LogFile
 from firezone_tunnel.logs.writer import LogWriter, TwistedMessages
+
+STDERR_PATIENCE = 1.0  # seconds that the end of a process waits for a pipe to be read
 
 
 class Process:
@@ -31,15 +36,15 @@ class Process:
     def __init__(self, reactor: Any, name: str) -> None:
         """`name` stands before the sentence on stderr that says why it ended."""
         self._reactor = reactor
-        self._name = name
+        self.name = name
         self._code = 0
         self._is_ending = False
         self._hangup: Callable[[], object] | None = None
 
-    def install(self, logs: LogWriter) -> None:
-        """Call it before the reactor runs."""
+    def install(self, *logs: LogWriter) -> None:
+        """Call it before the reactor runs. The logs are closed at the end."""
         _forbid_core_dumps()
-        atexit.register(self._exit, logs)
+        atexit.register(self._exit, *logs)
         self._reactor.callWhenRunning(self._handle_signals)
 
     def on_hangup(self, callback: Callable[[], object]) -> None:
@@ -69,7 +74,7 @@ class Process:
             return
         self._code = error.exit_code if isinstance(error, FirezoneError) else 1
         log.error("process:failed", reason=one_line(error), error=type(error).__name__)
-        print(f"{self._name}: {one_line(error)}", file=sys.stderr, flush=True)
+        _tell(f"{self.name}: {one_line(error)}")
         self.stop()
 
     def _handle_signals(self) -> None:
@@ -81,13 +86,17 @@ class Process:
         if self._hangup is not None:
             self._hangup()
 
-    def _exit(self, logs: LogWriter) -> None:
+    def _exit(self, *logs: LogWriter) -> None:
         """The last thing in a process: twistd has run all shutdown triggers and removed its pidfile."""
-        logs.close()
-        if self._code:
+        are_done = False not in [one.close() for one in logs]  # each of them
+        if are_done and not self._code:
+            return
+        # An exit handler can't change the code in any other way; and where nobody reads what we print, a thread of ours
+        # holds the lock of stdout, which the interpreter would wait for.
+        if are_done:
             with contextlib.suppress(OSError, ValueError):
-                sys.stdout.flush()
-            os._exit(self._code)  # an exit handler can't change the code in any other way
+                _stdout().flush()
+        os._exit(self._code)
 
 
 class ApplicationService(MultiService):
@@ -96,20 +105,40 @@ class ApplicationService(MultiService):
     Its children stop at once and in no order: whatever needs an order stops its own parts.
     """
 
-    def __init__(self, process: Process, *, log_level: int, log_format: str) -> None:
+    def __init__(self, process: Process, *, log_level: int, log_format: str, log_directory: Path | None = None) -> None:
+        """With a `log_directory` it logs to a file there as well.
+
+        Raises: ConfigurationError.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self.process = process
-        self._logs = LogWriter(sys.stdout, style=log_format)
+        self._logs = [LogWriter(_stdout(), style=log_format)]
+        if log_directory is not None:
+            self._logs.append(LogWriter(LogFile(log_directory, process.name), style=log_format))
         self._log_level = log_level
 
     def setServiceParent(self, parent: Any) -> None:
         """twistd's application is the parent: from now on Twisted's own messages are among ours."""
         log.set_threshold(self._log_level)
-        self._logs.open()
-        self.process.install(self._logs)
+        for one in self._logs:
+            one.open()
+        self.process.install(*self._logs)
         if IServiceCollection(parent, None) is not None:
             parent.setComponent(ILogObserver, TwistedMessages())
         super().setServiceParent(parent)  # type: ignore[no-untyped-call]
+
+
+def _stdout() -> TextIO:
+    """The real one: while its reactor runs, twistd has the names of stdout and stderr lead to its log."""
+    return sys.__stdout__ or sys.stdout
+
+
+def _tell(line: str) -> None:
+    """Write it to stderr, the real one, unless that is a pipe that nobody reads."""
+    stream = sys.__stderr__
+    with contextlib.suppress(OSError, ValueError):
+        if stream is not None and select.select([], [stream], [], STDERR_PATIENCE)[1]:
+            print(line, file=stream, flush=True)
 
 
 def _notify(state: bytes) -> None:

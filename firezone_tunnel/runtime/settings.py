@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,6 +59,7 @@ class Options(TwistedOptions):
         Raises: UsageError; SystemExit with 2 where this is a subcommand of twistd's.
         """
         try:
+            self._refuse_abbreviations(sys.argv[1:] if options is None else options)
             super().parseOptions(options)  # type: ignore[no-untyped-call]
         except UsageError as error:
             if self.parent is None:
@@ -78,6 +79,21 @@ class Options(TwistedOptions):
         """Display the version and exit."""
         print(__version__)
         raise SystemExit(0)
+
+    def _refuse_abbreviations(self, arguments: Sequence[str]) -> None:
+        """getopt takes any beginning of a name for the name: `--token SECRET` would be a path, and told as one."""
+        known = {name.removesuffix("=") for name in self.longOpt}
+        with_value = {f"--{name[:-1]}" for name in self.longOpt if name.endswith("=")}
+        with_value |= {f"-{one.short}" for one in self.settings if one.short and not one.is_flag}
+        remaining = iter(arguments)
+        for argument in remaining:
+            if not argument.startswith("-") or argument == "--":
+                return
+            name, equals, _ = argument.partition("=")
+            if name.startswith("--") and name[2:] not in known:
+                raise UsageError(f"option {name} not recognized")
+            if name in with_value and not equals:
+                next(remaining, None)
 
     def _value(self, setting: Setting) -> Any:
         given, source = self[setting.name], f"--{setting.name}"
@@ -158,6 +174,7 @@ LOG_SETTINGS = (
         parse=parse_level,
     ),
     Setting("log-format", "human or json", variables=("FIREZONE_LOG_FORMAT",), default="human", parse=parse_log_format),
+    Setting("log-dir", "also log to a file in this directory", variables=("LOG_DIR",), parse=Path, short="l"),
 )
 
 DEVICE_SETTINGS = (
@@ -167,7 +184,6 @@ DEVICE_SETTINGS = (
     Setting("firezone-id", "identity of this device, instead of the stored one", variables=("FIREZONE_ID",), short="i"),
     Setting("firezone-name", "what the portal calls this device; by default the host's name", ("FIREZONE_NAME",)),
     Setting("ca-file", "PEM file with the only CAs to trust for the portal", ("FIREZONE_CA_FILE",), parse=Path),
-    Setting("runtime-dir", "directory for sockets", ("FIREZONE_RUNTIME_DIR",), "/run/firezone-tunnel", parse=Path),
     Setting("interface", "name of the TUN device", ("FIREZONE_INTERFACE",), "tun-firezone"),
     Setting("no-telemetry", "accepted as upstream's: nothing is ever sent", ("FIREZONE_NO_TELEMETRY",), is_flag=True),
 )
@@ -181,9 +197,9 @@ def read_token(environment: MutableMapping[str, str], path: Path) -> str:
     """
     token = environment.pop("FIREZONE_TOKEN", "").strip()
     credentials = environment.get("CREDENTIALS_DIRECTORY")
-    if not token and credentials and (Path(credentials) / "FIREZONE_TOKEN").exists():
+    if not token and credentials:
         token = _read(Path(credentials) / "FIREZONE_TOKEN")
-    elif not token and path.exists():
+    if not token:
         _check_owner(path)
         token = _read(path)
     if not token:
@@ -194,6 +210,8 @@ def read_token(environment: MutableMapping[str, str], path: Path) -> str:
 def _check_owner(path: Path) -> None:
     try:
         status = path.stat()
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise ConfigurationError(f"Can't look at the token file {path}: {error.strerror}") from error
     if status.st_uid != os.geteuid() or status.st_mode & 0o177:
@@ -201,10 +219,16 @@ def _check_owner(path: Path) -> None:
 
 
 def _read(path: Path) -> str:
+    """Empty where there is no such file."""
     try:
         return path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"Can't read the token in {path}: {error}") from error
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ConfigurationError(f"Can't read the token in {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        # Without its cause, which quotes what was read.
+        raise ConfigurationError(f"The token file {path} does not hold a token: it is no UTF-8 text") from None
 
 
 def _describe(setting: Setting) -> str:

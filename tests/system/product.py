@@ -1,14 +1,15 @@
-"""Our own three processes on the demo's network, started as anyone would start them: by twistd."""
+"""Our own processes on the demo's network, started as anyone would start them: by twistd."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.system.hosts import Host
-from tests.system.network import PORTAL, PRIVATE_NETWORK, PRIVATE_NETWORK_IPV6, Network
+from tests.system.network import PORTAL, PRIVATE_NETWORK, PRIVATE_NETWORK_IPV6, RELAYS, Network
 from tests.system.programs import Program
 
 PORTAL_PORT = 8081
@@ -16,10 +17,12 @@ _TWISTD = Path(sys.executable).with_name("twistd")
 
 
 class Product:
-    """Portal, gateway and client, each on its host of the demo's network."""
+    """Portal, relays if there are any, gateway and client, each on its host of the demo's network."""
 
-    def __init__(self, network: Network, *, log_level: str = "info") -> None:
+    def __init__(self, network: Network, *, relays: Sequence[str] = (), log_level: str = "info") -> None:
+        """`relays` are those that `start` starts: names of `network.RELAYS`."""
         self._network = network
+        self._relays = tuple(relays)
         self._log_level = log_level
         self._programs: dict[str, Program] = {}
 
@@ -35,29 +38,58 @@ class Product:
     def client(self) -> Program:
         return self._programs["client"]
 
+    def relay(self, name: str = "relay") -> Program:
+        return self._programs[name]
+
     def start(self) -> None:
-        """Start all three, each when the one before is ready.
+        """Start all: the portal, and when it is ready the others together.
 
         Raises: NotReady.
         """
-        for _, start in self.starts():
-            start()
+        self.start_portal()
+        for program in [*map(self.spawn_relay, self._relays), self.spawn_gateway(), self.spawn_client()]:
+            program.wait_ready()
 
     def starts(self) -> tuple[tuple[str, Callable[[], None]], ...]:
         """How to start each one, by name, in order."""
-        return (("portal", self.start_portal), ("gateway", self.start_gateway), ("client", self.start_client))
+        relays = ((name, partial(self.start_relay, name)) for name in self._relays)
+        return (
+            ("portal", self.start_portal),
+            *relays,
+            ("gateway", self.start_gateway),
+            ("client", self.start_client),
+        )
 
     def start_portal(self) -> None:
         host = self._network.portal
         seed = host.directory / "portal.toml"
         seed.write_text(SEED)
         database = str(host.state_directory / "portal.sqlite3")
-        arguments = ("--listen", f"{PORTAL}:{PORTAL_PORT}", "--seed", str(seed), "--database", database)
+        address = "[::]" if "v6" in self._network.nat else PORTAL
+        arguments = ("--listen", f"{address}:{PORTAL_PORT}", "--seed", str(seed), "--database", database)
         self._spawn(host, "portal", *arguments).wait_ready()
 
+    def start_relay(self, name: str = "relay") -> None:
+        self.spawn_relay(name).wait_ready()
+
+    def spawn_relay(self, name: str = "relay") -> Program:
+        """Start a relay without waiting for it."""
+        ipv4, ipv6 = RELAYS[name]
+        environment = {
+            "FIREZONE_TOKEN": RELAY_TOKEN,
+            "PUBLIC_IP4_ADDR": ipv4,
+            "PUBLIC_IP6_ADDR": ipv6,
+            "FIREZONE_RELAY_DRAIN_TIME": "2s",  # for clients that were killed, and will not go
+        }
+        return self._spawn(self._network.relay(name), name, application="relay", environment=environment)
+
     def start_gateway(self) -> None:
+        self.spawn_gateway().wait_ready()
+
+    def spawn_gateway(self) -> Program:
+        """Start the gateway without waiting for it."""
         host = self._network.gateway
-        self._spawn(host, "gateway", *_own_paths(host), environment={"FIREZONE_TOKEN": GATEWAY_TOKEN}).wait_ready()
+        return self._spawn(host, "gateway", *_own_paths(host), environment={"FIREZONE_TOKEN": GATEWAY_TOKEN})
 
     def start_client(self, **environment: str) -> None:
         self.spawn_client(**environment).wait_ready()
@@ -84,17 +116,25 @@ class Product:
         return list(self.client.events("tunnel:connection_established"))[-1]
 
     def stop(self) -> dict[str, int]:
-        """End the client, the gateway and the portal, in this order; returns their exit codes."""
-        return {name: self._stop(name) for name in ("client", "gateway", "portal") if name in self._programs}
+        """End the client, the gateway, the relays and the portal, in this order; returns their exit codes."""
+        order = ("client", "gateway", *RELAYS, "portal")
+        return {name: self._stop(name) for name in order if name in self._programs}
 
-    def _spawn(self, host: Host, name: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Program:
+    def _spawn(
+        self,
+        host: Host,
+        name: str,
+        *arguments: str,
+        application: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Program:
         common = {
-            "FIREZONE_API_URL": f"ws://{PORTAL}:{PORTAL_PORT}",
+            "FIREZONE_API_URL": f"ws://{self._network.portal_host(host)}:{PORTAL_PORT}",
             "FIREZONE_NAME": name,
             "FIREZONE_LOG_FORMAT": "json",
             "FIREZONE_LOG_LEVEL": self._log_level,
         }
-        command = (str(_TWISTD), "-n", "--pidfile=", f"firezone-{name}", *arguments)
+        command = (str(_TWISTD), "-n", "--pidfile=", f"firezone-{application or name}", *arguments)
         program = host.spawn(name, *command, environment=common | dict(environment or {}))
         self._programs[name] = program
         return program
@@ -108,13 +148,14 @@ class Product:
 
 
 def _own_paths(host: Host) -> tuple[str, ...]:
-    """Every host has its own state and runtime directory: nothing is shared with the machine or with each other."""
-    return ("--state-dir", str(host.state_directory), "--runtime-dir", str(host.runtime_directory))
+    """Every host has its own state directory: nothing is shared with the machine or with each other."""
+    return ("--state-dir", str(host.state_directory))
 
 
 REFUSED_PORT = 5202  # nothing listens there, and the resource's filters leave it out
 CLIENT_TOKEN = "n.client"
 GATEWAY_TOKEN = "n.gateway"
+RELAY_TOKEN = "n.relay"
 SEED = f"""
 [account]
 name = "Demo"
@@ -139,6 +180,10 @@ token = "{CLIENT_TOKEN}"
 kind = "gateway"
 site = "HQ"
 token = "{GATEWAY_TOKEN}"
+
+[[tokens]]
+kind = "relay"
+token = "{RELAY_TOKEN}"
 
 [[resources]]
 name = "Private network"

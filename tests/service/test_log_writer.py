@@ -1,0 +1,192 @@
+"""Log messages on their way out of the process: by a thread, which may wait where the caller must not."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from firezone_tunnel.logs import events as log
+from firezone_tunnel.logs.file import LogFile
+from firezone_tunnel.logs.writer import LogWriter, TwistedMessages
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[..., LogWriter]]:
+    """Opens writers, and closes them after the test."""
+    writers: list[LogWriter] = []
+
+    def open_writer(stream: Any, style: str, **options: Any) -> LogWriter:
+        writer = LogWriter(stream, style=style, **options)
+        writer.open()
+        writers.append(writer)
+        return writer
+
+    yield open_writer
+    for writer in writers:
+        writer.close()
+    log.set_threshold(log.INFO)
+
+
+def test_json_is_an_object_a_line_with_its_fields(opened: Callable[..., LogWriter]) -> None:
+    stream = io.StringIO()
+    writer = opened(stream, "json")
+
+    log.info("area:happened", cid="abc", count=3, text='two\nlines "quoted"', odd=Path("/x"))
+    writer.close()
+
+    (line,) = stream.getvalue().splitlines()
+    message = json.loads(line)
+    assert {name: message[name] for name in ("message_type", "level", "cid", "count", "text", "odd")} == {
+        "message_type": "area:happened",
+        "level": "info",
+        "cid": "abc",
+        "count": 3,
+        "text": 'two\nlines "quoted"',
+        "odd": "/x",
+    }
+    assert abs(message["timestamp"] - time.time()) < 60
+
+
+def test_lines_for_people_have_the_time_the_level_and_the_fields(opened: Callable[..., LogWriter]) -> None:
+    stream = io.StringIO()
+    writer = opened(stream, "human")
+
+    writer(
+        {
+            "timestamp": datetime(2026, 11, 25, 10, 2, 3, 45_600, UTC).timestamp(),
+            "task_uuid": "x",
+            "task_level": [1],
+            "level": "warning",
+            "message_type": "area:happened",
+            "gid": "abc",
+            "count": 3,
+            "said": 'a "b"\nc',
+            "empty": "",
+            "hosts": ["a", "b"],
+        }
+    )
+    writer.close()
+
+    assert stream.getvalue() == (
+        '2026-11-25T10:02:03.045Z  WARN area:happened gid=abc count=3 said="a \\"b\\"\\nc" empty="" hosts=["a", "b"]\n'
+    )
+
+
+def test_a_terminal_gets_colours_and_a_pipe_none(opened: Callable[..., LogWriter]) -> None:
+    terminal, pipe = io.StringIO(), io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    writers = opened(terminal, "human"), opened(pipe, "human")
+
+    log.error("area:failed")
+    for writer in writers:
+        writer.close()
+
+    assert terminal.getvalue().startswith("\x1b[31m")
+    assert "\x1b" not in pipe.getvalue()
+
+
+def test_a_pipe_that_nobody_reads_never_blocks_the_caller(opened: Callable[..., LogWriter]) -> None:
+    reading, writing = os.pipe()
+    stream = os.fdopen(writing, "w")
+    writer = opened(stream, "json", capacity=16)
+    padding = "x" * 10_000
+
+    began = time.monotonic()
+    for number in range(200):  # 2 MB, where a pipe holds 64 KiB
+        log.info("area:happened", number=number, padding=padding)
+    took = time.monotonic() - began
+
+    assert took < 5  # it would be for ever
+    assert writer.dropped > 100
+    assert writer.close() is False  # its thread still waits
+
+    received = _read_until_quiet(reading)
+    messages = [json.loads(line) for line in received.splitlines()]
+    numbers = [message["number"] for message in messages if message["message_type"] == "area:happened"]
+    assert numbers == sorted(numbers)
+    assert len(numbers) + writer.dropped == 200
+    assert [message["count"] for message in messages if message["message_type"] == "logs:dropped"] != []
+    os.close(reading)
+
+
+def test_a_reader_that_is_gone_is_counted_and_nothing_else(opened: Callable[..., LogWriter]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    writer = opened(os.fdopen(writing, "w"), "json")
+
+    log.info("area:happened")
+    log.info("area:happened")
+
+    assert writer.close() is True
+    assert writer.dropped >= 2
+
+
+def test_a_full_disk_is_counted_and_nothing_else(opened: Callable[..., LogWriter], tmp_path: Path) -> None:
+    file = LogFile(tmp_path, "x")
+    real, file._descriptor = file._descriptor, os.open("/dev/full", os.O_WRONLY)
+    writer = opened(file, "json")
+
+    log.info("area:lost")
+    assert writer.close() is True
+    assert writer.dropped == 1
+    assert file.path.read_text() == ""
+    assert real is not None
+    os.close(real)
+    file.close()
+
+
+def test_closing_twice_or_without_opening_is_fine() -> None:
+    writer = LogWriter(io.StringIO(), style="json")
+    assert writer.close() is True
+    writer = LogWriter(io.StringIO(), style="json")
+    writer.open()
+    assert writer.close() is True
+    assert writer.close() is True
+
+
+def test_what_twisted_logs_is_among_ours_at_its_level(opened: Callable[..., LogWriter]) -> None:
+    stream = io.StringIO()
+    writer = opened(stream, "json")
+    twisted = Logger(observer=TwistedMessages())
+
+    twisted.info("not shown at this level")
+    twisted.warn("look at {what}", what="this")
+    try:
+        raise ZeroDivisionError("no")
+    except ZeroDivisionError:
+        twisted.failure("it failed", Failure())  # type: ignore[no-untyped-call]
+    log.set_threshold(log.DEBUG)
+    twisted.info("shown now")
+    writer.close()
+
+    messages = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(one["message_type"], one["level"], one.get("text") or one.get("reason")) for one in messages] == [
+        ("twisted:warned", "warning", "look at this"),
+        ("twisted:failed", "error", "no"),
+        ("twisted:logged", "debug", "shown now"),
+    ]
+    assert "ZeroDivisionError" in messages[1]["traceback"]
+
+
+def _read_until_quiet(descriptor: int) -> str:
+    """All that comes until nothing has come for half a second."""
+    os.set_blocking(descriptor, False)
+    received = bytearray()
+    quiet_since = time.monotonic()
+    while time.monotonic() - quiet_since < 0.5:
+        try:
+            received += os.read(descriptor, 1 << 16)
+            quiet_since = time.monotonic()
+        except BlockingIOError:
+            time.sleep(0.01)
+    return received.decode()
