@@ -12,13 +12,27 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "EventStream": "firezone_tunnel.client.session",
-    "Session": "firezone_tunnel.client.session",
-    "SessionClosed": "firezone_tunnel.errors",
-    "FirezoneError": "firezone_tunnel.errors",
+    **dict.fromkeys(("Connected", "Session"), "firezone_tunnel.client.session"),
+    **dict.fromkeys(
+        (
+            "AllGatewaysOffline",
+            "Disconnected",
+            "Event",
+            "EventStream",
+            "GatewayVersionMismatch",
+            "ResourcesUpdated",
+            "TunInterfaceUpdated",
+        ),
+        "firezone_tunnel.client.events",
+    ),
+    "ResourceView": "firezone_tunnel.tunnel.resources",
+    **dict.fromkeys(
+        ("AuthenticationError", "ConfigurationError", "FirezoneError", "PlatformError", "PortalError", "SessionClosed"),
+        "firezone_tunnel.errors",
+    ),
 }
 
-__all__ = ["EventStream", "FirezoneError", "Session", "SessionClosed", "__version__"]
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604  # these are strings
 
 
 def __getattr__(name: str) -> Any:
