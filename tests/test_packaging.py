@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import pytest
 
 _ROOT = Path(__file__).parents[1]
 _SOURCES = ("firezone_tunnel", "twisted_plugins", "tests", "demo", "benchmarks")
-_PLUGINS = ("firezone-client", "firezone-gateway", "firezone-portal")
+_PLUGIN_FILE = _ROOT / "twisted_plugins/firezone_tunnel_plugins.py"
+_PLUGINS = [f"firezone-{role}" for role in re.findall(r'_Application\("(\w+)"', _PLUGIN_FILE.read_text())]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,10 @@ def test_twistd_lists_the_plugin(environment: Path, tmp_path: Path, plugin: str)
 @pytest.mark.parametrize("plugin", _PLUGINS)
 def test_a_plugin_tells_its_options(environment: Path, tmp_path: Path, plugin: str) -> None:
     assert "--log-level" in _run(tmp_path, environment / "bin/twistd", plugin, "--help")
+
+
+def test_client_gateway_and_portal_are_plugins() -> None:
+    assert {"firezone-client", "firezone-gateway", "firezone-portal"} <= set(_PLUGINS)
 
 
 def test_the_script_is_installed_and_tells_its_commands(environment: Path, tmp_path: Path) -> None:
