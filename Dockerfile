@@ -23,7 +23,7 @@ ENV PATH="/opt/firezone/bin:$PATH" \
 STOPSIGNAL SIGTERM
 
 FROM base AS client
-VOLUME /var/lib/firezone
+VOLUME /var/lib/dev.firezone.client/config
 HEALTHCHECK --interval=5s --timeout=3s --start-period=15s --retries=5 CMD ["/usr/local/lib/firezone/health-client"]
 ENTRYPOINT ["/usr/local/lib/firezone/client"]
 

@@ -9,8 +9,15 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
+
+from firezone_tunnel.client.options import Options as ClientOptions
+from firezone_tunnel.gateway.options import Options as GatewayOptions
+from firezone_tunnel.policy.account import Role
+from firezone_tunnel.policy.seed import Outside, parse_seed
+from firezone_tunnel.runtime.settings import Options
 
 yaml = pytest.importorskip("yaml")
 
@@ -82,7 +89,7 @@ def test_everything_the_dockerfile_copies_from_the_sources_exists() -> None:
 
 
 def test_every_role_is_a_target_with_an_entry_point_and_a_health_check() -> None:
-    stages = dict(re.findall(r"^FROM \S+ AS (\w+)$(.*?)(?=^FROM|\Z)", _dockerfile(), re.MULTILINE | re.DOTALL))
+    stages = _stages()
 
     for role in ("client", "gateway", "portal"):
         assert re.search(r"^HEALTHCHECK .* CMD \[", stages[role], re.MULTILINE)
@@ -116,6 +123,41 @@ def test_compose_gives_a_tunnel_the_device_and_the_capability_it_needs(role: str
     assert service["environment"]["FIREZONE_API_URL"] == "ws://portal:8081"
 
 
+@pytest.mark.parametrize(("role", "topic"), [("client", Role.CLIENT), ("gateway", Role.GATEWAY)])
+def test_the_portal_of_compose_knows_the_tokens_of_compose(role: str, topic: Role) -> None:
+    account = parse_seed((_DOCKER / "portal.toml").read_text(), Outside(str, ZoneInfo))
+    compose = _compose()
+    token = (_ROOT / compose["secrets"][f"{role}-token"]["file"]).read_text().strip()
+
+    assert compose["services"][role]["environment"]["FIREZONE_TOKEN"].endswith(f":-/run/secrets/{role}-token}}")
+    assert compose["services"][role]["secrets"] == [f"{role}-token"]
+    assert account.token(topic, token, utc_now=0) is not None
+
+
+def test_the_portal_of_compose_serves_the_private_network_of_compose() -> None:
+    account = parse_seed((_DOCKER / "portal.toml").read_text(), Outside(str, ZoneInfo))
+    (pool,) = _compose()["networks"]["private"]["ipam"]["config"]
+
+    assert [resource.address for resource in account.resources.values()] == [pool["subnet"]]
+
+
+@pytest.mark.parametrize(("role", "options"), [("client", ClientOptions), ("gateway", GatewayOptions)])
+def test_what_must_survive_a_restart_is_on_a_volume(role: str, options: type[Options]) -> None:
+    (state,) = [one.default for one in options.settings if one.name == "state-dir"]
+
+    assert re.findall(r"^VOLUME (\S+)$", _stages()[role], re.MULTILINE) == [state]
+    assert [volume.split(":")[1] for volume in _compose()["services"][role]["volumes"]] == [state]
+
+
+def test_the_health_checks_ask_where_the_programs_answer() -> None:
+    (health,) = [one.default for one in GatewayOptions.settings if one.name == "health-check-addr"]
+
+    assert health is not None
+    assert f"http://127.0.0.1:{health.rpartition(':')[2]}/readyz" in _stages()["gateway"]
+    assert "http://127.0.0.1:8081/healthz" in _stages()["portal"]
+    assert "--listen 0.0.0.0:8081" in (_DOCKER / "portal").read_text()
+
+
 def test_compose_is_valid_by_dockers_own_word() -> None:
     if shutil.which("docker") is None or _docker_compose("version").returncode != 0:
         return  # a client without the plugin can't tell; the tests above have read the file
@@ -145,6 +187,11 @@ def _docker_compose(*arguments: str) -> subprocess.CompletedProcess[str]:
 def _dockerfile() -> str:
     """The Dockerfile with continued lines joined."""
     return (_ROOT / "Dockerfile").read_text().replace("\\\n", " ")
+
+
+def _stages() -> dict[str, str]:
+    """The text of each stage of the Dockerfile, by its name."""
+    return dict(re.findall(r"^FROM \S+ AS (\w+)$(.*?)(?=^FROM|\Z)", _dockerfile(), re.MULTILINE | re.DOTALL))
 
 
 def _compose() -> dict[str, Any]:

@@ -1,0 +1,58 @@
+"""The documents say what is so, as far as that can be checked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from firezone_tunnel.cli.main import main
+from firezone_tunnel.policy.seed import Outside, parse_seed
+from tools.options_reference import page, roles
+
+_ROOT = Path(__file__).parents[1]
+_PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
+_OPTIONS_PAGE = _ROOT / "docs/options.md"
+
+# Those of docker, curl, twistd and mypy; and the one that we refuse.
+_OPTIONS_OF_OTHERS = {"build", "device", "fail", "help", "pidfile", "strict", "token", "wait"}
+
+
+def test_the_options_page_is_what_the_declarations_say() -> None:
+    """If not: make docs."""
+    assert _OPTIONS_PAGE.read_text() == page()
+    assert {"client", "gateway", "portal"} <= set(roles())
+
+
+@pytest.mark.parametrize("path", _PAGES, ids=lambda path: path.name)
+def test_every_link_within_the_repository_leads_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
+
+    assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", [path for path in _PAGES if path != _OPTIONS_PAGE], ids=lambda path: path.name)
+def test_every_option_that_is_named_exists(path: Path) -> None:
+    declared = set(re.findall(r"`--([a-z-]+)`", page()))
+    declared |= {name[2:] for command in main.commands.values() for one in command.params for name in one.opts}
+    named = set(re.findall(r"(?<![\w-])--([a-z][a-z-]+)", path.read_text()))
+
+    assert named - declared - _OPTIONS_OF_OTHERS == set()
+
+
+@pytest.mark.parametrize("path", [path for path in _PAGES if path != _OPTIONS_PAGE], ids=lambda path: path.name)
+def test_every_variable_that_is_named_exists(path: Path) -> None:
+    declared = set(re.findall(r"`([A-Z_]+)`", page())) | {"FIREZONE_TOKEN"}
+
+    assert set(re.findall(r"FIREZONE_[A-Z_]+", path.read_text())) - declared == set()
+
+
+@pytest.mark.parametrize("path", [_ROOT / "docs/examples/portal.toml", _ROOT / "docker/portal.toml"], ids=str)
+def test_a_portal_would_serve_the_seed_files(path: Path) -> None:
+    account = parse_seed(path.read_text(), Outside(lambda name: (path.parent / name).read_text(), ZoneInfo))
+
+    assert len(account.tokens) >= 2
+    assert len(account.resources) >= 1
+    assert len(account.policies) >= 1
