@@ -1,0 +1,220 @@
+"""Allocate requests (RFC 8656, section 7.2): what is asked for, whether it is to be had, and its ports."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import attrs
+
+from firezone_tunnel.relaying.allocation import Allocation, Holdings
+from firezone_tunnel.relaying.answers import Answers
+from firezone_tunnel.relaying.authentication import Request
+from firezone_tunnel.relaying.credentials import Credentials
+from firezone_tunnel.relaying.outputs import OpenPort, Outbox
+from firezone_tunnel.relaying.registry import Registry, Reservation
+from firezone_tunnel.stun import message as stun
+from firezone_tunnel.stun.message import FAMILY_IPV4, FAMILY_IPV6, AddressError, Attribute, Message
+
+DEFAULT_LIFETIME = 600  # RFC 8656, section 3.2; also the least that is granted
+MAX_LIFETIME = 3600  # RFC 8656, section 7.2
+MAX_ATTEMPTS = 8
+"""Ports that are tried where other processes of the host have taken some."""
+
+
+@attrs.frozen
+class RelayConfig:
+    """What a relay offers. At least one public address must be there; limits of 0 are none."""
+
+    public_ipv4: str | None = None
+    public_ipv6: str | None = None
+    lowest_port: int = 49152
+    highest_port: int = 65535
+    max_allocations: int = 0
+    max_allocations_per_user: int = 0
+    max_channels: int = 200_000
+    max_permissions: int = 400_000
+    reservations: bool = True
+    """Off where several processes share the listening port: a token would come back to another one."""
+    same_user_only: bool = False
+    """Refuse (441) that another valid user goes on with an allocation; Firezone's peers change their names."""
+
+    @property
+    def hosts(self) -> dict[int, str]:
+        """The public addresses by family, IPv4 first."""
+        both = {FAMILY_IPV4: self.public_ipv4, FAMILY_IPV6: self.public_ipv6}
+        return {family: host for family, host in both.items() if host is not None}
+
+
+class Terms(NamedTuple):
+    """What an Allocate request asks for."""
+
+    families: tuple[int, ...]
+    missing: tuple[int, ...] = ()
+    """Families that it would have liked, and that this relay doesn't serve."""
+    even: bool = False
+    reserve_next: bool = False
+    token: bytes | None = None
+
+    @classmethod
+    def of(cls, message: Message, served: dict[int, str]) -> Terms | int:
+        """Read a request; the error code if it can't be granted by anybody, or not here."""
+        transport = message.get(stun.REQUESTED_TRANSPORT)
+        if transport is None:
+            return 400
+        if transport != stun.UDP:
+            return 442
+        requested = message.get(stun.REQUESTED_ADDRESS_FAMILY)
+        additional = message.get(stun.ADDITIONAL_ADDRESS_FAMILY)
+        even_port, token = message.get(stun.EVEN_PORT), message.get(stun.RESERVATION_TOKEN)
+        if token is not None:
+            alone = requested is None and additional is None and even_port is None
+            return cls((), token=token) if alone else 400
+        if additional is not None:
+            if requested is not None or additional != FAMILY_IPV6 or even_port:
+                return 400
+            wanted: tuple[int, ...] = (FAMILY_IPV4, FAMILY_IPV6)
+        else:
+            wanted = (FAMILY_IPV4 if requested is None else requested,)
+        families = tuple(family for family in wanted if family in served)
+        if not families:
+            return 440
+        missing = tuple(family for family in wanted if family not in served)
+        return cls(families, missing, even=even_port is not None, reserve_next=bool(even_port))
+
+
+class _Opening(NamedTuple):
+    """An allocation whose sockets are being opened."""
+
+    request: Request
+    terms: Terms
+    reserved: int | None
+    """The port after it, to be reserved."""
+    attempt: int
+
+
+class Allocator:
+    """Makes allocations. While the sockets of one are being opened, retransmissions of its request are ignored."""
+
+    def __init__(
+        self, config: RelayConfig, credentials: Credentials, registry: Registry, answers: Answers, outbox: Outbox
+    ) -> None:
+        self.holdings = Holdings(config.max_channels, config.max_permissions)
+        self._config = config
+        self._hosts = config.hosts
+        self._credentials = credentials
+        self._registry = registry
+        self._answers = answers
+        self._outbox = outbox
+        self._opening: dict[int, _Opening] = {}  # by port; more than one only while the shell is busy
+
+    def handle(self, request: Request, now: float) -> None:
+        if any(opening.request.client == request.client for opening in self._opening.values()):
+            return
+        terms = Terms.of(request.message, self._hosts)
+        allocation = self._registry.by_client(request.client)
+        if allocation is not None:
+            if allocation.transaction_id != request.message.transaction_id or isinstance(terms, int):
+                self._answers.fail(request, 437)
+                return
+            self._succeed(request, allocation, terms, now)
+            return
+        if isinstance(terms, int):
+            self._answers.fail(request, terms)
+            return
+        if terms.reserve_next and not self._config.reservations:
+            self._answers.fail(request, 508)
+            return
+        code = self._limit(request)
+        if code:
+            self._answers.fail(request, code)
+            return
+        if terms.token is None:
+            self._open(request, terms, now, attempt=1)
+        else:
+            self._open_reserved(request, terms, terms.token)
+
+    def handle_port_opened(self, port: int, now: float) -> bool:
+        """Grant the allocation. False: nothing is being opened there."""
+        opening = self._opening.pop(port, None)
+        if opening is None:
+            return False
+        request, terms, reserved, _ = opening
+        token = None
+        if reserved is not None:
+            token = self._registry.reserve(Reservation(reserved, terms.families), now)
+        allocation = Allocation(
+            request.client,
+            request.local,
+            port=port,
+            hosts={family: self._hosts[family] for family in terms.families},
+            username=request.username,
+            owner=self._credentials.owner(request.username),
+            transaction_id=request.message.transaction_id,
+            expires_at=now + granted_lifetime(request.message),
+            holdings=self.holdings,
+            token=token,
+        )
+        self._registry.add(allocation)
+        self._succeed(request, allocation, terms, now)
+        return True
+
+    def handle_port_failed(self, port: int, now: float, *, exhausted: bool) -> None:
+        """Try another port; if the host has no more sockets (`exhausted`), there is no point in that."""
+        opening = self._opening.pop(port, None)
+        if opening is None:
+            return
+        self._registry.ports.release(port, now)
+        if opening.reserved is not None:
+            self._registry.ports.release(opening.reserved, now)
+        if exhausted or opening.attempt >= MAX_ATTEMPTS or opening.terms.token is not None:
+            self._answers.fail(opening.request, 508)
+            return
+        self._open(opening.request, opening.terms, now, attempt=opening.attempt + 1)
+
+    def _limit(self, request: Request) -> int:
+        """The error code if there may be no more allocations, else 0."""
+        config, registry = self._config, self._registry
+        if registry.is_draining:
+            return 508
+        total = len(registry) + len(self._opening)
+        owner = self._credentials.owner(request.username)
+        if config.max_allocations and total >= config.max_allocations:
+            return 486
+        if config.max_allocations_per_user and registry.owned_by(owner) >= config.max_allocations_per_user:
+            return 486
+        return 0
+
+    def _open(self, request: Request, terms: Terms, now: float, *, attempt: int) -> None:
+        port = self._registry.ports.take(now, even=terms.even, with_next=terms.reserve_next)
+        if port is None:
+            self._answers.fail(request, 508)
+            return
+        reserved = port + 1 if terms.reserve_next else None
+        self._opening[port] = _Opening(request, terms, reserved, attempt)
+        self._outbox.commands.append(OpenPort(port, terms.families))
+
+    def _open_reserved(self, request: Request, terms: Terms, token: bytes) -> None:
+        reservation = self._registry.claim(token)
+        if reservation is None:
+            self._answers.fail(request, 508)
+            return
+        terms = terms._replace(families=reservation.families)
+        self._opening[reservation.port] = _Opening(request, terms, None, 1)
+        self._outbox.commands.append(OpenPort(reservation.port, terms.families))
+
+    def _succeed(self, request: Request, allocation: Allocation, terms: Terms, now: float) -> None:
+        """Also the answer to a retransmission, which tells the time that is left (RFC 8656, section 7.2)."""
+        relayed = allocation.relayed.values()
+        left = max(0, round(min(allocation.expires_at.values()) - now))
+        attributes: list[tuple[Attribute[Any], Any]] = [(stun.XOR_RELAYED_ADDRESS, address) for address in relayed]
+        attributes += [(stun.XOR_MAPPED_ADDRESS, request.client), (stun.LIFETIME, left)]
+        if allocation.token is not None:
+            attributes.append((stun.RESERVATION_TOKEN, allocation.token))
+        attributes += [(stun.ADDRESS_ERROR_CODE, AddressError(family, 440)) for family in terms.missing]
+        self._answers.succeed(request, *attributes)
+
+
+def granted_lifetime(message: Message) -> int:
+    """Seconds: what is asked for within the limits, 600 where nothing is (RFC 8656, section 7.2)."""
+    asked = message.get(stun.LIFETIME)
+    return DEFAULT_LIFETIME if asked is None else min(max(asked, DEFAULT_LIFETIME), MAX_LIFETIME)

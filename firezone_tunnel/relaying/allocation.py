@@ -1,0 +1,177 @@
+"""An allocation: relayed addresses of one client, whom it talks to, and until when (RFC 8656, sections 3.2 to 3.5).
+
+What may be used is decided by comparing times, so it is over at its very second; `prune` frees numbers and memory.
+"""
+
+from __future__ import annotations
+
+import attrs
+
+from firezone_tunnel.sansio import SocketAddress, Timeout
+from firezone_tunnel.stun.message import FAMILY_IPV4, FAMILY_IPV6
+
+PERMISSION_LIFETIME = 300.0  # RFC 8656, section 9
+CHANNEL_LIFETIME = 600.0  # RFC 8656, section 12
+CHANNEL_REST = 300.0  # RFC 8656, section 12: before number or peer may be bound to another
+MAX_CHANNELS = 4096  # of one allocation: all that the RFC has numbers for
+MAX_PERMISSIONS = 1024
+
+
+@attrs.define
+class Holdings:
+    """What all allocations of a relay hold together: each alone within its limit could still be too much."""
+
+    max_channels: int
+    max_permissions: int
+    channels: int = 0
+    permissions: int = 0
+
+
+class Channel:
+    """A number that stands for one peer. Bound until a time, then reserved for another five minutes."""
+
+    __slots__ = ("bound_until", "is_relayed", "number", "peer")
+
+    def __init__(self, number: int, peer: SocketAddress, *, is_relayed: bool) -> None:
+        self.number = number
+        self.peer = peer
+        self.bound_until = float("-inf")
+        self.is_relayed = is_relayed
+        """The peer's address is one of this relay's allocations (or was, or will be)."""
+
+
+class Allocation:
+    """One client's. `relayed` has its address of each family; all have the same port."""
+
+    __slots__ = (
+        "channels",
+        "channels_by_peer",
+        "client",
+        "expires_at",
+        "holdings",
+        "local",
+        "owner",
+        "permissions",
+        "port",
+        "relayed",
+        "token",
+        "transaction_id",
+        "username",
+        "wants_indications",
+    )
+
+    def __init__(
+        self,
+        client: SocketAddress,
+        local: SocketAddress,
+        *,
+        port: int,
+        hosts: dict[int, str],
+        username: str,
+        owner: str,
+        transaction_id: bytes,
+        expires_at: float,
+        holdings: Holdings,
+        token: bytes | None = None,
+    ) -> None:
+        """`hosts` are public addresses by family; `local` is where the client reaches us, and hears from us."""
+        self.client = client
+        self.local = local
+        self.port = port
+        self.relayed = {family: SocketAddress(host, port) for family, host in hosts.items()}
+        self.expires_at = dict.fromkeys(hosts, expires_at)
+        self.username = username
+        self.owner = owner
+        self.transaction_id = transaction_id
+        self.token = token
+        self.holdings = holdings
+        self.channels: dict[int, Channel] = {}
+        self.channels_by_peer: dict[SocketAddress, Channel] = {}
+        self.permissions: dict[str, float] = {}
+        self.wants_indications = False
+
+    def bind(self, number: int, peer: SocketAddress, now: float, *, is_relayed: bool) -> int:
+        """Bind or renew a channel and install the permission that comes with it. Returns 0 or the error code.
+
+        400: number or peer are bound otherwise, or rest from it. 508: too many. `prune` was called in time.
+        """
+        channel = self.channels.get(number)
+        if self.channels_by_peer.get(peer) is not channel:
+            return 400
+        if not self.may_permit([peer.host]):
+            return 508
+        if channel is None:
+            if len(self.channels) >= MAX_CHANNELS or self.holdings.channels >= self.holdings.max_channels:
+                return 508
+            channel = Channel(number, peer, is_relayed=is_relayed)
+            self.channels[number] = self.channels_by_peer[peer] = channel
+            self.holdings.channels += 1
+        channel.bound_until = now + CHANNEL_LIFETIME
+        self.permit([peer.host], now)
+        return 0
+
+    def may_permit(self, hosts: list[str]) -> bool:
+        """Whether there is room for permissions for all of these."""
+        new = len(dict.fromkeys(host for host in hosts if host not in self.permissions))
+        holdings = self.holdings
+        return len(self.permissions) + new <= MAX_PERMISSIONS and holdings.permissions + new <= holdings.max_permissions
+
+    def permit(self, hosts: list[str], now: float) -> None:
+        """Install or renew permissions; `may_permit` was asked."""
+        before = len(self.permissions)
+        for host in hosts:
+            self.permissions[host] = now + PERMISSION_LIFETIME
+        self.holdings.permissions += len(self.permissions) - before
+
+    def is_permitted(self, host: str, now: float) -> bool:
+        return self.permissions.get(host, now) > now
+
+    def refresh(self, families: list[int], expires_at: float) -> None:
+        for family in families:
+            self.expires_at[family] = expires_at
+
+    def expired(self, now: float) -> list[int]:
+        """The families whose time is over."""
+        return [family for family, at in self.expires_at.items() if at <= now]
+
+    def remove(self, families: list[int]) -> None:
+        """Drop relayed addresses, with the channels and permissions of their families."""
+        for family in families:
+            del self.relayed[family]
+            del self.expires_at[family]
+        self._keep(
+            [one for one in self.channels.values() if family_of(one.peer.host) in self.relayed],
+            {host: until for host, until in self.permissions.items() if family_of(host) in self.relayed},
+        )
+
+    def prune(self, now: float) -> None:
+        """Forget channels and permissions whose time is over."""
+        if not self.channels and not self.permissions:
+            return
+        self._keep(
+            [one for one in self.channels.values() if one.bound_until + CHANNEL_REST > now],
+            {host: until for host, until in self.permissions.items() if until > now},
+        )
+
+    def next_timeout(self) -> Timeout:
+        """When something is over, which frees memory or a port."""
+        ends = [*self.expires_at.values(), *self.permissions.values()]
+        ends += [channel.bound_until + CHANNEL_REST for channel in self.channels.values()]
+        return Timeout(min(ends), "allocation, channel or permission over")
+
+    def __repr__(self) -> str:
+        return f"<Allocation {self.port} of {self.client} with {len(self.channels)} channels>"
+
+    def _keep(self, channels: list[Channel], permissions: dict[str, float]) -> None:
+        self.holdings.channels += len(channels) - len(self.channels)
+        self.holdings.permissions += len(permissions) - len(self.permissions)
+        if len(channels) != len(self.channels):
+            self.channels = {channel.number: channel for channel in channels}
+            self.channels_by_peer = {channel.peer: channel for channel in channels}
+        if len(permissions) != len(self.permissions):
+            self.permissions = permissions
+
+
+def family_of(host: str) -> int:
+    """The family of an address in text, as STUN numbers them."""
+    return FAMILY_IPV6 if ":" in host else FAMILY_IPV4

@@ -1,0 +1,105 @@
+"""Responses: to users signed, to strangers small and few (decision 22)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from firezone_tunnel.relaying.authentication import Refusal, Request
+from firezone_tunnel.relaying.budget import MAX_ANSWER, AnswerBudget
+from firezone_tunnel.relaying.credentials import Credentials
+from firezone_tunnel.relaying.nonce import Nonces
+from firezone_tunnel.relaying.outputs import Outbox, RelayTransmit, Response
+from firezone_tunnel.sansio import SocketAddress
+from firezone_tunnel.stun import message as stun
+from firezone_tunnel.stun.message import Attribute, ErrorCode, Kind, Message
+
+Attributes = tuple[tuple[Attribute[Any], Any], ...]
+
+_MAX_NAMED = 16  # of the unknown attributes: an answer stays below 100 bytes
+
+
+class Answers:
+    """Writes responses. They bear no SOFTWARE and no reason, and a FINGERPRINT if the request had one."""
+
+    def __init__(self, credentials: Credentials, nonces: Nonces, budget: AnswerBudget, outbox: Outbox) -> None:
+        self._credentials = credentials
+        self._nonces = nonces
+        self._budget = budget
+        self._outbox = outbox
+
+    def succeed(self, request: Request, *attributes: tuple[Attribute[Any], Any]) -> None:
+        self._answer(request, Kind.SUCCESS, attributes, 0)
+
+    def fail(self, request: Request, code: int, *attributes: tuple[Attribute[Any], Any]) -> None:
+        self._answer(request, Kind.ERROR, ((stun.ERROR_CODE, ErrorCode(code)), *attributes), code)
+
+    def refuse(
+        self, refusal: Refusal, message: Message, client: SocketAddress, local: SocketAddress, now: float
+    ) -> None:
+        """Turn a stranger away, with what they need to come back as a user if that may help."""
+        attributes: Attributes = ((stun.ERROR_CODE, ErrorCode(refusal.code)),)
+        if refusal.code in {401, 438}:
+            attributes += (
+                (stun.REALM, self._credentials.realm),
+                (stun.NONCE, self._nonces.issue(client, now)),
+            )
+        response = _response(message, Kind.ERROR, attributes, refusal.key)
+        self._to_stranger(response, message, client, local, refusal.code, now)
+
+    def mirror(
+        self, message: Message, client: SocketAddress, local: SocketAddress, now: float, *, proven: bool
+    ) -> None:
+        """Answer a Binding request, which anybody may send. `proven`: the client has an allocation."""
+        unknown = unknown_attributes(message)
+        kind = Kind.SUCCESS
+        attributes: Attributes = ((stun.XOR_MAPPED_ADDRESS, client),)
+        if unknown is not None:
+            kind = Kind.ERROR
+            attributes = ((stun.ERROR_CODE, ErrorCode(420)), unknown)
+        response = _response(message, kind, attributes, None)
+        self._to_stranger(response, message, client, local, 420 if unknown else 0, now, proven=proven)
+
+    def _answer(self, request: Request, kind: Kind, attributes: Attributes, code: int) -> None:
+        response = _response(request.message, kind, attributes, request.key)
+        self._send(response, request.message, request.client, request.local, code)
+
+    def _to_stranger(
+        self,
+        response: bytes,
+        message: Message,
+        client: SocketAddress,
+        local: SocketAddress,
+        code: int,
+        now: float,
+        *,
+        proven: bool = False,
+    ) -> None:
+        size = len(message.raw)
+        if not proven:
+            self._budget.received(size)
+        if len(response) > max(MAX_ANSWER, size) or not self._budget.spend(client, len(response), now, proven=proven):
+            self._outbox.counters.withheld_answers += 1
+            return
+        self._send(response, message, client, local, code)
+
+    def _send(self, response: bytes, message: Message, client: SocketAddress, local: SocketAddress, code: int) -> None:
+        self._outbox.counters.responses[Response(message.method, code)] += 1
+        self._outbox.send(RelayTransmit(client, response, source=local))
+
+
+def unknown_attributes(message: Message) -> tuple[Attribute[Any], tuple[int, ...]] | None:
+    """UNKNOWN-ATTRIBUTES for a message with attributes that one must understand and we don't, else None."""
+    numbers = [
+        attribute.number
+        for attribute, _ in message.attributes
+        if attribute.number < _OPTIONAL and attribute.number not in stun.ATTRIBUTES
+    ]
+    return (stun.UNKNOWN_ATTRIBUTES, tuple(dict.fromkeys(numbers))[:_MAX_NAMED]) if numbers else None
+
+
+_OPTIONAL = 0x8000  # RFC 8489, section 14: from here on, what one doesn't understand is to be ignored
+
+
+def _response(message: Message, kind: Kind, attributes: Attributes, key: bytes | None) -> bytes:
+    response = Message(message.method, kind, message.transaction_id, attributes)
+    return response.encode(key=key, fingerprint=message.has_fingerprint)

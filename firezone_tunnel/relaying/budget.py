@@ -1,0 +1,63 @@
+"""How much is answered to senders who have proved nothing: a relay must be no amplifier (decision 22).
+
+Their addresses may be forged, so every answer may hit somebody who never asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+
+from firezone_tunnel.sansio import Entropy, SocketAddress
+
+MAX_ANSWER = 100
+"""Bytes of an answer, unless the request was larger still."""
+ANSWERS_PER_SECOND = 100
+"""To one IPv4 address, or one IPv6 network of 64 bits."""
+EARNED_OF_EACH_BYTE = 7 / 8
+"""A flood earns less than it costs: over any long one, bytes out stay below bytes in."""
+FREE_RATE = 16_384.0
+"""Bytes a second: a bare Binding request (20 bytes) is smaller than its answer (32 or 44)."""
+MAX_CREDIT = 32_768.0
+
+_SLOTS = 65_536
+_SLOT_SIZE = 2
+
+
+class AnswerBudget:
+    """Counts answers to strangers in memory of a fixed size: addresses share slots, by a keyed hash."""
+
+    def __init__(self, entropy: Entropy, now: float) -> None:
+        self._key = entropy(16)
+        self._credit = MAX_CREDIT
+        self._credited_at = now
+        self._counts = bytearray(_SLOTS)
+        self._counting_since = now
+
+    def received(self, size: int) -> None:
+        """A stranger sent a request of `size` bytes: as much may be answered, nearly."""
+        self._credit = min(MAX_CREDIT, self._credit + size * EARNED_OF_EACH_BYTE)
+
+    def spend(self, source: SocketAddress, size: int, now: float, *, proven: bool = False) -> bool:
+        """Whether an answer of `size` bytes may go out; counts it if so.
+
+        `proven`: the address is that of a client with an allocation. Only its own rate is limited then.
+        """
+        if now >= self._counting_since + 1.0:
+            self._counts = bytearray(_SLOTS)
+            self._counting_since = now
+        slot = self._slot(source.host)
+        if self._counts[slot] >= ANSWERS_PER_SECOND:
+            return False
+        if not proven:
+            self._credit = min(MAX_CREDIT, self._credit + max(0.0, now - self._credited_at) * FREE_RATE)
+            self._credited_at = now
+            if self._credit < size:
+                return False
+            self._credit -= size
+        self._counts[slot] += 1
+        return True
+
+    def _slot(self, host: str) -> int:
+        subject = ipaddress.ip_address(host).packed[:8] if ":" in host else host.encode()
+        return int.from_bytes(hashlib.blake2s(subject, digest_size=_SLOT_SIZE, key=self._key).digest(), "big")

@@ -1,0 +1,111 @@
+"""What leaves the relay's core: datagrams, each with the socket it leaves from, commands, and counters."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from typing import NamedTuple
+
+import attrs
+
+from firezone_tunnel.sansio import Releasable, SocketAddress, Transmit
+
+MAX_WAITING = 4096
+"""Transmits that nobody has drained yet: a bound, never reached by a shell that drains after each batch."""
+
+
+class RelayTransmit(Transmit):
+    """Datagrams to one destination, from the allocation's socket on `port`, or from the listening one where it is 0.
+
+    The socket is the one of the destination's family. `dont_fragment` asks for the DF bit (RFC 8656, section 14.8).
+    """
+
+    __slots__ = ("dont_fragment", "port")
+
+    def __init__(
+        self,
+        destination: SocketAddress,
+        payload: bytes | memoryview,
+        *,
+        port: int = 0,
+        source: SocketAddress | None = None,
+        segment_size: int = 0,
+        ecn: int = 0,
+        dont_fragment: bool = False,
+        pooled: Releasable | None = None,
+    ) -> None:
+        super().__init__(destination, payload, source=source, segment_size=segment_size, ecn=ecn, pooled=pooled)
+        self.port = port
+        self.dont_fragment = dont_fragment
+
+
+@attrs.frozen
+class OpenPort:
+    """Bind a socket of each family to the port, all or none, then call `handle_port_opened` or `handle_port_failed`.
+
+    The client gets its answer only then: the first datagram may come the moment it knows the address.
+    """
+
+    port: int
+    families: tuple[int, ...]
+
+
+@attrs.frozen
+class ClosePort:
+    """Close these sockets of an allocation."""
+
+    port: int
+    families: tuple[int, ...]
+
+
+@attrs.frozen
+class Drained:
+    """The relay was told to drain, and its last allocation is gone. Said once."""
+
+
+Command = OpenPort | ClosePort | Drained
+
+
+class Response(NamedTuple):
+    """What a response is counted by: code 0 is a success."""
+
+    method: int
+    code: int
+
+
+@attrs.define
+class RelayCounters:
+    """What a relay has done, and what it did not do and why. Datagrams, where nothing else is said."""
+
+    responses: Counter[Response] = attrs.field(factory=Counter)
+    relayed_to_peers: int = 0
+    relayed_to_clients: int = 0
+    relayed_bytes: int = 0
+    """Payload, both directions; what never left the process (from allocation to allocation) is counted once."""
+    unrecognized: int = 0
+    """Neither STUN nor channel data, or malformed."""
+    withheld_answers: int = 0
+    """Answers to strangers beyond what `AnswerBudget` allows."""
+    without_allocation: int = 0
+    without_channel: int = 0
+    """Channel data on a channel that isn't bound (any longer)."""
+    without_permission: int = 0
+    forbidden_peers: int = 0
+    """Requests and Send indications that named a peer to which nothing is relayed."""
+    without_buffer: int = 0
+    """Dropped because everything sent before still waits for room in its socket."""
+
+
+@attrs.define
+class Outbox:
+    """Where the parts of a relay put what leaves it."""
+
+    waiting: deque[RelayTransmit] = attrs.field(factory=deque)
+    commands: deque[Command] = attrs.field(factory=deque)
+    counters: RelayCounters = attrs.field(factory=RelayCounters)
+
+    def send(self, transmit: RelayTransmit) -> None:
+        if len(self.waiting) >= MAX_WAITING:
+            self.counters.without_buffer += 1
+            transmit.release()
+            return
+        self.waiting.append(transmit)

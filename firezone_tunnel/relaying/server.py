@@ -1,0 +1,254 @@
+"""A STUN and TURN server (RFC 8489 and 8656) without sockets: spec/gateway-and-relay.md, 7 to 9.
+
+Its clients' datagrams come in, and those of the peers at the relayed addresses; both leave as `RelayTransmit`s that
+name the socket. Nothing is kept of anybody who has not authenticated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.relaying.addresses import PeerPolicy
+from firezone_tunnel.relaying.allocating import Allocator, RelayConfig, granted_lifetime
+from firezone_tunnel.relaying.allocation import CHANNEL_LIFETIME, PERMISSION_LIFETIME, Allocation, family_of
+from firezone_tunnel.relaying.answers import Answers, unknown_attributes
+from firezone_tunnel.relaying.authentication import Authenticator, Refusal, Request
+from firezone_tunnel.relaying.budget import AnswerBudget
+from firezone_tunnel.relaying.credentials import Credentials
+from firezone_tunnel.relaying.forwarding import (
+    HIGHEST_CHANNEL,
+    LOWEST_CHANNEL,
+    BufferPool,
+    Forwarder,
+    common_channel,
+    lone_channel,
+)
+from firezone_tunnel.relaying.nonce import Nonces
+from firezone_tunnel.relaying.outputs import Command, Outbox, RelayCounters, RelayTransmit
+from firezone_tunnel.relaying.ports import PortRange
+from firezone_tunnel.relaying.registry import Registry
+from firezone_tunnel.sansio import Entropy, Timeout
+from firezone_tunnel.stun import message as stun
+from firezone_tunnel.stun.message import Kind, Message, Method, parse
+
+
+class RelayServer:
+    """Sans-IO: after each `handle_*` drain `transmits` and `commands`, whose ports may be opened at once.
+
+    Raises: ValueError from the constructor for a relay without a public address or without ports.
+    """
+
+    def __init__(
+        self,
+        config: RelayConfig,
+        *,
+        credentials: Credentials,
+        policy: PeerPolicy,
+        entropy: Entropy,
+        now: float,
+    ) -> None:
+        if not config.hosts:
+            raise ValueError("a relay needs a public address")
+        self._same_user_only = config.same_user_only
+        self._credentials = credentials
+        self._policy = policy
+        self._outbox = Outbox()
+        nonces = Nonces(entropy)
+        self._registry = Registry(PortRange(config.lowest_port, config.highest_port, entropy), self._outbox, entropy)
+        self._authenticator = Authenticator(credentials, nonces)
+        self._answers = Answers(credentials, nonces, AnswerBudget(entropy, now), self._outbox)
+        self._allocator = Allocator(config, credentials, self._registry, self._answers, self._outbox)
+        self._forwarder = Forwarder(self._registry, policy, self._outbox, entropy, BufferPool())
+
+    @property
+    def counters(self) -> RelayCounters:
+        return self._outbox.counters
+
+    @property
+    def allocations(self) -> int:
+        """How many there are."""
+        return len(self._registry)
+
+    @property
+    def channels(self) -> int:
+        """How many are bound, or rest from it, in all allocations together."""
+        return self._allocator.holdings.channels
+
+    def handle_client_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> None:
+        """Take in what arrived at the listening port together."""
+        self._catch_up(now)
+        data = common_channel(batch)
+        if data is not None:
+            self._forwarder.from_channel(batch.source, data, batch.ecn, now)
+            return
+        view, size, length = batch.buffer.view, batch.segment_size, batch.length
+        if not batch.source.port:
+            self._outbox.counters.unrecognized += batch.count
+            return
+        for start in range(0, length, max(1, size)):
+            self._handle_datagram(view[start : min(start + size, length)], batch, now, utc_now)
+
+    def handle_peer_datagrams(self, port: int, batch: DatagramBatch, now: float) -> None:
+        """Take in what arrived together at the relayed address of an allocation, of the family of its source."""
+        self._catch_up(now)
+        self._forwarder.from_peer(port, batch, now)
+
+    def handle_port_opened(self, port: int, now: float) -> bool:
+        """What `OpenPort` asked for is done. False: nobody waits for it, close it again."""
+        return self._allocator.handle_port_opened(port, now)
+
+    def handle_port_failed(self, port: int, now: float, *, exhausted: bool = False) -> None:
+        """A port is taken by another process, or (`exhausted`) the host gives us no more sockets."""
+        self._allocator.handle_port_failed(port, now, exhausted=exhausted)
+
+    def drain(self) -> None:
+        """Make no more allocations (508); those that are there go on. `Drained` follows when the last one is gone."""
+        self._registry.drain()
+
+    def transmits(self) -> Iterator[RelayTransmit]:
+        waiting = self._outbox.waiting
+        while waiting:
+            yield waiting.popleft()
+
+    def commands(self) -> Iterator[Command]:
+        commands = self._outbox.commands
+        while commands:
+            yield commands.popleft()
+
+    def next_timeout(self) -> Timeout | None:
+        return self._registry.next_timeout()
+
+    def handle_timeout(self, now: float) -> None:
+        """End what is over."""
+        self._registry.handle_timeout(now)
+
+    def _catch_up(self, now: float) -> None:
+        """A late timer keeps nothing alive."""
+        due = self._registry.next_timeout()
+        if due is not None and due.at <= now:
+            self._registry.handle_timeout(now)
+
+    def _handle_datagram(self, datagram: memoryview, batch: DatagramBatch, now: float, utc_now: float) -> None:
+        if datagram[0] & 0xC0 == 0x40:  # RFC 8656, section 12: channel numbers begin with these bits
+            data = lone_channel(datagram)
+            if data is not None:
+                self._forwarder.from_channel(batch.source, data, batch.ecn, now)
+                return
+        else:
+            message = parse(datagram)
+            if message is not None and (not message.has_fingerprint or message.is_intact()):
+                self._handle_message(message, batch, now, utc_now)
+                return
+        self._outbox.counters.unrecognized += 1
+
+    def _handle_message(self, message: Message, batch: DatagramBatch, now: float, utc_now: float) -> None:
+        source, local = batch.source, batch.local
+        if message.kind is Kind.INDICATION and message.method == Method.SEND and not unknown_attributes(message):
+            self._forwarder.from_indication(source, message, batch.ecn, now)
+            return
+        if message.kind is not Kind.REQUEST or message.method not in _REQUESTS:
+            self._outbox.counters.unrecognized += 1
+            return
+        if message.method == Method.BINDING:
+            self._answers.mirror(message, source, local, now, proven=self._registry.by_client(source) is not None)
+            return
+        sender = self._authenticator.authenticate(message, source, local, now, utc_now)
+        if isinstance(sender, Refusal):
+            self._answers.refuse(sender, message, source, local, now)
+            return
+        self._handle_request(sender, now)
+
+    def _handle_request(self, request: Request, now: float) -> None:
+        message = request.message
+        unknown = unknown_attributes(message)
+        if unknown is not None:
+            self._answers.fail(request, 420, unknown)
+            return
+        if message.method == Method.ALLOCATE:
+            self._allocator.handle(request, now)
+            return
+        allocation = self._registry.by_client(request.client)
+        if allocation is None:
+            self._handle_without_allocation(request, now)
+            return
+        if self._same_user_only and allocation.username != request.username:
+            self._answers.fail(request, 441)
+            return
+        allocation.local = request.local
+        if message.method == Method.REFRESH:
+            self._refresh(request, allocation, now)
+        elif message.method == Method.CREATE_PERMISSION:
+            self._create_permission(request, allocation, now)
+        else:
+            self._bind_channel(request, allocation, now)
+
+    def _handle_without_allocation(self, request: Request, now: float) -> None:
+        message = request.message
+        if self._registry.was_deleted_by(request.client, message.transaction_id, now):
+            self._answers.succeed(request, (stun.LIFETIME, 0))
+            return
+        self._answers.fail(request, 437)
+
+    def _refresh(self, request: Request, allocation: Allocation, now: float) -> None:
+        """RFC 8656, section 8.2."""
+        message = request.message
+        requested = message.get(stun.REQUESTED_ADDRESS_FAMILY)
+        families = [family for family in allocation.relayed if requested in {None, family}]
+        if not families:
+            self._answers.fail(request, 443)
+            return
+        if message.get(stun.LIFETIME) == 0:
+            self._registry.remove(allocation, families, now)
+            self._registry.remember_deletion(request.client, message.transaction_id, now)
+            self._answers.succeed(request, (stun.LIFETIME, 0))
+            return
+        lifetime = granted_lifetime(message)
+        allocation.refresh(families, now + lifetime)
+        self._registry.changed(allocation, now + lifetime)
+        self._answers.succeed(request, (stun.LIFETIME, lifetime))
+
+    def _create_permission(self, request: Request, allocation: Allocation, now: float) -> None:
+        """RFC 8656, section 10.2: all of the permissions, or none."""
+        hosts = [peer.host for peer in request.message.get_all(stun.XOR_PEER_ADDRESS)]
+        if not hosts:
+            self._answers.fail(request, 400)
+            return
+        if any(family_of(host) not in allocation.relayed for host in hosts):
+            self._answers.fail(request, 443)
+            return
+        if not all(self._policy.permits_host(host) for host in hosts):
+            self._outbox.counters.forbidden_peers += 1
+            self._answers.fail(request, 403)
+            return
+        if not allocation.may_permit(hosts):
+            self._answers.fail(request, 508)
+            return
+        allocation.permit(hosts, now)
+        allocation.wants_indications = True
+        self._registry.changed(allocation, now + PERMISSION_LIFETIME)
+        self._answers.succeed(request)
+
+    def _bind_channel(self, request: Request, allocation: Allocation, now: float) -> None:
+        """RFC 8656, section 12.2."""
+        number = request.message.get(stun.CHANNEL_NUMBER)
+        peer = request.message.get(stun.XOR_PEER_ADDRESS)
+        if number is None or peer is None or not peer.port or not LOWEST_CHANNEL <= number <= HIGHEST_CHANNEL:
+            self._answers.fail(request, 400)
+            return
+        if family_of(peer.host) not in allocation.relayed:
+            self._answers.fail(request, 443)
+            return
+        if not self._policy.permits(peer):
+            self._outbox.counters.forbidden_peers += 1
+            self._answers.fail(request, 403)
+            return
+        code = allocation.bind(number, peer, now, is_relayed=self._policy.is_relayed(peer.host))
+        if code:
+            self._answers.fail(request, code)
+            return
+        self._registry.changed(allocation, now + min(PERMISSION_LIFETIME, CHANNEL_LIFETIME))
+        self._answers.succeed(request)
+
+
+_REQUESTS = frozenset({Method.BINDING, Method.ALLOCATE, Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND})
