@@ -39,4 +39,5 @@ class _Application:
 
 client = _Application("client", "Reaches a company's resources through Firezone gateways.")
 gateway = _Application("gateway", "Lets authorized clients reach the resources of a site.")
+relay = _Application("relay", "Carries datagrams between clients and gateways that no direct path joins.")
 portal = _Application("portal", "Says who may reach what, and introduces clients to gateways.")

@@ -1,0 +1,274 @@
+"""`twistd firezone-relay`."""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from firezone_tunnel.errors import ConfigurationError
+from firezone_tunnel.host.kernel import Kernel
+from firezone_tunnel.portal_connection.service import trust_from_file
+from firezone_tunnel.portal_connection.url import LoginUrl
+from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
+from firezone_tunnel.relaying.addresses import PRIVATE, Network
+from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.relaying.credentials import FIREZONE_REALM, StaticUsers
+from firezone_tunnel.runtime.health import HealthServer
+from firezone_tunnel.runtime.process import ApplicationService, Process
+from firezone_tunnel.runtime.settings import (
+    LOG_SETTINGS,
+    Setting,
+    parse_address,
+    parse_duration,
+    read_token,
+)
+from firezone_tunnel.runtime.settings import Options as CommonOptions
+
+
+def parse_port(text: str) -> int:
+    """
+    Raises: ValueError.
+    """
+    if not text.isdecimal() or not 0 < int(text) <= 0xFFFF:
+        raise ValueError(f"{text!r} is no port")
+    return int(text)
+
+
+def parse_limit(text: str) -> int:
+    """A number of things; 0 for no limit.
+
+    Raises: ValueError.
+    """
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is no number")
+    return int(text)
+
+
+def parse_ipv4(text: str) -> str:
+    """
+    Raises: ValueError.
+    """
+    return str(ipaddress.IPv4Address(text))
+
+
+def parse_ipv6(text: str) -> str:
+    """
+    Raises: ValueError.
+    """
+    return str(ipaddress.IPv6Address(text))
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """Networks between commas; "private" stands for the private ones.
+
+    Raises: ValueError.
+    """
+    networks: list[Network] = []
+    for name in text.replace(",", " ").split():
+        networks += PRIVATE if name == "private" else [ipaddress.ip_network(name)]
+    return tuple(networks)
+
+
+class Options(CommonOptions):
+    """A relay of a Firezone portal or, with --users-file, a TURN server for anybody in that file.
+
+    The token comes by FIREZONE_TOKEN, by a file, or as a systemd credential: never on the command line.
+    """
+
+    settings = (
+        Setting(
+            "public-ip4-addr", "IPv4 address that this relay is reached at", ("PUBLIC_IP4_ADDR",), parse=parse_ipv4
+        ),
+        Setting(
+            "public-ip6-addr", "IPv6 address that this relay is reached at", ("PUBLIC_IP6_ADDR",), parse=parse_ipv6
+        ),
+        Setting("bind-ip4-addr", "IPv4 address to listen on", ("BIND_IP4_ADDR",), "0.0.0.0", parse=parse_ipv4),
+        Setting("bind-ip6-addr", "IPv6 address to listen on", ("BIND_IP6_ADDR",), "::", parse=parse_ipv6),
+        Setting("listen-port", "port to listen on; Firezone expects 3478", ("LISTEN_PORT",), "3478", parse=parse_port),
+        Setting("lowest-port", "first port for allocations", ("LOWEST_PORT",), "49152", parse=parse_port),
+        Setting("highest-port", "last port for allocations", ("HIGHEST_PORT",), "65535", parse=parse_port),
+        Setting(
+            "api-url", "URL of the portal", variables=("FIREZONE_API_URL",), default="wss://api.firezone.dev", short="u"
+        ),
+        Setting(
+            "token-path",
+            "file with the token, readable by its owner only",
+            variables=("FIREZONE_TOKEN_PATH",),
+            default="/etc/firezone/relay-token",
+            parse=Path,
+        ),
+        Setting("firezone-name", "what the portal calls this relay", ("FIREZONE_NAME",)),
+        Setting("ca-file", "PEM file with the only CAs to trust for the portal", ("FIREZONE_CA_FILE",), parse=Path),
+        Setting(
+            "max-partition-time",
+            "give up after this long without a portal, such as 15m or 30d",
+            variables=("FIREZONE_MAX_PARTITION_TIME",),
+            default="24h",
+            parse=parse_duration,
+        ),
+        Setting(
+            "users-file",
+            "serve the users of this file, a name:password in each line, and no portal",
+            variables=("FIREZONE_RELAY_USERS_FILE",),
+            parse=Path,
+        ),
+        Setting("realm", "realm of those users", ("FIREZONE_RELAY_REALM",), FIREZONE_REALM),
+        Setting(
+            "allow-peers",
+            "special networks to relay to all the same, such as 10.1.0.0/16, or private for all private ones",
+            variables=("FIREZONE_RELAY_ALLOW_PEERS",),
+            parse=parse_networks,
+        ),
+        Setting(
+            "max-allocations",
+            "at most this many; 0 for no limit",
+            ("FIREZONE_RELAY_MAX_ALLOCATIONS",),
+            "0",
+            parse_limit,
+        ),
+        Setting(
+            "max-allocations-per-user",
+            "at most this many of one user; 0 for no limit",
+            ("FIREZONE_RELAY_MAX_ALLOCATIONS_PER_USER",),
+            "0",
+            parse_limit,
+        ),
+        Setting(
+            "drain-time",
+            "how long to serve those who are there after SIGTERM; a second one ends it at once",
+            variables=("FIREZONE_RELAY_DRAIN_TIME",),
+            default="30s",
+            parse=parse_duration,
+        ),
+        Setting(
+            "health-check-addr",
+            "where to serve /healthz and /readyz; off for nowhere",
+            variables=("HEALTH_CHECK_ADDR",),
+            default="0.0.0.0:8080",
+            parse=parse_address,
+        ),
+        *LOG_SETTINGS,
+    )
+
+
+class Application(ApplicationService):
+    """A relay for as long as the process lives."""
+
+    def __init__(self, reactor: Any, options: Options, config: RelayOptions) -> None:
+        process = Process(reactor, "firezone-relay")
+        super().__init__(
+            process,
+            log_level=options["log-level"],
+            log_format=options["log-format"],
+            log_directory=options["log-dir"],
+        )
+        self._reactor = reactor
+        self._relay = RelayService(reactor, config)
+        self._relay.ready.addCallback(lambda _: process.ready())
+        self._relay.failed.addCallback(self._failed)
+        address = options["health-check-addr"]
+        self._health = address and HealthServer(reactor, address, lambda: self._relay.is_ready)
+
+    def startService(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]
+        try:
+            if self._health is not None:
+                self._health.startService()
+            self._relay.startService()
+        except Exception as error:  # noqa: BLE001  # a service's boundary: twistd would swallow it
+            self.process.fail(error)
+
+    def stopService(self) -> Deferred[Any]:
+        super().stopService()  # type: ignore[no-untyped-call]
+        if self._health is not None:
+            self._health.stopService()
+        stopped = self._relay.stopService()
+        for number in (signal.SIGINT, signal.SIGTERM):  # the first signal has done its work: it brought us here
+            signal.signal(number, lambda *_: self._reactor.callFromThread(self._relay.hurry))
+        return stopped
+
+    def _failed(self, error: Any) -> None:
+        self.process.fail(error)
+        self._relay.stopService()
+        self._relay.hurry()  # nobody is served by a broken relay, nor by one that the portal has refused
+
+
+def make_service(reactor: Any, options: Options) -> Application:
+    """
+    Raises: ConfigurationError.
+    """
+    relaying = RelayConfig(
+        public_ipv4=options["public-ip4-addr"],
+        public_ipv6=options["public-ip6-addr"],
+        lowest_port=options["lowest-port"],
+        highest_port=options["highest-port"],
+        max_allocations=options["max-allocations"],
+        max_allocations_per_user=options["max-allocations-per-user"],
+    )
+    if not relaying.hosts:
+        raise ConfigurationError("A relay needs --public-ip4-addr or --public-ip6-addr, or both")
+    if relaying.lowest_port > relaying.highest_port:
+        raise ConfigurationError("--lowest-port is greater than --highest-port: no port is left for allocations")
+    users_file = options["users-file"]
+    config = RelayOptions(
+        relaying,
+        listen_port=options["listen-port"],
+        bind_ipv4=options["bind-ip4-addr"],
+        bind_ipv6=options["bind-ip6-addr"],
+        own_hosts=_own_hosts(),
+        allow_peers=options["allow-peers"] or (),
+        drain_time=options["drain-time"],
+        portal=None if users_file is not None else _portal(options, relaying),
+        users=None if users_file is None else _read_users(users_file, options["realm"]),
+    )
+    return Application(reactor, options, config)
+
+
+def _portal(options: Options, relaying: RelayConfig) -> PortalConfig:
+    ca_file = options["ca-file"]
+    return PortalConfig(
+        LoginUrl.relay(
+            options["api-url"],
+            read_token(options.environment, options["token-path"]),
+            ipv4=relaying.public_ipv4,
+            ipv6=relaying.public_ipv6,
+            port=options["listen-port"],
+            name=options["firezone-name"],
+        ),
+        trust=None if ca_file is None else trust_from_file(ca_file),
+        max_partition_time=options["max-partition-time"],
+    )
+
+
+def _own_hosts() -> tuple[str, ...]:
+    """The addresses of this host as they are at the start."""
+    kernel = Kernel()
+    try:
+        return tuple(address.host for address in kernel.snapshot().addresses)
+    finally:
+        kernel.close()
+
+
+def _read_users(path: Path, realm: str) -> StaticUsers:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"Can't read the users in {path}: {error}") from None
+    users: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        name, colon, password = line.strip().partition(":")
+        if not name or not colon:
+            if line.strip() and not line.startswith("#"):
+                raise ConfigurationError(f"{path}, line {number}: a user is written as name:password")
+            continue
+        users[name] = password
+    if not users:
+        raise ConfigurationError(f"There is no user in {path}: write a name:password into each line")
+    try:
+        return StaticUsers(users, realm)
+    except ValueError as error:
+        raise ConfigurationError(f"--realm: {error}") from None

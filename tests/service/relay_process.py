@@ -1,0 +1,153 @@
+"""A relay as a process of its own on loopback, and a TURN client with an ordinary socket."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from firezone_tunnel.sansio import SocketAddress
+from firezone_tunnel.stun import message as stun
+from firezone_tunnel.stun.message import Kind, Message, Method, long_term_key
+
+_ROOT = Path(__file__).parents[2]
+_PLUGIN = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("listed", {str(_ROOT / "twisted_plugins/firezone_tunnel_plugins.py")!r})
+listed = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(listed)
+relay = listed._Application("relay", "the working tree's")
+"""
+USER, PASSWORD, REALM = "alice", "secret", "firezone"
+PATIENCE = 5.0
+
+
+class RelayProcess:
+    """`twistd firezone-relay`, serving alice on 127.0.0.1 (and ::1)."""
+
+    def __init__(self, directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+        plugins = directory / "twisted" / "plugins"
+        plugins.mkdir(parents=True, exist_ok=True)
+        (plugins / "firezone_relay_of_a_test.py").write_text(_PLUGIN)
+        users = directory / "users"
+        users.write_text(f"# for tests\n{USER}:{PASSWORD}\n")
+        self.port = free_port()
+        self.log = directory / "relay.log"
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(directory / "notify"))
+        self._notify.settimeout(20)
+        common = ["--users-file", str(users), "--listen-port", str(self.port), "--health-check-addr", "off"]
+        common += ["--public-ip4-addr", "127.0.0.1", "--public-ip6-addr", "::1", "--allow-peers", "127.0.0.0/8"]
+        twistd = [str(Path(sys.executable).with_name("twistd")), "-n", "--pidfile=", "firezone-relay"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*twistd, *common, "--log-level", "debug", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=directory,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": f"{_ROOT}:{directory}",
+                    "NOTIFY_SOCKET": str(directory / "notify"),
+                    **(environment or {}),
+                },
+            )
+
+    def wait_ready(self) -> None:
+        assert self._notify.recv(64) == b"READY=1", self.log.read_text()
+
+    def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
+        self.process.send_signal(number)
+
+    def wait_stopping(self) -> None:
+        assert self._notify.recv(64) == b"STOPPING=1"
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Its exit code."""
+        return self.process.wait(timeout)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._notify.close()
+
+
+class TurnClient:
+    """A blocking client on a socket of its own."""
+
+    def __init__(self, relay: int, *, host: str = "127.0.0.1", username: str = USER, password: str = PASSWORD) -> None:
+        self.socket = udp(host)
+        self.socket.connect((host, relay))
+        self._username = username
+        self._key = long_term_key(username, REALM, password)
+        self._nonce: str | None = None
+
+    def request(self, method: int, *attributes: tuple[stun.Attribute[Any], Any]) -> Message:
+        """Ask, and once more if the nonce is wanted; every answer must be signed."""
+        answer = self._ask(method, *attributes)
+        if self._nonce is None:
+            assert code_of(answer) == 401
+            self._nonce = answer.get(stun.NONCE)
+            answer = self._ask(method, *attributes)
+        return answer
+
+    def allocate(self, *attributes: tuple[stun.Attribute[Any], Any]) -> Message:
+        return self.request(Method.ALLOCATE, (stun.REQUESTED_TRANSPORT, stun.UDP), *attributes)
+
+    def allocate_dual(self) -> list[SocketAddress]:
+        answer = self.allocate((stun.ADDITIONAL_ADDRESS_FAMILY, stun.FAMILY_IPV6))
+        assert code_of(answer) == 0
+        return answer.get_all(stun.XOR_RELAYED_ADDRESS)
+
+    def bind(self, number: int, peer: SocketAddress) -> Message:
+        return self.request(Method.CHANNEL_BIND, (stun.CHANNEL_NUMBER, number), (stun.XOR_PEER_ADDRESS, peer))
+
+    def _ask(self, method: int, *attributes: tuple[stun.Attribute[Any], Any]) -> Message:
+        credentials: tuple[tuple[stun.Attribute[Any], Any], ...] = (
+            (stun.USERNAME, self._username),
+            (stun.REALM, REALM),
+        )
+        if self._nonce is not None:
+            credentials += ((stun.NONCE, self._nonce),)
+        request = Message(method, Kind.REQUEST, os.urandom(12), (*attributes, *credentials))
+        self.socket.send(request.encode(key=self._key))
+        answer = stun.parse(self.socket.recv(2048))
+        assert answer is not None
+        assert answer.transaction_id == request.transaction_id
+        assert answer.is_authentic(self._key)
+        return answer
+
+
+def code_of(message: Message) -> int:
+    error = message.get(stun.ERROR_CODE)
+    return 0 if error is None else error.code
+
+
+def udp(host: str, port: int = 0) -> socket.socket:
+    one = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    one.bind((host, port))
+    one.settimeout(PATIENCE)
+    return one
+
+
+def address_of(one: socket.socket) -> SocketAddress:
+    return SocketAddress(*one.getsockname()[:2])
+
+
+def free_port() -> int:
+    with udp("127.0.0.1") as one:
+        return int(one.getsockname()[1])
+
+
+def until(condition: Any, timeout: float = PATIENCE) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.02)

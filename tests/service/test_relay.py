@@ -1,0 +1,233 @@
+"""The relay with real sockets: batches both ways, ports that are taken, limits, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import signal
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from firezone_tunnel.sansio import SocketAddress
+from firezone_tunnel.stun import message as stun
+from firezone_tunnel.stun.message import Method
+from tests.service.relay_process import RelayProcess, TurnClient, address_of, code_of, udp, until
+
+_UDP_SEGMENT, _UDP_GRO = 103, 104  # <linux/udp.h>
+_PEER = "127.0.0.3"  # an address that no interface has, and so not the relay's own
+
+Start = Callable[..., RelayProcess]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments: str) -> RelayProcess:
+            relay = RelayProcess(tmp_path, *arguments)
+            stack.callback(relay.close)
+            return relay
+
+        yield start
+
+
+@pytest.fixture
+def relay(start: Start) -> RelayProcess:
+    relay = start("--lowest-port", "50000", "--highest-port", "50999")
+    relay.wait_ready()
+    return relay
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_data_passes_both_ways_over_either_family(relay: RelayProcess, host: str) -> None:
+    client, peer = TurnClient(relay.port, host=host), udp(_PEER)
+    relayed = client.allocate_dual()
+    assert [address.host for address in relayed] == ["127.0.0.1", "::1"]
+    assert code_of(client.bind(0x4000, address_of(peer))) == 0
+
+    client.socket.send(b"\x40\x00\x00\x04ping")
+    ping, source = peer.recvfrom(100)
+    peer.sendto(b"pong", relayed[0])
+
+    assert (ping, SocketAddress(*source)) == (b"ping", relayed[0])
+    assert client.socket.recv(100) == b"\x40\x00\x00\x04pong"
+
+
+def test_a_batch_stays_a_batch_through_the_relay_in_both_directions(relay: RelayProcess) -> None:
+    client, peer = TurnClient(relay.port), udp(_PEER)
+    relayed = client.allocate_dual()
+    client.bind(0x4000, address_of(peer))
+    payloads = [bytes([number]) * 1312 for number in range(40)] + [b"last"]
+    framed = [struct.pack("!HH", 0x4000, len(one)) + one for one in payloads]
+
+    _send_segmented(client.socket, b"".join(framed), 1316)
+    assert _receive_batch(peer) == (b"".join(payloads), 1312)
+    peer.connect(relayed[0])
+    _send_segmented(peer, b"".join(payloads), 1312)
+    assert _receive_batch(client.socket) == (b"".join(framed), 1316)
+
+
+def test_neighbours_talk_without_the_kernel(relay: RelayProcess) -> None:
+    one, two = TurnClient(relay.port), TurnClient(relay.port, host="::1")
+    (_, one6), (_, two6) = one.allocate_dual(), two.allocate_dual()
+    one.bind(0x4000, two6)
+    two.bind(0x4001, one6)
+
+    one.socket.send(b"\x40\x00\x00\x05hello")
+
+    assert two.socket.recv(100) == b"\x40\x01\x00\x05hello"
+
+
+def test_the_relay_relays_neither_to_itself_nor_to_the_host(relay: RelayProcess) -> None:
+    client = TurnClient(relay.port)
+    client.allocate_dual()
+
+    assert code_of(client.bind(0x4000, SocketAddress("127.0.0.1", relay.port))) == 403
+    assert code_of(client.bind(0x4000, SocketAddress("::1", 22))) == 403
+    assert code_of(client.bind(0x4000, SocketAddress("10.0.0.1", 22))) == 403
+
+
+def test_send_and_data_indications_with_dont_fragment(relay: RelayProcess) -> None:
+    client, peer = TurnClient(relay.port), udp(_PEER)
+    client.allocate((stun.DONT_FRAGMENT, True))
+    assert code_of(client.request(Method.CREATE_PERMISSION, (stun.XOR_PEER_ADDRESS, address_of(peer)))) == 0
+    attributes = ((stun.XOR_PEER_ADDRESS, address_of(peer)), (stun.DATA, b"ping"), (stun.DONT_FRAGMENT, True))
+
+    client.socket.send(stun.Message(Method.SEND, stun.Kind.INDICATION, bytes(12), attributes).encode())
+    ping, relayed = peer.recvfrom(100)
+    peer.sendto(b"pong", relayed)
+
+    assert ping == b"ping"
+    indication = stun.parse(client.socket.recv(200))
+    assert indication is not None
+    assert indication.get(stun.DATA) == b"pong"
+
+
+def test_a_port_that_somebody_else_has_is_not_used_and_none_left_is_508(start: Start) -> None:
+    relay = start("--lowest-port", "51000", "--highest-port", "51002")
+    relay.wait_ready()
+    with udp("127.0.0.1", 51000), udp("::1", 51002):
+        first, second = TurnClient(relay.port), TurnClient(relay.port)
+
+        assert [address.port for address in first.allocate_dual()] == [51001, 51001]
+        answer = second.allocate((stun.ADDITIONAL_ADDRESS_FAMILY, stun.FAMILY_IPV6))
+
+        assert code_of(answer) == 508
+    assert code_of(first.request(Method.REFRESH)) == 0
+
+
+def test_at_the_descriptor_limit_it_answers_508_and_serves_on(start: Start) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    relay = start("--lowest-port", "52000", "--highest-port", "52999")
+    resource.prlimit(relay.process.pid, resource.RLIMIT_NOFILE, (70, 70))  # before it looks: it is still importing
+    relay.wait_ready()
+    clients = [TurnClient(relay.port) for _ in range(4)]
+
+    codes = [code_of(client.allocate((stun.ADDITIONAL_ADDRESS_FAMILY, stun.FAMILY_IPV6))) for client in clients]
+
+    assert codes == [0, 0, 0, 508]
+    assert code_of(clients[0].request(Method.REFRESH, (stun.LIFETIME, 0))) == 0
+    assert len(clients[3].allocate_dual()) == 2
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (soft, hard)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_without_allocations_a_signal_ends_it_at_once_with_0(relay: RelayProcess, number: signal.Signals) -> None:
+    relay.signal(number)
+
+    assert relay.wait() == 0
+
+
+def test_it_serves_its_clients_until_the_last_has_gone(relay: RelayProcess) -> None:
+    client, peer = TurnClient(relay.port), udp(_PEER)
+    client.allocate()
+    client.bind(0x4000, address_of(peer))
+
+    relay.signal()
+    relay.wait_stopping()
+
+    until(lambda: "relay:draining" in relay.log.read_text())
+    client.socket.send(b"\x40\x00\x00\x04ping")
+    assert peer.recv(100) == b"ping"
+    assert code_of(TurnClient(relay.port).allocate()) == 508
+    assert relay.process.poll() is None
+    client.request(Method.REFRESH, (stun.LIFETIME, 0))
+    assert relay.wait() == 0
+
+
+def test_a_second_signal_ends_it_at_once(relay: RelayProcess) -> None:
+    TurnClient(relay.port).allocate()
+    relay.signal()
+    until(lambda: "relay:draining" in relay.log.read_text())
+
+    relay.signal()
+
+    assert relay.wait() == 0
+
+
+def test_after_the_drain_time_it_ends(start: Start) -> None:
+    relay = start("--drain-time", "1s")
+    relay.wait_ready()
+    TurnClient(relay.port).allocate()
+
+    relay.signal()
+
+    assert relay.wait() == 0
+    assert "relay:drained" in relay.log.read_text()
+
+
+def test_an_occupied_listening_port_is_told_and_ends_it_with_1(start: Start, tmp_path: Path) -> None:
+    with udp("0.0.0.0") as occupier:
+        relay = start("--listen-port", str(address_of(occupier).port))
+
+        assert relay.wait(20) == 1
+
+    assert "firezone-relay: Cannot open a UDP socket" in relay.log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (("--listen-port", "0"), 2, "--listen-port"),
+        (("--allow-peers", "10.0.0.1/8"), 2, "--allow-peers"),
+        (("--lowest-port", "9", "--highest-port", "8"), 1, "--lowest-port"),
+        (("--users-file", "/nonexistent"), 1, "/nonexistent"),
+    ],
+)
+def test_what_is_configured_wrongly_is_told_in_one_line(
+    start: Start, arguments: tuple[str, ...], code: int, text: str
+) -> None:
+    relay = start(*arguments)
+
+    assert relay.wait(20) == code
+    assert text in relay.log.read_text().splitlines()[-1]
+
+
+def test_what_it_logs_names_no_secret(start: Start) -> None:
+    relay = start("--log-format", "json", "--drain-time", "0s")
+    relay.wait_ready()
+    TurnClient(relay.port).allocate()
+    relay.signal()
+    assert relay.wait() == 0
+
+    text = relay.log.read_text()
+    events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert {event["message_type"] for event in events} >= {"relay:listening", "relay:ready", "relay:stopped"}
+    assert "secret" not in text
+
+
+def _send_segmented(one: socket.socket, data: bytes, size: int) -> None:
+    one.sendmsg([data], [(socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("=H", size))])
+
+
+def _receive_batch(one: socket.socket) -> tuple[bytes, int]:
+    """What came together, and the size of its datagrams."""
+    one.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
+    data, ancillary, _, _ = one.recvmsg(65_536, 64)
+    sizes = [struct.unpack("=I", value)[0] for _, kind, value in ancillary if kind == _UDP_GRO]
+    return data, sizes[0] if sizes else len(data)

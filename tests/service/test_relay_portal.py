@@ -1,0 +1,85 @@
+"""A relay and its portal: peers are told of it with credentials that it takes, and it leaves before it ends."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest_twisted
+from twisted.internet import reactor
+from twisted.internet.threads import deferToThread
+
+from firezone_tunnel.errors import AuthenticationError
+from firezone_tunnel.portal_connection.url import LoginUrl
+from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
+from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.stun import message as stun
+from firezone_tunnel.stun.message import Method
+from tests.service.portal_peers import RELAY_TOKEN, Portal, start_portal, stop_portal
+from tests.service.relay_process import TurnClient, code_of, free_port
+
+
+@pytest_twisted.async_yield_fixture
+async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
+    portal = await start_portal(tmp_path)
+    yield portal
+    await stop_portal(portal)
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_peer_of_the_portal_allocates_with_the_credentials_that_it_was_told(portal: Portal) -> None:
+    relay = _relay(portal, RELAY_TOKEN)
+    relay.startService()
+    await relay.ready
+    assert relay.is_ready
+
+    (told,) = (await portal.join("client")).init["relays"]
+
+    assert told["addr"] == f"127.0.0.1:{relay.addresses[0].port}"
+    client = TurnClient(relay.addresses[0].port, username=told["username"], password=told["password"])
+    answer = await deferToThread(client.allocate)
+    assert code_of(answer) == 0
+    assert relay.allocations == 1
+    relay.hurry()
+    await relay.stopService()
+    assert not relay.is_ready
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_relay_that_ends_leaves_the_portal_first_and_serves_on_until_its_clients_have_gone(
+    portal: Portal,
+) -> None:
+    relay = _relay(portal, RELAY_TOKEN)
+    relay.startService()
+    await relay.ready
+    peer = await portal.join("gateway")
+    (told,) = peer.init["relays"]
+    client = TurnClient(relay.addresses[0].port, username=told["username"], password=told["password"])
+    await deferToThread(client.allocate)
+
+    stopped = relay.stopService()
+    news = await peer.receive("relays_presence")
+    assert news["disconnected_ids"] == [told["id"]]
+    assert not stopped.called
+    assert code_of(await deferToThread(client.request, Method.REFRESH)) == 0
+    await deferToThread(client.request, Method.REFRESH, (stun.LIFETIME, 0))
+    await stopped
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_relay_that_the_portal_refuses_fails(portal: Portal) -> None:
+    relay = _relay(portal, "wrong")
+    relay.startService()
+
+    error = await relay.failed
+
+    assert isinstance(error, AuthenticationError)
+    assert not relay.is_ready
+    await relay.stopService()
+
+
+def _relay(portal: Portal, token: str) -> RelayService:
+    port = free_port()
+    url = LoginUrl.relay(f"ws://{portal.address}", token, ipv4="127.0.0.1", ipv6=None, port=port)
+    config = RelayConfig(public_ipv4="127.0.0.1", lowest_port=54_000, highest_port=54_099)
+    return RelayService(reactor, RelayOptions(config, listen_port=port, portal=PortalConfig(url)))
