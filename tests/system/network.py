@@ -1,7 +1,9 @@
 """The network of the demo and the benchmarks: who stands where, and what the private network offers.
 
-portal ──┐
-client ──┤ internet ├── gateway ── private network: a web server and an iperf3 server
+portal ─────────┐            ┌── relay
+client ── NAT ──┤  internet  ├── NAT ── gateway ── private network: a web server and an iperf3 server
+
+Unless something else is asked for there are no NATs: client and gateway are on the internet themselves.
 """
 
 from __future__ import annotations
@@ -10,14 +12,18 @@ import sys
 import time
 from pathlib import Path
 
-from tests.system.hosts import Host, Lab
+from tests.system import nat as nats
+from tests.system.hosts import Host, Lab, Switch
 from tests.system.programs import NotReady, Program
 
 PORTAL = "203.0.113.10"  # RFC 5737 and RFC 3849: addresses for documentation
 CLIENT = "203.0.113.20"
 GATEWAY = "203.0.113.30"
+PORTAL_IPV6 = "2001:db8:113::10"
 CLIENT_IPV6 = "2001:db8:113::20"
 GATEWAY_IPV6 = "2001:db8:113::30"
+RELAYS = {"relay": ("203.0.113.40", "2001:db8:113::40"), "relay2": ("203.0.113.41", "2001:db8:113::41")}
+"""Public addresses of each relay's host."""
 PRIVATE_NETWORK = "10.20.0.0/24"
 PRIVATE_NETWORK_IPV6 = "fd00:20::/64"
 SERVER = "10.20.0.100"
@@ -25,27 +31,58 @@ SERVER_IPV6 = "fd00:20::100"
 WEB_PORT = 80
 IPERF_PORT = 5201
 
-_INTERNET_ROUTERS = ("203.0.113.1", "2001:db8:113::1")
+_CLIENT_PLACE = nats.Place(CLIENT, CLIENT_IPV6, 20)
+_GATEWAY_PLACE = nats.Place(GATEWAY, GATEWAY_IPV6, 30)
+_OTHER_IPV4 = "198.51.100"  # how the addresses of another provider begin
+_OTHER_IPV6 = "2001:db8:51"
 _TCP_LISTEN = "0A"  # state column of /proc/net/tcp, proc(5)
 
 
 class Network:
-    """The four hosts, plugged in and addressed; the private network's servers run.
+    """The hosts, plugged in and addressed; the private network's servers run.
 
     The server knows no route beyond its own network: what reaches it came masqueraded by the gateway.
     """
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, nat: str = "none") -> None:
+        """`nat` is what client and gateway are behind: one kind for both or `client,gateway`; see `tests.system.nat`.
+
+        Raises: ValueError.
+        """
         self.lab = lab
+        self.nat = nats.Pair.parse(nat)
         self.internet = lab.switch("internet")
-        self.internet.route(f"{_INTERNET_ROUTERS[0]}/24", f"{_INTERNET_ROUTERS[1]}/64")
-        self.portal = self._on_the_internet("portal", f"{PORTAL}/24", "2001:db8:113::10/64")
-        self.client = self._on_the_internet("client", f"{CLIENT}/24", f"{CLIENT_IPV6}/64")
-        self.gateway = self._on_the_internet("gateway", f"{GATEWAY}/24", f"{GATEWAY_IPV6}/64")
+        self.internet.route(f"{nats.INTERNET_ROUTERS[0]}/24", f"{nats.INTERNET_ROUTERS[1]}/64")
+        self.portal = self._on_the_internet("portal", PORTAL, PORTAL_IPV6)
+        self.client = lab.host("client")
+        self.gateway = lab.host("gateway")
+        self.client_nats = nats.connect(lab, self.client, self.internet, _CLIENT_PLACE, self.nat.client)
+        self.gateway_nats = nats.connect(lab, self.gateway, self.internet, _GATEWAY_PLACE, self.nat.gateway)
         self.server = lab.host("server")
         lab.cable(self.gateway, "eth1", self.server, "eth0")
         self.gateway.add_address("eth1", "10.20.0.1/24", "fd00:20::1/64")
         self.server.add_address("eth0", f"{SERVER}/24", f"{SERVER_IPV6}/64")
+        self._other_provider: Switch | None = None
+
+    def relay(self, name: str = "relay") -> Host:
+        """The host of a relay, one of RELAYS, on the internet; made when it is first asked for."""
+        return self.lab.hosts.get(name) or self._on_the_internet(name, *RELAYS[name])
+
+    def portal_host(self, host: Host) -> str:
+        """What a host calls the portal in a URL: an address of a family that it has."""
+        has_ipv4 = host not in (self.client, self.gateway) or self._kind(host) != "v6"
+        return PORTAL if has_ipv4 else f"[{PORTAL_IPV6}]"
+
+    def roam(self, host: Host) -> None:
+        """Take the host's eth0 down, and put it into another provider's network by an interface of its own.
+
+        It has the new addresses and default routes when this returns.
+        """
+        provider = self._other_provider or self._build_other_provider()
+        number = (_CLIENT_PLACE if host is self.client else _GATEWAY_PLACE).number
+        host.ip("link", "set", "eth0", "down")
+        addresses = (f"{_OTHER_IPV4}.{number}/24", f"{_OTHER_IPV6}::{number}/64")
+        provider.plug(host, *addresses, interface="wlan0", gateways=(f"{_OTHER_IPV4}.1", f"{_OTHER_IPV6}::1"))
 
     def start_servers(self) -> None:
         """Start the web server and the iperf3 server; returns once both listen."""
@@ -57,8 +94,25 @@ class Network:
 
     def _on_the_internet(self, name: str, *addresses: str) -> Host:
         host = self.lab.host(name)
-        self.internet.plug(host, *addresses, gateways=_INTERNET_ROUTERS)
+        nats.plug(host, self.internet, *addresses)
         return host
+
+    def _kind(self, host: Host) -> str:
+        return self.nat.client if host is self.client else self.nat.gateway
+
+    def _build_other_provider(self) -> Switch:
+        """A network of its own, which a cable between the routers joins to the internet."""
+        self._other_provider = provider = self.lab.switch("provider")
+        provider.route(f"{_OTHER_IPV4}.1/24", f"{_OTHER_IPV6}::1/64")
+        near, far = provider.host, self.internet.host
+        self.lab.cable(near, "up", far, "provider")
+        near.add_address("up", "192.0.2.1/30", "2001:db8:2::1/64")
+        far.add_address("provider", "192.0.2.2/30", "2001:db8:2::2/64")
+        for next_hop in ("192.0.2.2", "2001:db8:2::2"):
+            near.ip("route", "add", "default", "via", next_hop)
+        far.ip("route", "add", f"{_OTHER_IPV4}.0/24", "via", "192.0.2.1")
+        far.ip("route", "add", f"{_OTHER_IPV6}::/64", "via", "2001:db8:2::1")
+        return provider
 
 
 def _wait_listening(program: Program, port: int, timeout: float = 10.0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 from tests.system.hosts import Host
 from tests.system.network import PORTAL, PRIVATE_NETWORK, PRIVATE_NETWORK_IPV6, RELAYS, Network
-from tests.system.programs import Program
+from tests.system.programs import NotReady, Program
 
 PORTAL_PORT = 8081
+_PATH_EVENTS = ("tunnel:connection_established", "tunnel:path_changed")
 _TWISTD = Path(sys.executable).with_name("twistd")
 
 
@@ -114,6 +116,22 @@ class Product:
         """What the client logged of its newest connection to a gateway: path, local and remote address."""
         self.client.wait_for("tunnel:connection_established")
         return list(self.client.events("tunnel:connection_established"))[-1]
+
+    def path(self) -> Mapping[str, Any]:
+        """What the client logged of the path that it is using: "direct" or "relayed", local and remote address."""
+        self.client.wait_for("tunnel:connection_established")
+        return [event for event in self.client.events() if event.get("message_type") in _PATH_EVENTS][-1]
+
+    def wait_path(self, path: str, timeout: float = 10.0) -> None:
+        """Block until the client uses such a path, "direct" or "relayed".
+
+        Raises: NotReady.
+        """
+        deadline = time.monotonic() + timeout
+        while self.path()["path"] != path:
+            if time.monotonic() > deadline:
+                raise NotReady(f"no {path} path within {timeout:g} s:\n{self.client.output()}")
+            time.sleep(0.02)
 
     def stop(self) -> dict[str, int]:
         """End the client, the gateway, the relays and the portal, in this order; returns their exit codes."""
