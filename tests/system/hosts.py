@@ -231,6 +231,8 @@ def require_capabilities() -> None:
         raise MissingCapability("Network namespaces take root, or a user namespace of your own.")
     if not os.path.exists("/dev/net/tun"):
         raise MissingCapability("There is no /dev/net/tun: load the kernel module `tun`.")
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        raise MissingCapability("This user may not open /dev/net/tun: run it as root, or let everybody (mode 0666).")
 
 
 def enter_user_namespace(arguments: list[str]) -> None:
