@@ -21,8 +21,11 @@ from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.runtime.lag import LoopLag
 from firezone_tunnel.sansio import SocketAddress, Timeout, Transmit
+from firezone_tunnel.snownet.node import Node
 from firezone_tunnel.tun.device import TunDevice
 from firezone_tunnel.tun.transport import IPacketProtocol, TunTransport
+from firezone_tunnel.tunnel.client import ClientCounters
+from firezone_tunnel.tunnel.gateway import GatewayCounters
 from firezone_tunnel.udp.transport import PREFERRED_PORT, IBatchProtocol, UdpTransport
 from firezone_tunnel.wireguard.seal import ReceiveBuffer
 
@@ -31,6 +34,12 @@ _ANY_HOST = {False: "0.0.0.0", True: "::"}  # by whether it is IPv6
 
 class TunnelCore(Protocol):
     """`tunnel.client.ClientTunnel` or `tunnel.gateway.GatewayTunnel`."""
+
+    @property
+    def counters(self) -> ClientCounters | GatewayCounters: ...
+
+    @property
+    def node(self) -> Node: ...
 
     def handle_packets(self, packets: Sequence[SuperPacket], now: float, utc_now: float) -> list[SuperPacket]: ...
 
@@ -203,7 +212,8 @@ class TunnelRuntime:
             )
 
     def _log_counters(self) -> None:
-        """What the transports have done and seen, what is not zero of it."""
+        """What was not carried, and what the transports have done and seen: what is not zero of it."""
+        log.info("tunnel:closed", **_nonzero(self._core.counters), **_nonzero(self._core.node.counters))
         if self._tun is not None:
             log.info("tun:closed", interface=self._tun.device.name, **_nonzero(self._tun.counters))
         for transport in self._udp.values():

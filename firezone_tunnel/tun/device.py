@@ -55,7 +55,7 @@ def open_tun(name: str = DEFAULT_NAME, *, offload: Offload = Offload.UDP, node: 
         raise PlatformError(f"{name!r} can't be the name of a network interface: at most {_IFNAMSIZ - 1} bytes")
     fd = _open_node(node)
     try:
-        _attach(fd, name)
+        _attach(fd, name, node)
         return _adopt(fd, offload)
     except BaseException:
         os.close(fd)
@@ -116,8 +116,11 @@ def _open_node(node: Path) -> int:
         raise PlatformError(f"{node} can't be opened ({error.strerror}): is the kernel module tun loaded?") from error
 
 
-def _attach(fd: int, name: str) -> None:
-    offered = _INT.unpack(fcntl.ioctl(fd, _TUNGETFEATURES, bytes(4)))[0]
+def _attach(fd: int, name: str, node: Path) -> None:
+    try:
+        offered = _INT.unpack(fcntl.ioctl(fd, _TUNGETFEATURES, bytes(4)))[0]
+    except OSError as error:
+        raise PlatformError(f"{node} is no TUN device node ({error.strerror})") from error
     if not offered & _IFF_VNET_HDR:
         raise PlatformError("This kernel's TUN driver has no virtio headers: Linux 2.6.27 or newer is needed")
     try:

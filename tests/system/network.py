@@ -105,8 +105,8 @@ class Network:
         self._other_provider = provider = self.lab.switch("provider")
         provider.route(f"{_OTHER_IPV4}.1/24", f"{_OTHER_IPV6}::1/64")
         near, far = provider.host, self.internet.host
-        self.lab.cable(near, "up", far, "provider")
-        near.add_address("up", "192.0.2.1/30", "2001:db8:2::1/64")
+        self.lab.cable(near, "uplink", far, "provider")
+        near.add_address("uplink", "192.0.2.1/30", "2001:db8:2::1/64")
         far.add_address("provider", "192.0.2.2/30", "2001:db8:2::2/64")
         for next_hop in ("192.0.2.2", "2001:db8:2::2"):
             near.ip("route", "add", "default", "via", next_hop)

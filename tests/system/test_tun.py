@@ -298,6 +298,7 @@ class Tunnel:
         self.gone: Deferred[BaseException] = Deferred()
         self.readers: set[TunTransport] = set()
         self.transport = TunTransport(reactor or self, self, device)
+        self.transport.CALM = float("inf")  # as in the middle of traffic: after a pause a turn takes a lone packet
 
     def turn(self) -> None:
         """What a reactor does in one turn, if there is something to read within a second."""

@@ -1,0 +1,177 @@
+"""What the user notices when something on the way breaks: a short silence, and no broken TCP connection.
+
+Silence is measured by a ping of 20 Hz, from the moment of the event until pings that were sent later are answered one
+after the other. The limits are decision 3's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+
+from tests.system.hosts import Host, Lab
+from tests.system.network import RELAYS, SERVER, WEB_PORT, Network
+from tests.system.product import Product
+from tests.system.programs import Program
+from tests.system.traffic import Download, Ping
+
+pytestmark = pytest.mark.namespaces
+
+KILLED_RELAY = 2.0  # seconds: decision 3, as the next two
+SILENT_RELAY = 5.0
+ROAMING = 2.0
+KILLED_GATEWAY = 15.25 + 2.0 + 2.0  # until ICE gives up, spec/data-plane.md 2.3; and a flow is asked for again
+RESTARTED_GATEWAY = 3.0  # one that said goodbye
+RESTARTED_PORTAL = 10.0
+
+Silence = Callable[[Host], None]
+
+
+def test_a_relay_that_is_killed_is_replaced_by_the_other_one(lab: Lab) -> None:
+    with _scene(lab, "symmetric", relays=tuple(RELAYS)) as scene:
+        name = _relay_in_use(scene.product)
+
+        began = time.time()
+        scene.product.relay(name).kill()
+
+        assert scene.silence_since(began) < KILLED_RELAY
+        assert _relay_in_use(scene.product) != name
+
+
+def _stop(host: Host) -> None:
+    host.programs[0].send_signal(signal.SIGSTOP)
+
+
+def _drop(host: Host) -> None:
+    host.run("nft", "-f", "-", stdin=_DROP_UDP)
+
+
+@pytest.mark.parametrize("fall_silent", [_stop, _drop], ids=["stopped", "unreachable"])
+def test_a_relay_that_falls_silent_is_replaced_by_the_other_one(lab: Lab, fall_silent: Silence) -> None:
+    with _scene(lab, "symmetric", relays=tuple(RELAYS)) as scene:
+        name = _relay_in_use(scene.product)
+
+        began = time.time()
+        fall_silent(scene.network.relay(name))
+
+        assert scene.silence_since(began) < SILENT_RELAY
+        assert _relay_in_use(scene.product) != name
+        scene.product.relay(name).kill()  # a stopped one can't be asked to end
+
+
+@pytest.mark.parametrize("nat", ["none", "cone", "symmetric"])
+def test_a_client_that_roams_goes_on_in_the_other_network(lab: Lab, nat: str) -> None:
+    with _scene(lab, nat) as scene:
+        scene.network.roam(scene.network.client)
+        began = time.time()
+
+        assert scene.silence_since(began) < ROAMING
+
+
+@pytest.mark.parametrize("nat", ["none", "cone", "symmetric"])
+def test_a_gateway_that_roams_goes_on_in_the_other_network(lab: Lab, nat: str) -> None:
+    with _scene(lab, nat) as scene:
+        scene.network.roam(scene.network.gateway)
+        began = time.time()
+
+        assert scene.silence_since(began) < ROAMING
+
+
+def test_a_gateway_that_is_killed_and_started_again_serves_its_clients_again(lab: Lab) -> None:
+    with _scene(lab, "cone") as scene:
+        began = time.time()
+        scene.product.gateway.kill()
+        scene.product.start_gateway()
+
+        assert scene.silence_since(began) < KILLED_GATEWAY
+
+
+def test_a_gateway_that_is_restarted_in_order_serves_its_clients_again_at_once(lab: Lab) -> None:
+    """It takes its masquerade away, and so its own host resets the connections that went through it."""
+    with _scene(lab, "cone", download=False) as scene:
+        scene.product.restart_gateway()
+        began = time.time()
+
+        assert scene.silence_since(began) < RESTARTED_GATEWAY
+
+
+def test_a_portal_that_is_killed_and_started_again_is_not_noticed(lab: Lab) -> None:
+    with _scene(lab, "symmetric") as scene:
+        scene.product.portal.kill()
+        scene.product.start_portal()
+        for program in (scene.product.client, scene.product.gateway, scene.product.relay()):
+            wait_until(lambda program=program: _joins(program) == 2, timeout=RESTARTED_PORTAL)
+
+        scene.ping.wait_steady(time.time())
+
+        numbers = [answer.number for answer in scene.ping.answers()]
+        assert numbers == list(range(1, len(numbers) + 1))
+
+
+def _joins(program: Program) -> int:
+    return len(list(program.events("portal:joined")))
+
+
+class Scene(NamedTuple):
+    """Everything is up, and traffic flows."""
+
+    network: Network
+    product: Product
+    ping: Ping
+    download: Download | None
+
+    def silence_since(self, moment: float) -> float:
+        """Block until pings are answered again, and the TCP connection goes on; returns the seconds that it took."""
+        silence = self.ping.wait_steady(moment)
+        print(f"silent for {silence:.2f} s")
+        if self.download is not None:
+            self.download.wait_for_more()
+        return silence
+
+
+@contextlib.contextmanager
+def _scene(lab: Lab, nat: str, *, relays: tuple[str, ...] = ("relay",), download: bool = True) -> Iterator[Scene]:
+    network = Network(lab, nat)
+    network.start_servers()
+    product = Product(network, relays=relays)
+    product.start()
+    with contextlib.ExitStack() as stack:
+        ping = stack.enter_context(Ping(network.client, SERVER))
+        downloading = stack.enter_context(Download(network.client, SERVER, WEB_PORT)) if download else None
+        if downloading is not None:
+            downloading.wait_for_more()
+        assert product.path()["path"] == ("direct" if network.nat.is_direct else "relayed")
+        yield Scene(network, product, ping, downloading)
+    product.stop()
+
+
+def wait_until(is_so: Callable[[], bool], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not is_so():
+        assert time.monotonic() < deadline, f"it did not happen within {timeout:g} s"
+        time.sleep(0.02)
+
+
+def _relay_in_use(product: Product) -> str:
+    """The relay that gave the client the address from which its datagrams come to the gateway."""
+    host = product.path()["local"].rpartition(":")[0].strip("[]")
+    return next(name for name, addresses in RELAYS.items() if host in addresses)
+
+
+_DROP_UDP = """
+table inet test {
+    chain input {
+        type filter hook input priority filter
+        meta l4proto udp drop
+    }
+    chain output {
+        type filter hook output priority filter
+        meta l4proto udp drop
+    }
+}
+"""

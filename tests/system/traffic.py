@@ -1,0 +1,117 @@
+"""Traffic through the tunnel that goes on while something breaks: what it noticed, and for how long."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import NamedTuple
+
+from tests.system.hosts import Host
+from tests.system.namespace import inside
+from tests.system.programs import Program
+
+PING_INTERVAL = 0.05  # 20 Hz: decision 3
+_STEADY = 10  # answers in a row that make a recovery
+_ANSWER = re.compile(r"^\[(\d+\.\d+)\] \d+ bytes from .* icmp_seq=(\d+) .*time=([\d.]+) ms", re.MULTILINE)
+
+
+class Answer(NamedTuple):
+    """An answered ping; unix times in seconds."""
+
+    number: int
+    sent_at: float
+    arrived_at: float
+
+
+class Ping:
+    """Twenty pings a second from a host to an address, until the context is left."""
+
+    def __init__(self, host: Host, target: str) -> None:
+        self._host = host
+        self._program: Program = host.spawn("ping", "ping", "-D", "-n", "-i", str(PING_INTERVAL), target)
+
+    def __enter__(self) -> Ping:
+        self.wait_steady(time.time())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._program.stop()
+        self._host.programs.remove(self._program)
+
+    def answers(self) -> list[Answer]:
+        """All so far, in the order in which they were sent."""
+        found = [
+            (int(number), float(at), float(ms) / 1000) for at, number, ms in _ANSWER.findall(self._program.output())
+        ]
+        return sorted(Answer(number, at - round_trip, at) for number, at, round_trip in found)
+
+    def wait_steady(self, moment: float, timeout: float = 30.0) -> float:
+        """Block until pings that were sent after `moment`, a unix time, are answered one after the other.
+
+        Returns how many seconds after `moment` the first of these answers arrived.
+
+        Raises: AssertionError.
+        """
+        deadline = time.time() + timeout
+        while True:
+            later = [answer for answer in self.answers() if answer.sent_at >= moment]
+            for first, last in zip(later, later[_STEADY - 1 :], strict=False):
+                if last.number - first.number < _STEADY + 1:  # one may get lost
+                    return first.arrived_at - moment
+            assert time.time() < deadline, f"no steady answers for {timeout:g} s, {len(later)} in all"
+            time.sleep(PING_INTERVAL)
+
+
+class Download:
+    """One TCP connection on which the server goes on sending, until the context is left. `received` counts bytes."""
+
+    def __init__(self, host: Host, server: str, port: int) -> None:
+        self.received = 0
+        self.error: OSError | None = None
+        with inside(host):
+            self._socket = socket.create_connection((server, port), timeout=15)
+        self._socket.settimeout(60)
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, args=(server,), daemon=True)
+
+    def __enter__(self) -> Download:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_closing = True
+        with contextlib.suppress(OSError):  # it may be broken already
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(5)
+        self._socket.close()
+
+    def wait_for_more(self, count: int = 1_000_000, timeout: float = 20.0) -> None:
+        """Block until so many more bytes have come on this same connection.
+
+        Raises: AssertionError.
+        """
+        wanted, deadline = self.received + count, time.monotonic() + timeout
+        while self.received < wanted:
+            assert self.error is None, f"the TCP connection broke: {self.error}"
+            assert time.monotonic() < deadline, (
+                f"{wanted - self.received} of {count} bytes are missing after {timeout:g} s"
+            )
+            time.sleep(0.02)
+
+    def _run(self, server: str) -> None:
+        try:
+            self._socket.sendall(f"GET /bytes?num={10**12} HTTP/1.1\r\nHost: {server}\r\n\r\n".encode())
+            while data := self._socket.recv(65536):
+                self.received += len(data)
+                time.sleep(0.01)  # at most 6.5 MB/s: the connection lives, and leaves the processors to others
+            self.error = None if self._is_closing else ConnectionResetError("the server closed it")
+        except OSError as error:
+            self.error = None if self._is_closing else error
