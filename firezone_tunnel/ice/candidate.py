@@ -44,6 +44,9 @@ _IPV4_PENALTY = 1
 _OTHER_FAMILY_PENALTY = 1000
 _STEP = 2  # between candidates of one kind and family
 
+Identity = tuple[CandidateKind, SocketAddress, SocketAddress | None]
+"""See `Candidate.identity`."""
+
 
 @attrs.frozen
 class Candidate:
@@ -93,7 +96,7 @@ class Candidate:
         return _TYPE_PREFERENCE[CandidateKind.PEER_REFLEXIVE] << 24 | self.priority & 0xFFFFFF
 
     @property
-    def identity(self) -> tuple[CandidateKind, SocketAddress, SocketAddress | None]:
+    def identity(self) -> Identity:
         """What an invalidation must repeat for it to count (spec/data-plane.md, 2.4.7)."""
         return self.kind, self.address, self.related
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.errors import ProtocolError
-from firezone_tunnel.ice.agent import Credentials
-from firezone_tunnel.ice.candidate import Candidate, CandidateKind, parse_sdp
+from firezone_tunnel.ice.agent import MAX_REMOTE_ADDRESSES, Credentials
+from firezone_tunnel.ice.candidate import Candidate, CandidateKind, Identity, parse_sdp
 from firezone_tunnel.packet.coalesce import Arena, coalesce
 from firezone_tunnel.packet.rewrite import CE, mark_congestion
 from firezone_tunnel.packet.superpacket import SuperPacket, parse
@@ -154,9 +154,11 @@ class Node:
             self._deadlines.no_later_than(connection, now, "one remote candidate less")
 
     def announce(self) -> None:
-        """Tell every peer all our candidates again: the portal may have lost what we said while we were away."""
+        """Tell every peer all our candidates again, and which we took back: the portal may have lost what we said."""
         for connection in self._connections.values():
             self._announce(connection)
+            if withdrawn := self._withdrawn.get(connection.cid):
+                self._invalidated.setdefault(connection.cid, {}).update(dict.fromkeys(withdrawn.values()))
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
         """Take in what arrived together. Returns the packets in it, by connection.
@@ -254,6 +256,7 @@ class Node:
         self._unflushed: dict[Connection, None] = {}
         self._new: dict[str, dict[Candidate, None]] = {}
         self._invalidated: dict[str, dict[Candidate, None]] = {}
+        self._withdrawn: dict[str, dict[Identity, Candidate]] = {}
 
     def _connect(self, cid: str, terms: Terms, now: float) -> Connection:
         connection = Connection(
@@ -284,6 +287,7 @@ class Node:
         self._unflushed.pop(connection, None)
         self._new.pop(connection.cid, None)
         self._invalidated.pop(connection.cid, None)
+        self._withdrawn.pop(connection.cid, None)
         connection.close(now, farewell)
 
     def _settle(self, connection: Connection, now: float, utc_now: float) -> None:
@@ -298,6 +302,7 @@ class Node:
         added = connection.agent.add_local_candidate(candidate, now)
         if added is not None:
             self._new.setdefault(connection.cid, {})[added] = None
+            self._withdrawn.get(connection.cid, {}).pop(added.identity, None)
 
     def _invalidate(self, connection: Connection, base: SocketAddress, now: float) -> None:
         """One of our own addresses is gone, and every candidate that was sent from it."""
@@ -311,6 +316,10 @@ class Node:
                 connection.agent.remove_local_candidate(present, now)
                 self._new.get(connection.cid, {}).pop(present, None)
                 self._invalidated.setdefault(connection.cid, {})[present] = None
+                withdrawn = self._withdrawn.setdefault(connection.cid, {})
+                withdrawn[present.identity] = present
+                if len(withdrawn) > MAX_REMOTE_ADDRESSES:  # the other side remembers no more
+                    del withdrawn[next(iter(withdrawn))]
 
     def _follow_relays(self, now: float) -> None:
         """Tell the connections what the relays found, and took away."""
