@@ -16,9 +16,9 @@ help: ## list the targets
 
 install: $(VENV)/installed ## make .venv and install the program and its tools into it
 
-demo: $(VENV)/installed ## show a tunnel on hosts made of network namespaces; KEEP=1 leaves it running
+demo: $(VENV)/installed ## show a tunnel on hosts made of namespaces; KEEP=1 leaves it running; NAT=symmetric, NAT=cone,none, … put NATs in between
 	@tools/system-packages demo
-	@$(BIN)/python -m demo $(if $(KEEP),--keep)
+	@$(BIN)/python -m demo $(if $(KEEP),--keep) $(if $(NAT),--nat $(NAT))
 
 test: $(VENV)/installed ## run every test; those with network namespaces need root
 	@tools/system-packages test

@@ -1,4 +1,4 @@
-"""Show a tunnel on hosts made of network namespaces: `python -m demo [--keep]`, or `make demo [KEEP=1]`."""
+"""Show a tunnel on hosts made of network namespaces: `python -m demo [--keep] [--nat KIND]`, or `make demo`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from tests.system import nat as nats
 from tests.system.hosts import Lab, MissingCapability, enter_user_namespace, require_capabilities
 from tests.system.network import IPERF_PORT, SERVER, SERVER_IPV6, WEB_PORT, Network
 from tests.system.product import Product
@@ -26,6 +28,11 @@ _PICTURE = """\
   client 203.0.113.20 ──┤ internet ├── 203.0.113.30 gateway ── private network 10.20.0.0/24, fd00:20::/64
                                                                web server and iperf3 server at 10.20.0.100
 """
+_PICTURE_WITH_NATS = """\
+  portal 203.0.113.10 ──┐            ┌── 203.0.113.40 relay
+  client ── {client:<11} ┤  internet  ├ {gateway:>11} ── gateway ── private network 10.20.0.0/24
+                                                                  web server and iperf3 server at 10.20.0.100
+"""
 
 
 class DemoFailed(Exception):
@@ -35,15 +42,23 @@ class DemoFailed(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="demo", description=(__doc__ or "").partition(":")[0])
     parser.add_argument("--keep", action="store_true", help="leave everything running, in the background")
+    kinds = ", ".join((*nats.KINDS, "v6-v4"))
+    parser.add_argument(
+        "--nat", default="none", help=f"what client and gateway are behind: {kinds}; or one for each, as in cone,none"
+    )
     options = parser.parse_args(arguments)
+    try:
+        nats.Pair.parse(options.nat)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         if os.geteuid() != 0:
             enter_user_namespace([sys.executable, "-m", "demo", *(arguments or sys.argv[1:])])
         require_capabilities()
         if options.keep:
-            _go_to_background_once_shown()
+            _go_to_background_once_shown(options.nat)
         else:
-            Demo().run()
+            Demo(options.nat).run()
     except (MissingCapability, DemoFailed, NotReady, OSError, subprocess.SubprocessError) as error:
         print(f"\nThe demo failed: {error}", file=sys.stderr)
         return 1
@@ -56,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Demo:
     """One run: build, show, take down."""
 
-    def __init__(self) -> None:
+    def __init__(self, nat: str) -> None:
+        self._nat = nat
         self._started = time.monotonic()
 
     def run(self) -> None:
@@ -71,18 +87,19 @@ class Demo:
     def show(self, lab: Lab) -> Product:
         """Build the hosts, start the product and show everything; returns with the tunnel up."""
         print("Hosts made of network namespaces on this machine:\n")
-        print(_PICTURE, flush=True)
-        network = Network(lab)
+        network = Network(lab, self._nat)
+        has_nats = self._nat != "none"
+        print(_PICTURE_WITH_NATS.format(**network.nat._asdict()) if has_nats else _PICTURE, flush=True)
         network.start_servers()
         self._say("hosts", "are up; the web server and the iperf3 server listen")
         self._show_unreachable(network)
-        product = Product(network)
+        product = Product(network, relays=("relay",) if has_nats else ())
         for name, start in product.starts():
             start()
             self._say(name, "is ready")
         self._show_download(network, SERVER)
         self._show_download(network, f"[{SERVER_IPV6}]")
-        self._show_path(product)
+        self._show_path(network, product)
         self._show_throughput(network)
         return product
 
@@ -102,9 +119,14 @@ class Demo:
             raise DemoFailed(f"the download of {url} is incomplete or damaged: {answer.stderr.strip()}")
         self._say("download", f"{_DOWNLOAD_BYTES / 1e6:.0f} MB from {server} in {seconds:.2f} s, the checksum is right")
 
-    def _show_path(self, product: Product) -> None:
-        connection = product.connection()
-        self._say("path", f"{connection['path']}, client {connection['local']} to gateway {connection['remote']}")
+    def _show_path(self, network: Network, product: Product) -> None:
+        """The path that came up first, and the one that the connection then moved to, if it did."""
+        first = product.connection()
+        product.wait_path("direct" if network.nat.is_direct else "relayed")
+        last = product.path()
+        self._say("path", _describe(first))
+        if last["path"] != first["path"]:
+            self._say("path", f"{last['timestamp'] - first['timestamp']:.2f} s later {_describe(last)}")
 
     def _show_throughput(self, network: Network) -> None:
         rates = []
@@ -120,13 +142,17 @@ class Demo:
         codes = product.stop()
         if any(codes.values()):
             raise DemoFailed(f"not every process ended in order: {codes}")
-        self._say("end", "client, gateway and portal ended with exit code 0")
+        self._say("end", f"{', '.join(codes)} ended with exit code 0")
 
     def _say(self, what: str, text: str) -> None:
         print(f"  {time.monotonic() - self._started:5.1f} s  {what:<11} {text}", flush=True)
 
 
-def _go_to_background_once_shown() -> None:
+def _describe(path: Mapping[str, Any]) -> str:
+    return f"{path['path']}, client {path['local']} to gateway {path['remote']}"
+
+
+def _go_to_background_once_shown(nat: str) -> None:
     """Run the demo in a child that keeps the hosts; return when it has shown everything.
 
     Raises: DemoFailed.
@@ -136,7 +162,7 @@ def _go_to_background_once_shown() -> None:
     if keeper == 0:
         os.close(is_up)
         os.setsid()
-        os._exit(_keep(tell_up))
+        os._exit(_keep(tell_up, nat))
     os.close(tell_up)
     try:
         if not os.read(is_up, 1):
@@ -147,11 +173,11 @@ def _go_to_background_once_shown() -> None:
         raise
 
 
-def _keep(tell_up: int) -> int:
+def _keep(tell_up: int, nat: str) -> int:
     """Show the demo, then hold the hosts until SIGTERM; returns the exit code."""
     try:
         with Lab() as lab:
-            product = Demo().show(lab)
+            product = Demo(nat).show(lab)
             print(_instructions(lab, product), flush=True)
             quiet = os.open(os.devnull, os.O_RDWR)
             for descriptor in (0, 1, 2):
