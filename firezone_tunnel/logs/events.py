@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 from eliot import log_message
 
 DEBUG = 10
@@ -51,6 +52,11 @@ def warning(message_type: str, **fields: Any) -> None:
 def error(message_type: str, **fields: Any) -> None:
     """The operator must act."""
     _log(ERROR, message_type, fields)
+
+
+def nonzero(counters: Any) -> dict[str, Any]:
+    """The fields of counters, an attrs object, that have anything to tell."""
+    return {name: value for name, value in attrs.asdict(counters).items() if value}
 
 
 def _log(level: int, message_type: str, fields: dict[str, Any]) -> None:

@@ -145,6 +145,7 @@ class PortalService(Service):
         self._is_wanted = False
         self._channel.close()
         self._pump()
+        log.info("portal:closed", portal=str(self._url), **log.nonzero(self.counters))
         self._held.clear()
         if self._retry_put is not None and self._retry_put.active():
             self._retry_put.cancel()

@@ -7,15 +7,15 @@ transports does a bounded amount of work; a socket that takes no more stops the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from traceback import format_exception
 from typing import Any, Protocol
 
-import attrs
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from firezone_tunnel.datagrams import DatagramBatch
-from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.errors import PlatformError, one_line
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
@@ -29,6 +29,10 @@ from firezone_tunnel.tunnel.gateway import GatewayCounters
 from firezone_tunnel.udp.transport import PREFERRED_PORT, IBatchProtocol, UdpTransport
 from firezone_tunnel.wireguard.seal import ReceiveBuffer
 
+_TRY_AGAIN_AFTER = 1.0
+_MISTAKES_TOLD = 10
+_RUNS_AT_ONCE = 3
+"""So many super-packets are sealed before what they became is sent: each takes up to two of the eight slot buffers."""
 _ANY_HOST = {False: "0.0.0.0", True: "::"}  # by whether it is IPv6
 
 
@@ -85,6 +89,7 @@ class TunnelRuntime:
         self._tun: TunTransport | None = None
         self._udp: dict[bool, UdpTransport] = {}
         self._blocked: list[UdpTransport] = []
+        self._mistakes = 0
 
     def open(self, device: TunDevice) -> None:
         """Take over the TUN device and bind the sockets. One address family is enough.
@@ -164,14 +169,21 @@ class TunnelRuntime:
     def packets_received(self, packets: list[SuperPacket]) -> None:
         now = boottime()
         self.lag.busy(now)
-        self._write(self._core.handle_packets(packets, now, utc()))
-        self.settle()
+        for portion in _portions(packets):
+            try:
+                self._write(self._core.handle_packets(portion, now, utc()))
+                self.settle()
+            except Exception as error:  # noqa: BLE001  # a service's boundary: one packet is not worth all others
+                self._stumbled(error, "the host's packets")
 
     def batch_received(self, batch: DatagramBatch) -> None:
         now = boottime()
         self.lag.busy(now)
-        self._write(self._core.handle_datagrams(batch, now, utc()))
-        self.settle()
+        try:
+            self._write(self._core.handle_datagrams(batch, now, utc()))
+            self.settle()
+        except Exception as error:  # noqa: BLE001  # a service's boundary: whoever sent it must not end it for others
+            self._stumbled(error, "datagrams")
 
     def sending_paused(self, transport: UdpTransport) -> None:
         self._blocked.append(transport)
@@ -195,8 +207,19 @@ class TunnelRuntime:
                 self._tun.write(packet)
 
     def _timed_out(self) -> None:
-        self._core.handle_timeout(boottime(), utc())
-        self.settle()
+        now = boottime()
+        try:
+            self._core.handle_timeout(now, utc())
+            self.settle()
+        except Exception as error:  # noqa: BLE001  # a service's boundary
+            self._stumbled(error, "a deadline")
+            self._timer.set(now + _TRY_AGAIN_AFTER)  # what was due may be so still
+
+    def _stumbled(self, error: Exception, over: str) -> None:
+        """A mistake of ours, which must not become everybody's outage; enough of them are told to find it."""
+        self._mistakes += 1
+        if self._mistakes <= _MISTAKES_TOLD:
+            log.error("tunnel:stumbled", over=over, reason=one_line(error), traceback="".join(format_exception(error)))
 
     def _log_features(self) -> None:
         for is_ipv6, transport in self._udp.items():
@@ -213,13 +236,29 @@ class TunnelRuntime:
 
     def _log_counters(self) -> None:
         """What was not carried, and what the transports have done and seen: what is not zero of it."""
-        log.info("tunnel:closed", **_nonzero(self._core.counters), **_nonzero(self._core.node.counters))
+        counters = {**log.nonzero(self._core.counters), **log.nonzero(self._core.node.counters)}
+        log.info("tunnel:closed", mistakes=self._mistakes, **counters)
         if self._tun is not None:
-            log.info("tun:closed", interface=self._tun.device.name, **_nonzero(self._tun.counters))
+            log.info("tun:closed", interface=self._tun.device.name, **log.nonzero(self._tun.counters))
         for transport in self._udp.values():
-            log.info("udp:closed", port=transport.getHost().port, **_nonzero(transport.counters))
+            log.info("udp:closed", port=transport.getHost().port, **log.nonzero(transport.counters))
         late = {"late_p999_ms": self.lag.quantile_ms(0.999), "late_max_ms": round(self.lag.worst * 1000, 1)}
         log.info("tunnel:loop_measured", **late)
+
+
+def _portions(packets: list[SuperPacket]) -> Iterator[list[SuperPacket]]:
+    """The packets in order, with a few super-packets in each portion."""
+    if len(packets) <= _RUNS_AT_ONCE:
+        yield packets
+        return
+    first = runs = 0
+    for index, packet in enumerate(packets):
+        if packet.segment_size:
+            if runs == _RUNS_AT_ONCE:
+                yield packets[first:index]
+                first, runs = index, 0
+            runs += 1
+    yield packets[first:]
 
 
 @implementer(IPacketProtocol)
@@ -247,7 +286,3 @@ class _UdpSide:
 
     def sendingResumed(self) -> None:
         self._runtime.sending_resumed(self._transport)
-
-
-def _nonzero(counters: Any) -> dict[str, int]:
-    return {name: value for name, value in attrs.asdict(counters).items() if value}

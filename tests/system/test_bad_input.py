@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import os
 import random
 import socket
 import struct
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +17,13 @@ import pytest
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
 from tests.system.network import CLIENT, CLIENT_IPV6, GATEWAY, GATEWAY_IPV6, PORTAL, SERVER, WEB_PORT, Network
-from tests.system.product import CLIENT_TOKEN, GATEWAY_TOKEN, PORTAL_PORT, SEED, Product
+from tests.system.processes import TOKENS, said, start
+from tests.system.product import CLIENT_TOKEN, PORTAL_PORT, SEED, Product
 from tests.system.programs import Program
 from tests.system.test_demo_path import download, host_state
 
 pytestmark = pytest.mark.namespaces
 
-_TWISTD = Path(sys.executable).with_name("twistd")
-_TOKENS = {"client": CLIENT_TOKEN, "gateway": GATEWAY_TOKEN}
 _UDP_PORT = 52625
 _HEALTH_PORT = 8080
 _INTERFACE = "tun-firezone"
@@ -124,13 +121,13 @@ def test_where_the_udp_port_is_in_use_another_one_serves(network: Network) -> No
 def test_a_token_file_that_others_can_read_is_refused(network: Network, role: str, mode: int) -> None:
     host = getattr(network, role)
     token = host.directory / "token"
-    token.write_text(_TOKENS[role])
+    token.write_text(TOKENS[role])
     token.chmod(mode)
 
     program = start(host, role, "--token-path", str(token), token="")
 
     assert_ends(program, role, str(token), "chmod 600")
-    assert _TOKENS[role] not in program.output()
+    assert TOKENS[role] not in program.output()
 
 
 @BOTH
@@ -255,7 +252,7 @@ def test_an_expired_token_ends_it_with_one_sentence_and_no_retry(network: Networ
     product = Product(network)
     product.start_portal()
     seed = network.portal.directory / "portal.toml"
-    token = f'token = "{_TOKENS[role]}"\n'
+    token = f'token = "{TOKENS[role]}"\n'
     seed.write_text(SEED.replace(token, f"{token}expires_at = 2020-01-01T00:00:00Z\n"))
     product.portal.send_signal(1)
     product.portal.wait_for("portal:seed_reloaded")
@@ -357,41 +354,6 @@ def test_a_download_goes_on_while_the_portal_is_killed_and_comes_back(network: N
     assert curl.output() == str(8 * _MEGABYTE)
     product.client.wait_for("portal:joined")
     assert len(list(product.client.events("tunnel:connection_established"))) == 1
-
-
-def start(
-    host: Host,
-    role: str,
-    *arguments: str,
-    before: str = "true",
-    wrapper: tuple[str, ...] = (),
-    token: str | None = None,
-    **environment: str,
-) -> Program:
-    """Start one of ours on a host, in a mount namespace in which the shell commands `before` have run."""
-    own = {
-        "FIREZONE_API_URL": f"ws://{PORTAL}:{PORTAL_PORT}",
-        "FIREZONE_NAME": role,
-        "FIREZONE_LOG_FORMAT": "json",
-        "FIREZONE_TOKEN": _TOKENS.get(role, "") if token is None else token,
-    }
-    paths = {
-        "portal": ("--database", str(host.state_directory / "portal.sqlite3"), "--listen", f"{PORTAL}:{PORTAL_PORT}")
-    }
-    common = paths.get(role, ("--state-dir", str(host.state_directory)))
-    command = (*wrapper, str(_TWISTD), "-n", "--pidfile=", f"firezone-{role}", *common, *arguments)
-    return host.spawn(role, "sh", "-c", f'{before} && exec "$@"', "sh", *command, environment=own | environment)
-
-
-def said(program: Program) -> list[str]:
-    """What it printed besides its log, whose lines are JSON: on stderr."""
-    lines = []
-    for line in program.output().splitlines():
-        try:
-            json.loads(line)
-        except ValueError:
-            lines.append(line)
-    return lines
 
 
 def assert_ends(program: Program, role: str, *words: str, code: int = 1) -> None:

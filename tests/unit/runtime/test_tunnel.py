@@ -1,0 +1,136 @@
+"""Between the core and the transports: what the core gets at once, and what becomes of a mistake in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+import pytest
+from eliot import add_destinations, remove_destination
+from hypothesis import given
+from hypothesis import strategies as st
+from twisted.internet import reactor
+
+from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.packet.superpacket import SuperPacket
+from firezone_tunnel.runtime.tunnel import TunnelRuntime
+from firezone_tunnel.sansio import SocketAddress
+from firezone_tunnel.snownet.events import NodeCounters
+from firezone_tunnel.tunnel.client import ClientCounters
+from firezone_tunnel.wireguard.seal import ReceiveBuffer
+
+PEER, OURS = SocketAddress("192.0.2.1", 1), SocketAddress("192.0.2.2", 2)
+
+
+class StumblingCore:
+    """Fails over whatever it is told to, and remembers the rest."""
+
+    def __init__(self) -> None:
+        self.counters = ClientCounters()
+        self.node = attrs.make_class("Node", ["counters"])(NodeCounters())
+        self.portions: list[list[SuperPacket]] = []
+        self.datagrams = 0
+        self.fails = False
+
+    def handle_packets(self, packets: list[SuperPacket], now: float, utc_now: float) -> list[SuperPacket]:
+        if self.fails:
+            raise KeyError("a mistake")
+        self.portions.append(packets)
+        return []
+
+    def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[SuperPacket]:
+        if self.fails:
+            raise RecursionError("a mistake")
+        self.datagrams += batch.count
+        return []
+
+    def transmits(self) -> Iterator[Any]:
+        return iter(())
+
+    events = transmits
+
+    def next_timeout(self) -> None:
+        return None
+
+    def set_local_addresses(self, addresses: Sequence[SocketAddress], now: float) -> None: ...
+
+    def close(self, now: float) -> None: ...
+
+
+@pytest.fixture
+def core() -> StumblingCore:
+    return StumblingCore()
+
+
+@pytest.fixture
+def runtime(core: StumblingCore) -> Iterator[TunnelRuntime]:
+    runtime = _runtime(core)
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+def logged() -> Iterator[list[dict[str, Any]]]:
+    messages: list[dict[str, Any]] = []
+    add_destinations(messages.append)
+    messages.clear()  # what was logged before there was any destination
+    yield messages
+    remove_destination(messages.append)
+
+
+def test_a_mistake_over_one_batch_is_told_and_the_next_one_is_handled(
+    core: StumblingCore, runtime: TunnelRuntime, logged: list[dict[str, Any]]
+) -> None:
+    core.fails = True
+    runtime.batch_received(_batch())
+    runtime.packets_received([_packet(run=False)])
+
+    core.fails = False
+    runtime.batch_received(_batch())
+    runtime.packets_received([_packet(run=False)])
+
+    assert core.datagrams == 1
+    assert len(core.portions) == 1
+    told = [message for message in logged if message["message_type"] == "tunnel:stumbled"]
+    assert [message["over"] for message in told] == ["datagrams", "the host's packets"]
+    assert all("a mistake" in message["traceback"] for message in told)
+
+
+def test_mistakes_do_not_fill_the_log(
+    core: StumblingCore, runtime: TunnelRuntime, logged: list[dict[str, Any]]
+) -> None:
+    core.fails = True
+
+    for _ in range(1000):
+        runtime.batch_received(_batch())
+
+    assert len([message for message in logged if message["message_type"] == "tunnel:stumbled"]) == 10
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=64))
+def test_packets_come_in_order_with_no_more_runs_at_once_than_buffers_hold(are_runs: list[bool]) -> None:
+    core = StumblingCore()
+    runtime = _runtime(core)
+    packets = [_packet(run=run) for run in are_runs]
+
+    runtime.packets_received(packets)
+    runtime.close()
+
+    assert [packet for portion in core.portions for packet in portion] == packets
+    assert all(sum(bool(packet.segment_size) for packet in portion) <= 3 for portion in core.portions)
+
+
+def _runtime(core: StumblingCore) -> TunnelRuntime:
+    ignore = [].append
+    return TunnelRuntime(reactor, core, on_event=ignore, on_lost=ignore, mark=None)  # type: ignore[arg-type]
+
+
+def _batch() -> DatagramBatch:
+    return DatagramBatch(ReceiveBuffer(), 40, 40, PEER, OURS)
+
+
+def _packet(*, run: bool) -> SuperPacket:
+    packet = SuperPacket()
+    packet.segment_size = 1000 if run else 0
+    return packet
