@@ -16,6 +16,7 @@ from firezone_tunnel.snownet.events import (
 from tests.unit.snownet.world import (
     INITIATION,
     LATENCY,
+    Host,
     World,
     assert_traffic_flows,
     connected,
@@ -161,6 +162,17 @@ def test_what_the_portal_lost_is_told_again_on_demand() -> None:
     assert gateway.texts() == ["hello"]
 
 
+def test_an_address_that_was_taken_back_while_the_portal_was_away_is_taken_back_again_on_demand() -> None:
+    world, _client, gateway = connected(seconds=10.0)
+    world.portal_is_up = False
+    gateway.move("10.0.7.1")
+    world.portal_is_up = True
+
+    assert _taken_back_on_demand(gateway) == ["10.0.2.1"]
+    gateway.move("10.0.2.1")
+    assert _taken_back_on_demand(gateway) == ["10.0.7.1"]
+
+
 def test_a_new_connection_gets_the_addresses_of_now() -> None:
     world = World()
     client, gateway = world.client(), world.gateway()
@@ -170,6 +182,13 @@ def test_a_new_connection_gets_the_addresses_of_now() -> None:
     world.run(1.0)
 
     assert client.path(gateway)[0] == _ELSEWHERE
+
+
+def _taken_back_on_demand(host: Host) -> list[str]:
+    host.events.clear()
+    host.node.announce()
+    host.drain()
+    return [_host(text) for event in host.of(InvalidatedCandidates) for text in event.candidates]
 
 
 def _run_until_packets_pass(world: World) -> float:
