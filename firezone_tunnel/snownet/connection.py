@@ -258,8 +258,11 @@ class Connection:
         for event in agent.events():
             if isinstance(event, Nominated):
                 self._use(self._path(event), now, utc_now)
+            elif event.state is AgentState.DISCONNECTED:
+                self._disconnected_at = now
+                self._relays.verify(now)
             else:
-                self._disconnected_at = now if event.state is AgentState.DISCONNECTED else None
+                self._disconnected_at = None
         for check in agent.transmits():
             wrapped = self._relays.wrap(check, now)
             if wrapped is not None:
@@ -274,7 +277,7 @@ class Connection:
     def _send(self, transmit: Transmit | None, path: Path) -> None:
         if transmit is not None:
             self._outbox.transmits.append(transmit)
-        if isinstance(path, RelayedPath):
+        if isinstance(path, RelayedPath) and path.allocation.has_transmits:
             self._relays.touch(path.allocation)
 
     def _use(self, path: Path, now: float, utc_now: float) -> None:

@@ -197,11 +197,11 @@ class Node:
             self._unflushed.clear()
 
     def transmits(self) -> Iterator[Transmit]:
+        if self._relays.has_news:  # first: what goes through a relay may need the channel that is asked for here
+            yield from self._relays.transmits()
         transmits = self._outbox.transmits
         while transmits:
             yield transmits.popleft()
-        if self._relays.has_news:
-            yield from self._relays.transmits()
 
     @property
     def has_events(self) -> bool:
@@ -244,7 +244,8 @@ class Node:
         """End all connections, and give back what relays have granted."""
         for cid in list(self._connections):
             self.close_connection(cid, now, farewell=farewell)
-        self._relays.close()
+        self._outbox.transmits.extend(self._relays.close())
+        self._follow_relays(now)
 
     def _begin(self) -> None:
         self._key = StaticKey.generate(self._entropy)

@@ -16,7 +16,7 @@ from firezone_tunnel.turn.channel import HEADER, HEADER_SIZE
 
 
 class Path(Protocol):
-    """Where datagrams go. What can't leave is dropped: the path has no channel yet, or none any more."""
+    """Where datagrams go. What can't leave is dropped: the relay that the path led through is gone."""
 
     @property
     def name(self) -> str:
@@ -79,7 +79,7 @@ class RelayedPath:
     headroom: ClassVar[int] = HEADER_SIZE
 
     def send(self, datagrams: Sequence[bytes], *, now: float, ecn: int = 0) -> Transmit | None:
-        channel = self._channel(now)
+        channel = self.allocation.channel_for(self.destination, now)
         relay = self.allocation.active_socket
         if channel is None or relay is None:
             return None
@@ -90,7 +90,7 @@ class RelayedPath:
     def send_run(
         self, payload: memoryview, *, segment_size: int, ecn: int, pooled: Releasable, now: float
     ) -> Transmit | None:
-        channel = self._channel(now)
+        channel = self.allocation.channel_for(self.destination, now)
         relay = self.allocation.active_socket
         if channel is None or relay is None:
             pooled.release()
@@ -101,15 +101,6 @@ class RelayedPath:
         last = (count - 1) * size
         HEADER.pack_into(payload, last, channel, len(payload) - last - HEADER_SIZE)
         return Transmit(relay, payload, segment_size=segment_size, ecn=ecn, pooled=pooled)
-
-    def _channel(self, now: float) -> int | None:
-        allocation = self.allocation
-        channel = allocation.channel_to(self.destination, now)
-        if channel is None:
-            allocation.bind_channel(self.destination, now)
-        else:
-            allocation.sent_channel_data(now)
-        return channel
 
 
 def direct_path(nominated: Nominated) -> DirectPath:

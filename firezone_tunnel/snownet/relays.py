@@ -91,12 +91,18 @@ class Relays:
                 self._add(terms, now)
         for rid in present:
             if rid in self._allocations and rid not in named and len(self._allocations) > MAX_RELAYS:
-                self._drop(rid)
+                self._transmits.extend(self._give_back(rid))
         for rid in present:
             allocation = self._allocations.get(rid)
             if allocation is not None:
                 allocation.refresh(now)
                 self._touched[allocation] = None
+
+    def verify(self, now: float) -> None:
+        """No path answers any longer: perhaps because a relay was restarted and knows nothing of us."""
+        for allocation in self._allocations.values():
+            allocation.verify(now)
+            self._touched[allocation] = None
 
     def restart(self, now: float) -> None:
         """The network changed: the same relays, anew."""
@@ -104,13 +110,9 @@ class Relays:
             allocation.restart(now)
             self._touched[allocation] = None
 
-    def close(self) -> None:
-        """Give all allocations back; what `transmits` has afterwards is the last."""
-        for rid, allocation in list(self._allocations.items()):
-            farewell = allocation.close()
-            if farewell is not None:
-                self._transmits.append(farewell)
-            self._forget(rid)
+    def close(self) -> list[Transmit]:
+        """Give all allocations back. Returns what tells the relays, after all that still goes through them."""
+        return [farewell for rid in list(self._allocations) for farewell in self._give_back(rid)]
 
     def candidates(self) -> list[Candidate]:
         """Reflexive and relayed candidates for a new connection, the relayed last."""
@@ -128,17 +130,15 @@ class Relays:
     def wrap(self, transmit: Transmit, now: float) -> Transmit | None:
         """A check that an agent wants to send: as channel data where it leaves from a relayed address of ours.
 
-        None where there is no channel yet; it is asked for, and the next check will find it.
+        A channel that isn't there is asked for; the check follows right behind. None where there can't be one.
         """
         allocation = None if transmit.source is None else self._by_relayed.get(transmit.source)
         if allocation is None:
             return transmit
+        channel = allocation.channel_for(transmit.destination, now)
         self._touched[allocation] = None
-        channel = allocation.channel_to(transmit.destination, now)
         if channel is None or allocation.active_socket is None:
-            allocation.bind_channel(transmit.destination, now)
             return None
-        allocation.sent_channel_data(now)
         return Transmit(allocation.active_socket, encode_channel_data(channel, transmit.payload))
 
     def touch(self, allocation: Allocation) -> None:
@@ -201,6 +201,12 @@ class Relays:
         self._allocations[terms.rid] = allocation
         self._by_socket.update(dict.fromkeys(allocation.sockets, allocation))
         self._touched[allocation] = None
+
+    def _give_back(self, rid: str) -> list[Transmit]:
+        """Drop a relay that is still there. Returns what tells it, if it has granted something."""
+        farewell = self._allocations[rid].close()
+        self._forget(rid)
+        return [] if farewell is None else [farewell]
 
     def _drop(self, rid: str) -> None:
         """Without a word to the relay: it is gone, or somebody else by now."""

@@ -119,6 +119,11 @@ class Allocation:
         return all(request.method == Method.BINDING for request in self._transactions)
 
     @property
+    def has_transmits(self) -> bool:
+        """Whether there is something to be sent: most channel data needs no request before it."""
+        return bool(self._transmits)
+
+    @property
     def rtt(self) -> float | None:
         """Smoothed round trip time to the relay in seconds; None before its first answer."""
         return self._rtt
@@ -139,6 +144,19 @@ class Allocation:
     def channel_to(self, peer: SocketAddress, now: float) -> int | None:
         """The channel number to send to this peer on; None where `bind_channel` has to come first."""
         return self._channels.channel_to(peer, now)
+
+    def channel_for(self, peer: SocketAddress, now: float) -> int | None:
+        """The channel number to send to this peer on, right now; one that isn't there is asked for.
+
+        Whoever sends on it lets what `transmits` has go first. None where there is no way to that peer.
+        """
+        channel = self._channels.channel_to(peer, now)
+        if channel is None:
+            self.bind_channel(peer, now)
+            channel = self._channels.channel_to(peer, now)
+        if channel is not None:
+            self.sent_channel_data(now)
+        return channel
 
     def peer_of(self, channel: int, now: float) -> SocketAddress | None:
         """Data arrived on this channel: who sent it? None for a channel that the relay has not confirmed."""
@@ -169,6 +187,12 @@ class Allocation:
             self._begin(now)
         elif self._grant is not None:
             self._start_refresh(PROBE)
+
+    def verify(self, now: float) -> None:
+        """Find out whether the relay still knows us, with more patience than `refresh` has."""
+        self._now = now
+        if self._grant is not None:
+            self._start_refresh(BACKOFF)
 
     def restart(self, now: float) -> None:
         """The network has changed, and our sockets with it: take back all candidates and begin anew."""

@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from firezone_tunnel.packet.layout import Layouts, column
 from firezone_tunnel.packet.segmentation import SegmentSlots, Shape, Template
 from firezone_tunnel.packet.superpacket import SuperPacket
+from firezone_tunnel.turn.channel import FIRST_CHANNEL, LAST_PARSED_CHANNEL
+from firezone_tunnel.turn.channel import HEADER as _CHANNEL_HEADER
 
 MESSAGE_TYPE = 4
 HEADER_SIZE = 16
@@ -269,7 +271,7 @@ class ReceiveBuffer:
         if size < _CHANNEL_HEADER.size:
             return None
         channel, content = _CHANNEL_HEADER.unpack_from(self._memory, start)
-        is_channel = 0x4000 <= channel <= 0x7FFF and content == size - _CHANNEL_HEADER.size
+        is_channel = FIRST_CHANNEL <= channel <= LAST_PARSED_CHANNEL and content == size - _CHANNEL_HEADER.size
         return channel if is_channel else None
 
     def receiver(self, index: int, *, length: int, segment_size: int, headroom: int = 0) -> int | None:
@@ -373,8 +375,6 @@ def open_rows(cipher: ChaCha20Poly1305, jobs: Sequence[_Job]) -> list[int]:
 
 _HEADER = struct.Struct("<IIQ")
 """type and reserved bytes, receiver index, counter (whitepaper, section 5.4.6)."""
-_CHANNEL_HEADER = struct.Struct(">HH")
-"""channel number, length of what follows (RFC 8656, section 12.4)."""
 _NONCE = struct.Struct("<4xQ")
 _NONCE_SIZE = 12
 

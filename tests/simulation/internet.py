@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import count, pairwise
 
 from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.packet.rewrite import CE
 from firezone_tunnel.relaying.addresses import PeerPolicy
 from firezone_tunnel.relaying.allocating import RelayConfig
 from firezone_tunnel.relaying.credentials import Credentials, StampSecret, StaticUsers, stamp_password
@@ -121,12 +122,15 @@ class Relay:
 class Internet(World):
     """A world with NATs and relays. `direct` False: nothing passes between hosts but through a relay's addresses.
 
+    `congested`: whoever can be told so by ECN is.
+
     `lose_from_relay(datagram)` and `delay_of_relay()` are the network on a relay's way out.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.direct = True
+        self.congested = False
         self.relays: list[Relay] = []
         self.nats: dict[str, list[Nat]] = {}
         self.arrived: list[tuple[float, Host, SocketAddress, list[bytes], int]] = []
@@ -144,8 +148,21 @@ class Internet(World):
         """A host with IPv4, behind a NAT of this name (decision 8); the portal tells it all relays, or these."""
         number = next(self._public)
         public = f"203.0.113.{number}"
+        address = public if nat == "none" else f"10.0.{number}.1"
+        return self.host_at(address, nat=nat, public=public, role=role, name=name, relays=relays)
+
+    def host_at(
+        self,
+        *addresses: str,
+        nat: str,
+        role: Role,
+        public: str = "203.0.113.1",
+        name: str | None = None,
+        relays: list[Relay] | None = None,
+    ) -> Host:
+        """A host with these addresses, told in order of preference."""
         name = name or role.value
-        host = self._host(name, role, public if nat == "none" else f"10.0.{number}.1")
+        host = self._host(name, role, *addresses)
         self.nats[name] = nats(nat, public, stream(f"nat {name}"))
         self.tell_relays(host, self.relays if relays is None else relays)
         return host
@@ -191,6 +208,8 @@ class Internet(World):
         self._later(delay, lambda: self._arrive(datagrams, source, destination, ecn))
 
     def _arrive(self, datagrams: list[bytes], source: SocketAddress, destination: SocketAddress, ecn: int) -> None:
+        if ecn and self.congested:
+            ecn = CE
         for relay in self.relays:
             if relay.listens_at(destination):
                 relay.take_in(datagrams, source, destination, ecn)
@@ -216,9 +235,33 @@ class Internet(World):
 
 
 class Punctual(Host):
-    """A host whose node never asks to be woken in the past, nor all the time."""
+    """A host whose node never asks to be woken in the past, nor all the time, and leaves nothing undrained."""
 
-    woken_at: list[float]
+    def __init__(self, world: World, name: str, role: Role, *addresses: str) -> None:
+        super().__init__(world, name, role, *addresses)
+        self.answers = False
+        """To every packet it sends one back."""
+        self.heard: list[float] = []
+        """When packets came."""
+        self.wake_ups = 0
+        self._woken_at: list[float] = []
+
+    def take_in(
+        self, data: bytes, segment_size: int, source: SocketAddress, local: SocketAddress, ecn: int = 0
+    ) -> None:
+        before = len(self.packets)
+        super().take_in(data, segment_size, source, local, ecn)
+        for name, _ in self.packets[before:]:
+            self.heard.append(self.world.now)
+            if self.answers:
+                self.send(self.world.hosts[name], datagram("pong"))
+
+    def drain(self) -> None:
+        """The guards that spare a host the looking must not hide anything."""
+        told, has_events = len(self.events), self.node.has_events
+        super().drain()
+        assert has_events or len(self.events) == told
+        assert [*self.node._relays.events(), *self.node._relays.transmits()] == []
 
     def due_at(self) -> float:
         due = super().due_at()
@@ -226,9 +269,9 @@ class Punctual(Host):
         return due
 
     def handle_timeout(self) -> None:
-        recent = [at for at in self.__dict__.setdefault("woken_at", []) if at > self.world.now - 1.0]
-        self.woken_at = [*recent, self.world.now]
-        assert len(self.woken_at) < 400, f"{self.name}: {self.node.next_timeout()}"
+        self.wake_ups += 1
+        self._woken_at = [at for at in self._woken_at if at > self.world.now - 1.0] + [self.world.now]
+        assert len(self._woken_at) < 400, f"{self.name}: {self.node.next_timeout()}"
         super().handle_timeout()
 
 
@@ -253,19 +296,15 @@ def exchange(internet: Internet, client: Host, gateway: Host, *, within: float) 
 
 def ping(internet: Internet, client: Host, gateway: Host, *, seconds: float) -> list[float]:
     """20 requests a second, each answered. Returns when answers came."""
-    answered: list[float] = []
+    assert isinstance(client, Punctual) and isinstance(gateway, Punctual)
+    client.heard.clear()
+    gateway.answers = True
     end = internet.now + seconds
     while internet.now < end:
         client.send(gateway, datagram("ping"))
-        for _ in range(5):
-            gateway.packets.clear()
-            client.packets.clear()
-            internet.run(0.01)
-            if gateway.texts(client):
-                gateway.send(client, datagram("pong"))
-            if client.texts(gateway):
-                answered.append(internet.now)
-    return answered
+        internet.run(0.05)
+    gateway.answers = False
+    return list(client.heard)
 
 
 def longest_gap(times: list[float], start: float, end: float) -> float:

@@ -45,8 +45,9 @@ class Nat:
         key = (source, destination if self.is_symmetric else None)
         mapping = self._ports.get(key)
         if mapping is None or now - mapping.used_at > MAPPING_LIFETIME:
-            port = self._free_port(source.port, now)
-            mapping = _Mapping(port, now)
+            mapping = _Mapping(self._free_port(source.port, now), now)
+            for other in [one for one, old in self._ports.items() if old.port == mapping.port]:
+                del self._ports[other]  # it was over, and the port is somebody else's from now on
         self._ports[key] = mapping._replace(used_at=now)
         self._used[source, destination] = now
         return SocketAddress(self.public, mapping.port)
