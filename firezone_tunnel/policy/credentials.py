@@ -15,6 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from firezone_tunnel.messages.common import IceCredentials, Relay
+from firezone_tunnel.relaying.credentials import stamp_password
 from firezone_tunnel.sansio import SocketAddress
 
 FOREVER = 2145916800  # 2038-01-01T00:00:00Z: what stands for "never expires" where a time must stand
@@ -56,12 +57,11 @@ def relay_credentials(
 ) -> Relay:
     """Spec 3.4: a TURN username and password that the relay can recompute from its stamp secret."""
     salt = _base64_unpadded(hashlib.sha256(public_key.encode()).digest())
-    password = hashlib.sha256(f"{expires_at}:{stamp_secret}:{salt}".encode()).digest()
     return Relay(
         id=relay_id,
         addr=str(address),
         username=f"{expires_at}:{salt}",
-        password=_base64_unpadded(password),
+        password=stamp_password(expires_at, stamp_secret, salt),
         expires_at=expires_at,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.host.kernel import Kernel
 from firezone_tunnel.portal_connection.service import trust_from_file
 from firezone_tunnel.portal_connection.url import LoginUrl
+from firezone_tunnel.relay.config import EngineConfig
 from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
 from firezone_tunnel.relaying.addresses import PRIVATE, Network
 from firezone_tunnel.relaying.allocating import RelayConfig
@@ -27,6 +28,8 @@ from firezone_tunnel.runtime.settings import (
     read_token,
 )
 from firezone_tunnel.runtime.settings import Options as CommonOptions
+
+MAX_WORKERS = 64
 
 
 def parse_port(text: str) -> int:
@@ -45,6 +48,15 @@ def parse_limit(text: str) -> int:
     """
     if not text.isdecimal():
         raise ValueError(f"{text!r} is no number")
+    return int(text)
+
+
+def parse_workers(text: str) -> int:
+    """
+    Raises: ValueError.
+    """
+    if not text.isdecimal() or not 0 < int(text) <= MAX_WORKERS:
+        raise ValueError(f"{text!r} is no number from 1 to {MAX_WORKERS}")
     return int(text)
 
 
@@ -138,6 +150,13 @@ class Options(CommonOptions):
             parse_limit,
         ),
         Setting(
+            "workers",
+            "share the port between this many processes; a client stays with one of them",
+            ("FIREZONE_RELAY_WORKERS",),
+            "1",
+            parse_workers,
+        ),
+        Setting(
             "drain-time",
             "how long to serve those who are there after SIGTERM; a second one ends it at once",
             variables=("FIREZONE_RELAY_DRAIN_TIME",),
@@ -166,10 +185,10 @@ class Application(ApplicationService):
             log_format=options["log-format"],
             log_directory=options["log-dir"],
         )
-        self._reactor = reactor
         self._relay = RelayService(reactor, config)
         self._relay.ready.addCallback(lambda _: process.ready())
         self._relay.failed.addCallback(self._failed)
+        process.on_second_signal(self._relay.hurry)
         address = options["health-check-addr"]
         self._health = address and HealthServer(reactor, address, lambda: self._relay.is_ready)
 
@@ -186,10 +205,7 @@ class Application(ApplicationService):
         super().stopService()  # type: ignore[no-untyped-call]
         if self._health is not None:
             self._health.stopService()
-        stopped = self._relay.stopService()
-        for number in (signal.SIGINT, signal.SIGTERM):  # the first signal has done its work: it brought us here
-            signal.signal(number, lambda *_: self._reactor.callFromThread(self._relay.hurry))
-        return stopped
+        return self._relay.stopService()
 
     def _failed(self, error: Any) -> None:
         self.process.fail(error)
@@ -208,22 +224,33 @@ def make_service(reactor: Any, options: Options) -> Application:
         highest_port=options["highest-port"],
         max_allocations=options["max-allocations"],
         max_allocations_per_user=options["max-allocations-per-user"],
+        workers=options["workers"],
     )
     if not relaying.hosts:
         raise ConfigurationError("A relay needs --public-ip4-addr or --public-ip6-addr, or both")
     if relaying.lowest_port > relaying.highest_port:
         raise ConfigurationError("--lowest-port is greater than --highest-port: no port is left for allocations")
-    users_file = options["users-file"]
-    config = RelayOptions(
+    if relaying.lowest_port <= options["listen-port"] <= relaying.highest_port:
+        raise ConfigurationError(
+            "--listen-port must lie outside of --lowest-port to --highest-port: from there allocations reach each other"
+        )
+    if relaying.workers > relaying.highest_port - relaying.lowest_port + 1:
+        raise ConfigurationError("--workers is greater than the number of ports from --lowest-port to --highest-port")
+    engine = EngineConfig(
         relaying,
-        listen_port=options["listen-port"],
         bind_ipv4=options["bind-ip4-addr"],
         bind_ipv6=options["bind-ip6-addr"],
         own_hosts=_own_hosts(),
-        allow_peers=options["allow-peers"] or (),
+        allow_peers=tuple(str(network) for network in options["allow-peers"] or ()),
         drain_time=options["drain-time"],
+    )
+    users_file = options["users-file"]
+    config = RelayOptions(
+        engine,
+        listen_port=options["listen-port"],
         portal=None if users_file is not None else _portal(options, relaying),
         users=None if users_file is None else _read_users(users_file, options["realm"]),
+        realm=options["realm"],
     )
     return Application(reactor, options, config)
 
@@ -253,7 +280,7 @@ def _own_hosts() -> tuple[str, ...]:
         kernel.close()
 
 
-def _read_users(path: Path, realm: str) -> StaticUsers:
+def _read_users(path: Path, realm: str) -> Mapping[str, str]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -269,6 +296,7 @@ def _read_users(path: Path, realm: str) -> StaticUsers:
     if not users:
         raise ConfigurationError(f"There is no user in {path}: write a name:password into each line")
     try:
-        return StaticUsers(users, realm)
+        StaticUsers(users, realm)
     except ValueError as error:
         raise ConfigurationError(f"--realm: {error}") from None
+    return users

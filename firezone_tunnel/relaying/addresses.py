@@ -63,6 +63,18 @@ class PeerPolicy:
         """Whether this is an address of allocations of this relay."""
         return ipaddress.ip_address(host) in self._relayed
 
+    def private_network(self, host: str) -> Network | None:
+        """The private network that a denied address belongs to, itself or by an IPv4 address embedded in it.
+
+        None where `allow` would not help: then it is another special address, one of this host's, or denied by name.
+        """
+        address = ipaddress.ip_address(host)
+        for one in (address, *embedded(address)):
+            if not self._permits_one(one):
+                network = next((network for network in PRIVATE if one in network), None)
+                return None if one in self._own or _is_in(one, self._deny) else network
+        return None
+
     def _permits_foreign(self, address: Address) -> bool:
         return self._permits_one(address) and all(self._permits_one(inner) for inner in embedded(address))
 

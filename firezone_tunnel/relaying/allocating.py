@@ -33,8 +33,10 @@ class RelayConfig:
     max_allocations_per_user: int = 0
     max_channels: int = 200_000
     max_permissions: int = 400_000
-    reservations: bool = True
-    """Off where several processes share the listening port: a token would come back to another one."""
+    workers: int = 1
+    """How many processes share the listening port (decision 24), and with it the ports and limits named here."""
+    worker: int = 0
+    """Which of them this one is."""
     same_user_only: bool = False
     """Refuse (441) that another valid user goes on with an allocation; Firezone's peers change their names."""
 
@@ -43,6 +45,17 @@ class RelayConfig:
         """The public addresses by family, IPv4 first."""
         both = {FAMILY_IPV4: self.public_ipv4, FAMILY_IPV6: self.public_ipv6}
         return {family: host for family, host in both.items() if host is not None}
+
+    @property
+    def own_ports(self) -> range:
+        """This worker's part of the ports: nearly equal ones, that touch each other."""
+        count = self.highest_port - self.lowest_port + 1
+        first, after = (count * worker // self.workers for worker in (self.worker, self.worker + 1))
+        return range(self.lowest_port + first, self.lowest_port + after)
+
+    def share(self, limit: int) -> int:
+        """What one worker may use of something that is limited for all of them together."""
+        return -(-limit // self.workers)
 
 
 class Terms(NamedTuple):
@@ -98,9 +111,11 @@ class Allocator:
     def __init__(
         self, config: RelayConfig, credentials: Credentials, registry: Registry, answers: Answers, outbox: Outbox
     ) -> None:
-        self.holdings = Holdings(config.max_channels, config.max_permissions)
+        self.holdings = Holdings(config.share(config.max_channels), config.share(config.max_permissions))
         self._config = config
         self._hosts = config.hosts
+        self._max_allocations = config.share(config.max_allocations)
+        self._max_per_user = config.share(config.max_allocations_per_user)
         self._credentials = credentials
         self._registry = registry
         self._answers = answers
@@ -121,7 +136,7 @@ class Allocator:
         if isinstance(terms, int):
             self._answers.fail(request, terms)
             return
-        if terms.reserve_next and not self._config.reservations:
+        if terms.reserve_next and self._config.workers > 1:  # the token would come back to any of them
             self._answers.fail(request, 508)
             return
         code = self._limit(request)
@@ -173,14 +188,14 @@ class Allocator:
 
     def _limit(self, request: Request) -> int:
         """The error code if there may be no more allocations, else 0."""
-        config, registry = self._config, self._registry
+        registry = self._registry
         if registry.is_draining:
             return 508
         total = len(registry) + len(self._opening)
         owner = self._credentials.owner(request.username)
-        if config.max_allocations and total >= config.max_allocations:
+        if self._max_allocations and total >= self._max_allocations:
             return 486
-        if config.max_allocations_per_user and registry.owned_by(owner) >= config.max_allocations_per_user:
+        if self._max_per_user and registry.owned_by(owner) >= self._max_per_user:
             return 486
         return 0
 

@@ -27,16 +27,19 @@ _SLOT_SIZE = 2
 class AnswerBudget:
     """Counts answers to strangers in memory of a fixed size: addresses share slots, by a keyed hash."""
 
-    def __init__(self, entropy: Entropy, now: float) -> None:
+    def __init__(self, entropy: Entropy, now: float, *, workers: int = 1) -> None:
+        """Each of so many `workers` has its part of everything: an address may talk to them all."""
         self._key = entropy(16)
-        self._credit = MAX_CREDIT
+        self._answers_per_second = max(1, ANSWERS_PER_SECOND // workers)
+        self._free_rate = FREE_RATE / workers
+        self._max_credit = self._credit = MAX_CREDIT / workers
         self._credited_at = now
         self._counts = bytearray(_SLOTS)
         self._counting_since = now
 
     def received(self, size: int) -> None:
         """A stranger sent a request of `size` bytes: as much may be answered, nearly."""
-        self._credit = min(MAX_CREDIT, self._credit + size * EARNED_OF_EACH_BYTE)
+        self._credit = min(self._max_credit, self._credit + size * EARNED_OF_EACH_BYTE)
 
     def spend(self, source: SocketAddress, size: int, now: float, *, proven: bool = False) -> bool:
         """Whether an answer of `size` bytes may go out; counts it if so.
@@ -47,10 +50,11 @@ class AnswerBudget:
             self._counts = bytearray(_SLOTS)
             self._counting_since = now
         slot = self._slot(source.host)
-        if self._counts[slot] >= ANSWERS_PER_SECOND:
+        if self._counts[slot] >= self._answers_per_second:
             return False
         if not proven:
-            self._credit = min(MAX_CREDIT, self._credit + max(0.0, now - self._credited_at) * FREE_RATE)
+            earned = max(0.0, now - self._credited_at) * self._free_rate
+            self._credit = min(self._max_credit, self._credit + earned)
             self._credited_at = now
             if self._credit < size:
                 return False

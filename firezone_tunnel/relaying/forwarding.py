@@ -7,7 +7,6 @@ than 6 microseconds in either direction, a lone one 3.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,18 +19,12 @@ from firezone_tunnel.relaying.registry import Registry
 from firezone_tunnel.sansio import Entropy, SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import TRANSACTION_ID_SIZE, Kind, Message, Method
+from firezone_tunnel.turn.channel import FIRST_CHANNEL, HEADER, HEADER_SIZE, LAST_PARSED_CHANNEL
 from firezone_tunnel.wireguard.seal import MAX_SEGMENTS, MAX_SEND_SIZE
 
-CHANNEL_HEADER_SIZE = 4
-LOWEST_CHANNEL = 0x4000
-HIGHEST_CHANNEL = 0x7FFF
-"""RFC 8656 ends at 0x4FFF; older clients go on to here (RFC 5766, section 11)."""
 POOL_SIZE = 32
 _MAX_INDICATED = MAX_SEND_SIZE - 52
 """Bytes of data that fit an indication: header, XOR-PEER-ADDRESS of IPv6, the head of DATA and its padding."""
-
-_CHANNEL_HEADER = struct.Struct("!HH")
-"""channel number, length of the payload (RFC 8656, section 12.4)."""
 
 
 class Rows(NamedTuple):
@@ -119,28 +112,28 @@ def common_channel(batch: DatagramBatch) -> ChannelRows | None:
     size, count = batch.segment_size, batch.count
     last_size = batch.length - (count - 1) * size
     view = batch.buffer.view
-    if count <= 1 or last_size < CHANNEL_HEADER_SIZE:
+    if count <= 1 or last_size < HEADER_SIZE:
         return None
-    number, length = _CHANNEL_HEADER.unpack_from(view, 0)
-    last_number, last_length = _CHANNEL_HEADER.unpack_from(view, (count - 1) * size)
-    if not LOWEST_CHANNEL <= number <= HIGHEST_CHANNEL or last_number != number:
+    number, length = HEADER.unpack_from(view, 0)
+    last_number, last_length = HEADER.unpack_from(view, (count - 1) * size)
+    if not FIRST_CHANNEL <= number <= LAST_PARSED_CHANNEL or last_number != number:
         return None
-    if not 0 < last_length <= length <= size - CHANNEL_HEADER_SIZE or last_length > last_size - CHANNEL_HEADER_SIZE:
+    if not 0 < last_length <= length <= size - HEADER_SIZE or last_length > last_size - HEADER_SIZE:
         return None
     headers = column(view, "<u4", 0, size, count - 1).tobytes()
-    if headers != headers[:CHANNEL_HEADER_SIZE] * (count - 1):  # faster than NumPy for so few
+    if headers != headers[:HEADER_SIZE] * (count - 1):  # faster than NumPy for so few
         return None
-    return ChannelRows(number, Rows(view, CHANNEL_HEADER_SIZE, size, length, count, last_length))
+    return ChannelRows(number, Rows(view, HEADER_SIZE, size, length, count, last_length))
 
 
 def lone_channel(datagram: memoryview) -> ChannelRows | None:
     """The payload of one datagram of channel data. Padding behind it is left out (RFC 8656, section 12.5)."""
-    if len(datagram) < CHANNEL_HEADER_SIZE:
+    if len(datagram) < HEADER_SIZE:
         return None
-    number, length = _CHANNEL_HEADER.unpack_from(datagram)
-    if not LOWEST_CHANNEL <= number <= HIGHEST_CHANNEL or length > len(datagram) - CHANNEL_HEADER_SIZE:
+    number, length = HEADER.unpack_from(datagram)
+    if not FIRST_CHANNEL <= number <= LAST_PARSED_CHANNEL or length > len(datagram) - HEADER_SIZE:
         return None
-    return ChannelRows(number, Rows(datagram, CHANNEL_HEADER_SIZE, len(datagram), length, 1, length))
+    return ChannelRows(number, Rows(datagram, HEADER_SIZE, len(datagram), length, 1, length))
 
 
 def gather(rows: Rows, pool: BufferPool, channel: int | None = None) -> Gathered | None:
@@ -150,12 +143,12 @@ def gather(rows: Rows, pool: BufferPool, channel: int | None = None) -> Gathered
     """
     memory, offset, stride, size, count, last_size = rows
     if count == 1:
-        header = b"" if channel is None else _CHANNEL_HEADER.pack(channel, last_size)
+        header = b"" if channel is None else HEADER.pack(channel, last_size)
         return Gathered(header + memory[offset : offset + last_size], 0, None)
     buffer = pool.borrow()
     if buffer is None:
         return None
-    headroom = 0 if channel is None else CHANNEL_HEADER_SIZE
+    headroom = 0 if channel is None else HEADER_SIZE
     slot = headroom + size
     last = (count - 1) * slot
     block(buffer.memory, headroom, slot, count - 1, size)[:] = block(memory, offset, stride, count - 1, size)
@@ -163,7 +156,7 @@ def gather(rows: Rows, pool: BufferPool, channel: int | None = None) -> Gathered
     buffer.memory[last + headroom : last + headroom + last_size] = memory[start : start + last_size]
     if channel is not None:
         column(buffer.memory, ">u4", 0, slot, count - 1)[:] = channel << 16 | size
-        _CHANNEL_HEADER.pack_into(buffer.memory, last, channel, last_size)
+        HEADER.pack_into(buffer.memory, last, channel, last_size)
     return Gathered(buffer.view[: last + headroom + last_size], slot, buffer)
 
 
@@ -212,7 +205,7 @@ class Forwarder:
             counters.without_permission += 1
             return
         if not self._policy.permits(peer):
-            counters.forbidden_peers += 1
+            self._outbox.refuse_peer(self._policy.private_network(peer.host))
             return
         rows = Rows(memoryview(data), 0, len(data), len(data), 1, len(data))
         is_relayed = self._policy.is_relayed(peer.host)
@@ -246,6 +239,9 @@ class Forwarder:
             neighbour = self._registry.by_port(peer.port)
             if neighbour is not None and peer in neighbour.relayed.values():
                 self._to_client(neighbour, source, rows, ecn, now)
+                return
+            if peer.port in self._registry.ports.ours:  # another program's, if anybody's at all
+                self._outbox.counters.without_allocation += rows.datagrams
                 return
             # An allocation of another worker, if any: the kernel delivers it.
         counters = self._outbox.counters
@@ -284,7 +280,7 @@ class Forwarder:
 
     def _to_channel(self, allocation: Allocation, channel: Channel, rows: Rows, ecn: int) -> None:
         counters = self._outbox.counters
-        most = send_limit(CHANNEL_HEADER_SIZE + rows.size)
+        most = send_limit(HEADER_SIZE + rows.size)
         for part in (rows,) if rows.datagrams <= most else rows.cut(most):
             gathered = gather(part, self._pool, channel.number)
             if gathered is None:
@@ -292,7 +288,7 @@ class Forwarder:
                 continue
             payload, segment_size, buffer = gathered
             counters.relayed_to_clients += part.datagrams
-            counters.relayed_bytes += len(payload) - CHANNEL_HEADER_SIZE * part.datagrams
+            counters.relayed_bytes += len(payload) - HEADER_SIZE * part.datagrams
             self._outbox.send(
                 RelayTransmit(
                     allocation.client,

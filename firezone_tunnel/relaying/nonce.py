@@ -6,13 +6,13 @@ import base64
 import hmac
 import struct
 
-from firezone_tunnel.sansio import Entropy, SocketAddress
+from firezone_tunnel.sansio import SocketAddress
 
 NONCE_LIFETIME = 3600.0  # spec/gateway-and-relay.md, 7.4: at least an hour
 NONCE_SIZE = 24
 """Characters. A 401 with realm, integrity and fingerprint then has exactly 100 bytes."""
+NONCE_KEY_SIZE = 32
 
-_KEY_SIZE = 32
 _MAC_SIZE = 14
 _TIME = struct.Struct("!I")
 """Whole seconds of `now`, modulo 2^32."""
@@ -20,10 +20,10 @@ _WRAP = 1 << 32
 
 
 class Nonces:
-    """Issues nonces and recognises them. A nonce is good for one client address, for an hour."""
+    """Issues nonces and recognises them. A nonce is good for one client address, for an hour, wherever the key is."""
 
-    def __init__(self, entropy: Entropy) -> None:
-        self._key = entropy(_KEY_SIZE)
+    def __init__(self, key: bytes) -> None:
+        self._key = key
 
     def issue(self, client: SocketAddress, now: float) -> str:
         time = _TIME.pack(int(now) % _WRAP)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import attrs
 
+from firezone_tunnel.relaying.addresses import Network
 from firezone_tunnel.sansio import Releasable, SocketAddress, Transmit
 
 MAX_WAITING = 4096
@@ -91,6 +92,8 @@ class RelayCounters:
     without_permission: int = 0
     forbidden_peers: int = 0
     """Requests and Send indications that named a peer to which nothing is relayed."""
+    private_peers: Counter[str] = attrs.field(factory=Counter)
+    """Those of them that the operator could allow, by the private network."""
     without_buffer: int = 0
     """Dropped because everything sent before still waits for room in its socket."""
 
@@ -102,6 +105,12 @@ class Outbox:
     waiting: deque[RelayTransmit] = attrs.field(factory=deque)
     commands: deque[Command] = attrs.field(factory=deque)
     counters: RelayCounters = attrs.field(factory=RelayCounters)
+
+    def refuse_peer(self, private_network: Network | None) -> None:
+        """Count a peer to which nothing is relayed; `private_network` is what `PeerPolicy` says it is."""
+        self.counters.forbidden_peers += 1
+        if private_network is not None:
+            self.counters.private_peers[str(private_network)] += 1
 
     def send(self, transmit: RelayTransmit) -> None:
         if len(self.waiting) >= MAX_WAITING:

@@ -12,20 +12,17 @@ _FREE, _TAKEN, _RESTING = 0, 1, 2
 
 
 class PortRange:
-    """The ports from `lowest` to `highest`. A port is one number for both address families."""
+    """The ports that are `ours`. A port is one number for both address families."""
 
-    def __init__(self, lowest: int, highest: int, entropy: Entropy) -> None:
+    def __init__(self, ours: range, entropy: Entropy) -> None:
         """Raises: ValueError for an empty range."""
-        if not 0 < lowest <= highest <= 0xFFFF:
-            raise ValueError(f"no range of ports: {lowest} to {highest}")
-        self._lowest = lowest
-        self._states = bytearray(highest - lowest + 1)
+        if not 0 < ours.start < ours.stop <= 0x10000 or ours.step != 1:
+            raise ValueError(f"no range of ports: {ours}")
+        self.ours = ours
+        self._lowest = ours.start
+        self._states = bytearray(len(ours))
         self._resting: deque[tuple[float, int]] = deque()  # until when, and the index; the earliest first
         self._entropy = entropy
-
-    @property
-    def size(self) -> int:
-        return len(self._states)
 
     def take(self, now: float, *, even: bool = False, with_next: bool = False) -> int | None:
         """A random free port; None if there is none. `with_next` (of an even one) takes the port after it as well.

@@ -17,20 +17,19 @@ from firezone_tunnel.relaying.authentication import Authenticator, Refusal, Requ
 from firezone_tunnel.relaying.budget import AnswerBudget
 from firezone_tunnel.relaying.credentials import Credentials
 from firezone_tunnel.relaying.forwarding import (
-    HIGHEST_CHANNEL,
-    LOWEST_CHANNEL,
     BufferPool,
     Forwarder,
     common_channel,
     lone_channel,
 )
-from firezone_tunnel.relaying.nonce import Nonces
+from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE, Nonces
 from firezone_tunnel.relaying.outputs import Command, Outbox, RelayCounters, RelayTransmit
 from firezone_tunnel.relaying.ports import PortRange
 from firezone_tunnel.relaying.registry import Registry
 from firezone_tunnel.sansio import Entropy, Timeout
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message, Method, parse
+from firezone_tunnel.turn.channel import FIRST_CHANNEL, LAST_PARSED_CHANNEL
 
 
 class RelayServer:
@@ -47,17 +46,20 @@ class RelayServer:
         policy: PeerPolicy,
         entropy: Entropy,
         now: float,
+        nonce_key: bytes | None = None,
     ) -> None:
+        """`nonce_key` is what several workers share, so that each knows the others' nonces; None: one of its own."""
         if not config.hosts:
             raise ValueError("a relay needs a public address")
         self._same_user_only = config.same_user_only
         self._credentials = credentials
         self._policy = policy
         self._outbox = Outbox()
-        nonces = Nonces(entropy)
-        self._registry = Registry(PortRange(config.lowest_port, config.highest_port, entropy), self._outbox, entropy)
+        nonces = Nonces(nonce_key or entropy(NONCE_KEY_SIZE))
+        self._registry = Registry(PortRange(config.own_ports, entropy), self._outbox, entropy)
         self._authenticator = Authenticator(credentials, nonces)
-        self._answers = Answers(credentials, nonces, AnswerBudget(entropy, now), self._outbox)
+        budget = AnswerBudget(entropy, now, workers=config.workers)
+        self._answers = Answers(credentials, nonces, budget, self._outbox)
         self._allocator = Allocator(config, credentials, self._registry, self._answers, self._outbox)
         self._forwarder = Forwarder(self._registry, policy, self._outbox, entropy, BufferPool())
 
@@ -217,8 +219,9 @@ class RelayServer:
         if any(family_of(host) not in allocation.relayed for host in hosts):
             self._answers.fail(request, 443)
             return
-        if not all(self._policy.permits_host(host) for host in hosts):
-            self._outbox.counters.forbidden_peers += 1
+        refused = next((host for host in hosts if not self._policy.permits_host(host)), None)
+        if refused is not None:
+            self._outbox.refuse_peer(self._policy.private_network(refused))
             self._answers.fail(request, 403)
             return
         if not allocation.may_permit(hosts):
@@ -233,14 +236,14 @@ class RelayServer:
         """RFC 8656, section 12.2."""
         number = request.message.get(stun.CHANNEL_NUMBER)
         peer = request.message.get(stun.XOR_PEER_ADDRESS)
-        if number is None or peer is None or not peer.port or not LOWEST_CHANNEL <= number <= HIGHEST_CHANNEL:
+        if number is None or peer is None or not peer.port or not FIRST_CHANNEL <= number <= LAST_PARSED_CHANNEL:
             self._answers.fail(request, 400)
             return
         if family_of(peer.host) not in allocation.relayed:
             self._answers.fail(request, 443)
             return
         if not self._policy.permits(peer):
-            self._outbox.counters.forbidden_peers += 1
+            self._outbox.refuse_peer(self._policy.private_network(peer.host))
             self._answers.fail(request, 403)
             return
         code = allocation.bind(number, peer, now, is_relayed=self._policy.is_relayed(peer.host))

@@ -40,6 +40,7 @@ class Process:
         self._code = 0
         self._is_ending = False
         self._hangup: Callable[[], object] | None = None
+        self._hurry: Callable[[], object] | None = None
 
     def install(self, *logs: LogWriter) -> None:
         """Call it before the reactor runs. The logs are closed at the end."""
@@ -50,6 +51,10 @@ class Process:
     def on_hangup(self, callback: Callable[[], object]) -> None:
         """SIGHUP calls this, in the reactor's thread. Without it SIGHUP is ignored."""
         self._hangup = callback
+
+    def on_second_signal(self, callback: Callable[[], object]) -> None:
+        """SIGINT or SIGTERM while it ends calls this, in the reactor's thread. Without it they are ignored then."""
+        self._hurry = callback
 
     def ready(self) -> None:
         """Tell a service manager that we are (sd_notify(3)); from now on no collection looks at what start-up made."""
@@ -79,8 +84,14 @@ class Process:
 
     def _handle_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._reactor.callFromThread(self.stop))
+            signal.signal(number, lambda *_: self._reactor.callFromThread(self._told_to_end))
         signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._hung_up))
+
+    def _told_to_end(self) -> None:
+        if not self._is_ending:
+            self.stop()
+        elif self._hurry is not None:
+            self._hurry()
 
     def _hung_up(self) -> None:
         if self._hangup is not None:

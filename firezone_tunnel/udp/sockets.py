@@ -42,15 +42,17 @@ class Arrival:
     overflows: int | None  # datagrams that the socket has lost since it was opened; None before the first
 
 
-def bind(host: str, ports: Iterable[int], *, mark: int | None) -> socket.socket:
+def bind(host: str, ports: Iterable[int], *, mark: int | None, reuse_port: bool = False) -> socket.socket:
     """A non-blocking socket of the family of `host`, bound to the first of the ports that is free.
+
+    `reuse_port` lets further sockets of this user share the port, and this one share theirs.
 
     Raises: PlatformError.
     """
     failure: OSError | None = None
     for port in ports:
         try:
-            return _bind(host, port, mark)
+            return _bind(host, port, mark, reuse_port)
         except OSError as error:
             failure = failure or error
             address = SocketAddress(host, port)
@@ -138,7 +140,7 @@ _IN6_PKTINFO = struct.Struct("=16sI")
 """address, interface index: RFC 3542, section 6."""
 
 
-def _bind(host: str, port: int, mark: int | None) -> socket.socket:
+def _bind(host: str, port: int, mark: int | None, reuse_port: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     udp = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -146,6 +148,8 @@ def _bind(host: str, port: int, mark: int | None) -> socket.socket:
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if mark is not None:
             _set_mark(udp, mark)
+        if reuse_port:
+            udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         udp.bind((host, port))
     except BaseException:
         udp.close()

@@ -89,10 +89,11 @@ class UdpTransport:
         reactor: IReactorFDSet,
         protocol: IBatchProtocol,
         *,
-        host: str,
+        host: str = "0.0.0.0",
         port: int = PREFERRED_PORT,
         fallback_port: int | None = 0,
         mark: int | None = None,
+        bound: socket.socket | None = None,
         buffer: ReceiveBuffer | None = None,
         gso: bool = True,
         gro: bool = True,
@@ -100,7 +101,8 @@ class UdpTransport:
     ) -> None:
         """Bind `host` ("0.0.0.0", "::" or one address) to `port`, else to `fallback_port`, and start reading.
 
-        `mark` is the SO_MARK that keeps datagrams out of the tunnel. The sockets of one tunnel may share a `buffer`.
+        `mark` is the SO_MARK that keeps datagrams out of the tunnel. A `bound` socket, non-blocking, takes the place of
+        all this, and is closed with the transport. The sockets of one tunnel may share a `buffer`.
         `gso` and `gro` allow what the kernel may offer; `features` says what it does.
 
         Raises: PlatformError.
@@ -110,11 +112,12 @@ class UdpTransport:
         self._clock = clock
         self._buffer = buffer or ReceiveBuffer()
         ports = [port] if fallback_port is None else [port, fallback_port]
-        self._socket: socket.socket | None = bind(host, ports, mark=mark)
-        self._is_ipv6 = ":" in host
-        self.features = configure(self._socket, gso=gso, gro=gro)
+        udp = bind(host, ports, mark=mark) if bound is None else bound
+        self._socket: socket.socket | None = udp
+        self._is_ipv6 = udp.family == socket.AF_INET6
+        self.features = configure(udp, gso=gso, gro=gro)
         self.counters = UdpCounters()
-        self._host = SocketAddress(*self._socket.getsockname()[:2])
+        self._host = SocketAddress(*udp.getsockname()[:2])
         self._arrivals: dict[tuple[Ancillary, ...], tuple[Arrival, SocketAddress | None]] = {}
         self._sources: dict[tuple[Any, ...], SocketAddress] = {}
         self._ancillary: dict[tuple[SocketAddress | None, int, int], list[Ancillary]] = {}

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.skipif(_CLIENT is None or _PEER is None, reason="turnut
         ("-c", "-g", "-D"),  # DONT-FRAGMENT, padded channel data
         ("-c", "-y"),  # two allocations on the same relay
         ("-c", "-y", "-x"),  # the same with IPv6 relayed addresses
+        ("-Z",),  # ADDITIONAL-ADDRESS-FAMILY
     ],
     ids=" ".join,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import socket
@@ -16,24 +18,16 @@ from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message, Method, long_term_key
 
 _ROOT = Path(__file__).parents[2]
-_PLUGIN = f"""
-import importlib.util
-spec = importlib.util.spec_from_file_location("listed", {str(_ROOT / "twisted_plugins/firezone_tunnel_plugins.py")!r})
-listed = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(listed)
-relay = listed._Application("relay", "the working tree's")
-"""
 USER, PASSWORD, REALM = "alice", "secret", "firezone"
 PATIENCE = 5.0
+RETRANSMISSION = 0.5
+FIRST_ALLOCATED_PORT = 49_152  # at the least
 
 
 class RelayProcess:
     """`twistd firezone-relay`, serving alice on 127.0.0.1 (and ::1)."""
 
     def __init__(self, directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        plugins = directory / "twisted" / "plugins"
-        plugins.mkdir(parents=True, exist_ok=True)
-        (plugins / "firezone_relay_of_a_test.py").write_text(_PLUGIN)
         users = directory / "users"
         users.write_text(f"# for tests\n{USER}:{PASSWORD}\n")
         self.port = free_port()
@@ -53,7 +47,7 @@ class RelayProcess:
                 cwd=directory,
                 env={
                     **os.environ,
-                    "PYTHONPATH": f"{_ROOT}:{directory}",
+                    "PYTHONPATH": str(_ROOT),
                     "NOTIFY_SOCKET": str(directory / "notify"),
                     **(environment or {}),
                 },
@@ -61,6 +55,12 @@ class RelayProcess:
 
     def wait_ready(self) -> None:
         assert self._notify.recv(64) == b"READY=1", self.log.read_text()
+
+    def events(self, message_type: str, **fields: Any) -> list[dict[str, Any]]:
+        """What it logged so far, with `--log-format json`: messages of a type that have these fields."""
+        lines = self.log.read_text().splitlines(keepends=True)
+        messages = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
+        return [one for one in messages if {**one, "message_type": message_type, **fields} == one]
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -117,12 +117,25 @@ class TurnClient:
         if self._nonce is not None:
             credentials += ((stun.NONCE, self._nonce),)
         request = Message(method, Kind.REQUEST, os.urandom(12), (*attributes, *credentials))
-        self.socket.send(request.encode(key=self._key))
-        answer = stun.parse(self.socket.recv(2048))
+        answer = stun.parse(self._exchange(request.encode(key=self._key)))
         assert answer is not None
         assert answer.transaction_id == request.transaction_id
         assert answer.is_authentic(self._key)
         return answer
+
+    def _exchange(self, request: bytes) -> bytes:
+        """Ask until there is an answer: strangers get so many a second."""
+        self.socket.settimeout(RETRANSMISSION)
+        try:
+            for _ in range(round(PATIENCE / RETRANSMISSION)):
+                self.socket.send(request)
+                with contextlib.suppress(TimeoutError):
+                    while (answer := self.socket.recv(2048))[8:20] != request[8:20]:
+                        pass  # a second one, to a question asked twice
+                    return answer
+        finally:
+            self.socket.settimeout(PATIENCE)
+        raise TimeoutError("the relay doesn't answer")
 
 
 def code_of(message: Message) -> int:
@@ -142,8 +155,11 @@ def address_of(one: socket.socket) -> SocketAddress:
 
 
 def free_port() -> int:
-    with udp("127.0.0.1") as one:
-        return int(one.getsockname()[1])
+    """One that is no allocation's."""
+    while True:
+        with udp("127.0.0.1") as one:
+            if one.getsockname()[1] < FIRST_ALLOCATED_PORT:
+                return int(one.getsockname()[1])
 
 
 def until(condition: Any, timeout: float = PATIENCE) -> None:

@@ -16,7 +16,7 @@ import pytest
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Method
-from tests.service.relay_process import RelayProcess, TurnClient, address_of, code_of, udp, until
+from tests.service.relay_process import RelayProcess, TurnClient, address_of, code_of, free_port, udp, until
 
 _UDP_SEGMENT, _UDP_GRO = 103, 104  # <linux/udp.h>
 _PEER = "127.0.0.3"  # an address that no interface has, and so not the relay's own
@@ -182,7 +182,7 @@ def test_after_the_drain_time_it_ends(start: Start) -> None:
 
 
 def test_an_occupied_listening_port_is_told_and_ends_it_with_1(start: Start, tmp_path: Path) -> None:
-    with udp("0.0.0.0") as occupier:
+    with udp("0.0.0.0", free_port()) as occupier:
         relay = start("--listen-port", str(address_of(occupier).port))
 
         assert relay.wait(20) == 1
@@ -196,6 +196,7 @@ def test_an_occupied_listening_port_is_told_and_ends_it_with_1(start: Start, tmp
         (("--listen-port", "0"), 2, "--listen-port"),
         (("--allow-peers", "10.0.0.1/8"), 2, "--allow-peers"),
         (("--lowest-port", "9", "--highest-port", "8"), 1, "--lowest-port"),
+        (("--listen-port", "50000"), 1, "--listen-port must lie outside of --lowest-port to --highest-port"),
         (("--users-file", "/nonexistent"), 1, "/nonexistent"),
     ],
 )
@@ -206,6 +207,22 @@ def test_what_is_configured_wrongly_is_told_in_one_line(
 
     assert relay.wait(20) == code
     assert text in relay.log.read_text().splitlines()[-1]
+
+
+def test_a_peer_that_is_refused_for_being_private_is_told_by_its_network_with_what_to_do(start: Start) -> None:
+    relay = start("--drain-time", "0s", "--log-level", "info")
+    relay.wait_ready()
+    client = TurnClient(relay.port)
+    client.allocate_dual()
+    for host in ("10.77.0.1", "10.77.0.2", "127.0.0.1"):
+        assert code_of(client.bind(0x4000, SocketAddress(host, 22))) == 403
+    relay.signal()
+    assert relay.wait() == 0
+
+    (line,) = [line for line in relay.log.read_text().splitlines() if "relay:private_peers_refused" in line]
+    assert "network=10.0.0.0/8 times=2" in line
+    assert "--allow-peers 10.0.0.0/8" in line
+    assert "10.77" not in relay.log.read_text()
 
 
 def test_what_it_logs_names_no_secret(start: Start) -> None:

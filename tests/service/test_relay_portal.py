@@ -11,6 +11,7 @@ from twisted.internet.threads import deferToThread
 
 from firezone_tunnel.errors import AuthenticationError
 from firezone_tunnel.portal_connection.url import LoginUrl
+from firezone_tunnel.relay.config import EngineConfig
 from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
 from firezone_tunnel.relaying.allocating import RelayConfig
 from firezone_tunnel.stun import message as stun
@@ -28,18 +29,18 @@ async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
 
 @pytest_twisted.ensureDeferred
 async def test_a_peer_of_the_portal_allocates_with_the_credentials_that_it_was_told(portal: Portal) -> None:
-    relay = _relay(portal, RELAY_TOKEN)
+    port = free_port()
+    relay = _relay(portal, RELAY_TOKEN, port)
     relay.startService()
     await relay.ready
     assert relay.is_ready
 
     (told,) = (await portal.join("client")).init["relays"]
 
-    assert told["addr"] == f"127.0.0.1:{relay.addresses[0].port}"
-    client = TurnClient(relay.addresses[0].port, username=told["username"], password=told["password"])
+    assert told["addr"] == f"127.0.0.1:{port}"
+    client = TurnClient(port, username=told["username"], password=told["password"])
     answer = await deferToThread(client.allocate)
     assert code_of(answer) == 0
-    assert relay.allocations == 1
     relay.hurry()
     await relay.stopService()
     assert not relay.is_ready
@@ -49,12 +50,13 @@ async def test_a_peer_of_the_portal_allocates_with_the_credentials_that_it_was_t
 async def test_a_relay_that_ends_leaves_the_portal_first_and_serves_on_until_its_clients_have_gone(
     portal: Portal,
 ) -> None:
-    relay = _relay(portal, RELAY_TOKEN)
+    port = free_port()
+    relay = _relay(portal, RELAY_TOKEN, port)
     relay.startService()
     await relay.ready
     peer = await portal.join("gateway")
     (told,) = peer.init["relays"]
-    client = TurnClient(relay.addresses[0].port, username=told["username"], password=told["password"])
+    client = TurnClient(port, username=told["username"], password=told["password"])
     await deferToThread(client.allocate)
 
     stopped = relay.stopService()
@@ -68,7 +70,7 @@ async def test_a_relay_that_ends_leaves_the_portal_first_and_serves_on_until_its
 
 @pytest_twisted.ensureDeferred
 async def test_a_relay_that_the_portal_refuses_fails(portal: Portal) -> None:
-    relay = _relay(portal, "wrong")
+    relay = _relay(portal, "wrong", free_port())
     relay.startService()
 
     error = await relay.failed
@@ -78,8 +80,7 @@ async def test_a_relay_that_the_portal_refuses_fails(portal: Portal) -> None:
     await relay.stopService()
 
 
-def _relay(portal: Portal, token: str) -> RelayService:
-    port = free_port()
+def _relay(portal: Portal, token: str, port: int) -> RelayService:
     url = LoginUrl.relay(f"ws://{portal.address}", token, ipv4="127.0.0.1", ipv6=None, port=port)
     config = RelayConfig(public_ipv4="127.0.0.1", lowest_port=54_000, highest_port=54_099)
-    return RelayService(reactor, RelayOptions(config, listen_port=port, portal=PortalConfig(url)))
+    return RelayService(reactor, RelayOptions(EngineConfig(config), listen_port=port, portal=PortalConfig(url)))

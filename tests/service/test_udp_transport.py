@@ -14,6 +14,7 @@ from twisted.python.failure import Failure
 from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.sansio import SocketAddress, Transmit
+from firezone_tunnel.udp.sockets import bind
 from firezone_tunnel.udp.transport import UdpTransport
 
 LOOPBACK = ["127.0.0.1", "::1"]
@@ -90,6 +91,31 @@ async def test_a_taken_port_is_replaced_by_another_or_refused(ends: Ends) -> Non
     assert ends.new("127.0.0.1", port=taken).address.port != taken
     with pytest.raises(PlatformError):
         ends.new("127.0.0.1", port=taken, fallback_port=None)
+
+
+@pytest.mark.parametrize("host", LOOPBACK)
+@pytest_twisted.ensureDeferred
+async def test_a_socket_that_is_bound_already_is_taken_with_what_waits_in_it(ends: Ends, host: str) -> None:
+    alice, bound = ends.new(host), bind(host, [0], mark=None)
+    address = SocketAddress(*bound.getsockname()[:2])
+    alice.transport.send(Transmit(address, b"x"))
+
+    bob = ends.new("192.0.2.1", bound=bound)
+    await bob.datagrams(1)
+
+    assert (bob.address, bob.received) == (address, [b"x"])
+    assert bob.batches[0].local == address
+    bob.transport.close()
+    assert bound.fileno() == -1
+
+
+def test_a_port_is_shared_only_by_those_who_all_want_to() -> None:
+    with bind("127.0.0.1", [0], mark=None, reuse_port=True) as first:
+        port = first.getsockname()[1]
+        bind("127.0.0.1", [port], mark=None, reuse_port=True).close()
+
+        with pytest.raises(PlatformError):
+            bind("127.0.0.1", [port], mark=None)
 
 
 @pytest_twisted.ensureDeferred

@@ -165,6 +165,47 @@ def test_what_is_denied_by_name_is_denied() -> None:
 
 
 @pytest.mark.parametrize(
+    ("host", "network"),
+    [
+        ("10.1.2.3", "10.0.0.0/8"),
+        ("100.64.0.1", "100.64.0.0/10"),
+        ("fd00::1", "fc00::/7"),
+        ("64:ff9b::a01:203", "10.0.0.0/8"),
+        ("192.168.7.7", None),  # our own
+        ("172.16.9.9", None),  # denied by name
+        ("172.17.9.9", None),  # permitted
+        ("127.0.0.1", None),
+        ("169.254.169.254", None),
+        ("2001:db8::1", None),
+        ("9.9.9.9", None),
+    ],
+)
+def test_what_the_operator_could_allow_is_known_by_its_network(host: str, network: str | None) -> None:
+    policy = _policy(
+        own_hosts=["192.168.7.7"],
+        allow=[ipaddress.ip_network("172.17.0.0/16")],
+        deny=[ipaddress.ip_network("172.16.9.0/24")],
+    )
+
+    found = policy.private_network(host)
+
+    assert (None if found is None else str(found)) == network
+
+
+def test_refused_peers_are_counted_by_the_private_network() -> None:
+    client = Client(World())
+    client.allocate_dual()
+
+    for host in ("10.0.0.1", "10.9.9.9", "fd00::1", "127.0.0.1"):
+        assert code_of(client.bind(0x4000, SocketAddress(host, 5000))) == 403
+    assert code_of(client.permit(PEER4, SocketAddress("10.0.0.1", 1))) == 403
+
+    counters = client.world.server.counters
+    assert counters.private_peers == {"10.0.0.0/8": 3, "fc00::/7": 1}
+    assert counters.forbidden_peers == 5
+
+
+@pytest.mark.parametrize(
     "host", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "224.0.0.1", "0.0.0.0", "::1", "::ffff:7f00:1"]
 )
 def test_forbidden_peers_are_403_and_nothing_is_sent_to_them(host: str) -> None:

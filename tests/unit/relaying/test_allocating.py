@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from firezone_tunnel.relaying.allocating import MAX_ATTEMPTS
+from firezone_tunnel.relaying.allocating import MAX_ATTEMPTS, RelayConfig
 from firezone_tunnel.relaying.outputs import ClosePort, Drained, OpenPort
 from firezone_tunnel.relaying.ports import QUARANTINE
 from firezone_tunnel.relaying.registry import RESERVATION_LIFETIME
@@ -300,10 +302,42 @@ def test_a_reservation_is_over_after_30_seconds() -> None:
 
 
 def test_one_of_several_workers_reserves_nothing() -> None:
-    world = World(reservations=False)
+    world = World(workers=2)
 
     assert code_of(_client(world, 1).allocate((stun.EVEN_PORT, True))) == 508
     assert code_of(_client(world, 2).allocate((stun.EVEN_PORT, False))) == 0
+
+
+@given(st.integers(1, 65_535), st.integers(0, 500), st.integers(1, 64))
+def test_workers_divide_the_ports_among_them_and_leave_none_out(lowest: int, more: int, workers: int) -> None:
+    highest = min(65_535, lowest + more)
+    assume(highest - lowest + 1 >= workers)
+    configs = [
+        RelayConfig(lowest_port=lowest, highest_port=highest, workers=workers, worker=worker)
+        for worker in range(workers)
+    ]
+
+    assert [port for config in configs for port in config.own_ports] == list(range(lowest, highest + 1))
+    sizes = [len(config.own_ports) for config in configs]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.integers(0, 1000), st.integers(1, 64))
+def test_the_shares_of_workers_are_equal_and_at_least_what_they_share(limit: int, workers: int) -> None:
+    share = RelayConfig(workers=workers).share(limit)
+
+    assert limit <= share * workers < limit + workers
+
+
+def test_each_of_several_workers_grants_its_share() -> None:
+    world = World(workers=2, max_allocations=5, max_allocations_per_user=3)
+    clients = [_client(world, number) for number in range(6)]
+    for client in clients[:3]:
+        client.username, client.password = clients[0].username, clients[0].password
+
+    codes = [code_of(client.allocate()) for client in clients]
+
+    assert codes == [0, 0, 486, 0, 486, 486]  # two of one user, three in all
 
 
 def test_exhausted_ports_are_508_and_come_back() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from firezone_tunnel.policy.credentials import relay_credentials
 from firezone_tunnel.relaying.credentials import StampSecret, StaticUsers, stamp_password
-from firezone_tunnel.relaying.nonce import NONCE_LIFETIME, Nonces
+from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE, NONCE_LIFETIME, Nonces
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message, Method, long_term_key
@@ -210,7 +210,7 @@ def test_a_nonce_is_good_for_one_address_only(other: SocketAddress) -> None:
 
 @given(st.text(max_size=40), st.floats(0, 2**33))
 def test_no_text_is_a_nonce_by_chance(text: str, now: float) -> None:
-    nonces = Nonces(lambda count: b"k" * count)
+    nonces = Nonces(b"k" * NONCE_KEY_SIZE)
 
     assert not nonces.is_valid(text, CLIENT4, now)
     assert nonces.is_valid(nonces.issue(CLIENT4, now), CLIENT4, now + NONCE_LIFETIME - 1)
@@ -218,10 +218,19 @@ def test_no_text_is_a_nonce_by_chance(text: str, now: float) -> None:
 
 
 def test_nonces_of_two_relays_differ() -> None:
-    first, second = World(), World()
-    second.entropy(1)
+    nonces = [Nonces(bytes([number]) * NONCE_KEY_SIZE).issue(CLIENT4, 0) for number in range(2)]
 
-    assert Nonces(first.entropy).issue(CLIENT4, 0) != Nonces(second.entropy).issue(CLIENT4, 0)
+    assert nonces[0] != nonces[1]
+
+
+def test_workers_take_the_nonces_of_each_other() -> None:
+    key = bytes(NONCE_KEY_SIZE)
+    client = Client(World(workers=2, worker=0, nonce_key=key))
+    assert code_of(client.allocate()) == 0
+
+    client.world = World(workers=2, worker=1, nonce_key=key)
+
+    assert code_of(client.refresh()) == 437  # known as a user, but nobody's allocation is here
 
 
 def test_listed_users_are_let_in_under_the_realm_of_the_operator() -> None:

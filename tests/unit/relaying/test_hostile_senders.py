@@ -193,6 +193,17 @@ def test_a_budget_is_of_a_fixed_size_and_recovers() -> None:
     assert budget.spend(CLIENT4, 100, 0.0, proven=True)
 
 
+def test_workers_share_what_strangers_may_be_answered() -> None:
+    worlds = [World(workers=4, worker=worker) for worker in range(4)]
+
+    one_address = [len(world.deliver(SocketAddress("5.5.5.5", n), BINDING)) for world in worlds for n in range(1, 200)]
+    budgets = [AnswerBudget(random.Random(1).randbytes, 0.0, workers=4) for _ in range(4)]
+    spent = [sum(budget.spend(SocketAddress(f"6.0.{n}.1", 1), 100, 0.0) for n in range(200)) for budget in budgets]
+
+    assert sum(one_address) == ANSWERS_PER_SECOND
+    assert MAX_CREDIT - 400 < sum(spent) * 100 <= MAX_CREDIT
+
+
 @given(st.binary(max_size=300), st.integers(0, 300))
 @settings(max_examples=300)
 def test_no_bytes_from_a_client_raise(data: bytes, segment_size: int) -> None:

@@ -52,6 +52,7 @@ class World:
         own_hosts: Iterable[str] = (),
         public_ipv4: str | None = RELAY4,
         public_ipv6: str | None = RELAY6,
+        nonce_key: bytes | None = None,
         **config: Any,
     ) -> None:
         self.now = 1000.0
@@ -70,6 +71,7 @@ class World:
             policy=policy,
             entropy=self.entropy,
             now=self.now,
+            nonce_key=nonce_key,
         )
         self.buffer = ReceiveBuffer()
         self.open: set[tuple[int, int]] = set()

@@ -1,0 +1,95 @@
+"""What a relay's parent process and its workers tell each other, as lines of JSON, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from firezone_tunnel.relay.config import EngineConfig, Secrets
+
+# A worker's file descriptors: each pipe has one direction.
+ORDERS = 0  # from the parent; its end is the parent's end, and so the worker's
+LOG = 1  # each line a message as `logs.writer` writes it
+ERRORS = 2  # what nobody meant to print
+REPORTS = 3  # to the parent
+FIRST_SOCKET = 4  # the listening sockets, one after another
+
+MAX_LINE = 1 << 24
+
+
+class Begin(msgspec.Struct, tag="begin", frozen=True):
+    """To a worker, first of all: serve, with this many listening sockets from FIRST_SOCKET on."""
+
+    config: EngineConfig
+    secrets: Secrets
+    sockets: int
+    log_level: int
+
+
+class Drain(msgspec.Struct, tag="drain", frozen=True):
+    """To a worker: serve who is there, then end."""
+
+
+class Hurry(msgspec.Struct, tag="hurry", frozen=True):
+    """To a worker: end."""
+
+
+class Serving(msgspec.Struct, tag="serving", frozen=True):
+    """Of a worker."""
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True):
+    """Of a worker, which then ends."""
+
+    reason: str
+
+
+Order = Begin | Drain | Hurry
+Report = Serving | Failed
+
+
+def encode(message: Order | Report) -> bytes:
+    """A line."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+def decode_order(line: bytes) -> Order:
+    """
+    Raises: msgspec.MsgspecError.
+    """
+    order: Order = _ORDERS.decode(line)
+    return order
+
+
+def decode_report(line: bytes) -> Report:
+    """
+    Raises: msgspec.MsgspecError.
+    """
+    report: Report = _REPORTS.decode(line)
+    return report
+
+
+class Lines:
+    """Cuts what comes out of a pipe into lines. One that is longer than 16 MiB is left out."""
+
+    def __init__(self) -> None:
+        self._begun = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The lines that are whole now, without their ends. Take them all."""
+        *ended, begun = data.split(b"\n")
+        for part in ended:
+            line = bytes(self._begun) + part
+            self._begun.clear()
+            if line:
+                yield line
+        if len(self._begun) + len(begun) > MAX_LINE:
+            self._begun.clear()
+            return
+        self._begun += begun
+
+
+_ORDERS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Order)
+_REPORTS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Report)

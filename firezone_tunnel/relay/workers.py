@@ -1,0 +1,285 @@
+"""The workers of a relay, seen from their parent: started, told to end, and replaced when they die (decision 24).
+
+The parent holds the listening sockets of all of them, and so does each worker its own: a successor inherits what its
+predecessor had, the group of sockets stays as it was, and with it which client belongs to which worker.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import msgspec
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessDone, ProcessExitedAlready
+from twisted.internet.protocol import ProcessProtocol
+from twisted.python.failure import Failure
+
+from firezone_tunnel.errors import FirezoneError, PlatformError
+from firezone_tunnel.logs import events as log
+from firezone_tunnel.relay.config import EngineConfig, Secrets
+from firezone_tunnel.relay.control import (
+    ERRORS,
+    FIRST_SOCKET,
+    LOG,
+    ORDERS,
+    REPORTS,
+    Begin,
+    Drain,
+    Hurry,
+    Lines,
+    Order,
+    Serving,
+    decode_report,
+    encode,
+)
+from firezone_tunnel.relay.listening import close_all
+from firezone_tunnel.runtime.clock import boottime
+
+FIRST_DELAY = 0.1  # seconds before a worker that died is replaced, twice as many each time
+MAX_DELAY = 30.0
+STEADY_AFTER = 60.0
+"""Seconds of service after which a death is again the first."""
+KILL_AFTER = 5.0
+"""Seconds that a worker is overdue before it is killed."""
+
+_COMMAND = (sys.executable, "-P", "-m", "firezone_tunnel.relay.worker")
+_NOT_INHERITED = frozenset({"CREDENTIALS_DIRECTORY", "FIREZONE_TOKEN", "NOTIFY_SOCKET"})
+
+
+class WorkerGroup:
+    """A relay in several processes, with the methods of an `Engine`."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        config: EngineConfig,
+        secrets: Secrets,
+        sockets: list[list[socket.socket]],
+        failed: Callable[[FirezoneError], object],
+    ) -> None:
+        """`sockets` are those of each worker, and become ours; `failed(error)` is called if it can't begin."""
+        self._sockets = sockets
+        self._failed = failed
+        self._serving: Deferred[None] = Deferred()
+        self._stopped: Deferred[None] | None = None
+        self._drain_time = config.drain_time
+        self._workers = [
+            WorkerProcess(reactor, number, _begin(config, secrets, number, ours), ours, self)
+            for number, ours in enumerate(sockets)
+        ]
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether all of them are."""
+        return all(worker.state is State.SERVING for worker in self._workers)
+
+    def start(self) -> Deferred[None]:
+        """Fires once all of them serve."""
+        for worker in self._workers:
+            worker.start()
+        return self._serving
+
+    def stop(self) -> Deferred[None]:
+        """Let each serve its clients until they have gone elsewhere, or the drain time is over; then fire.
+
+        May be called more than once.
+        """
+        if self._stopped is None:
+            self._stopped = Deferred()
+            for worker in self._workers:
+                worker.end(Drain(), self._drain_time + KILL_AFTER)
+            self.worker_ended()
+        done: Deferred[None] = Deferred()
+        self._stopped.addBoth(lambda _: done.callback(None))
+        return done
+
+    def hurry(self) -> None:
+        """Drain no longer, or not at all."""
+        for worker in self._workers:
+            worker.end(Hurry(), KILL_AFTER)
+
+    # What follows is called by the workers.
+
+    def worker_serves(self) -> None:
+        if self.is_serving and not self._serving.called:
+            self._serving.callback(None)
+
+    def worker_lost(self, number: int, reason: str) -> bool:
+        """Whether it is to be replaced: not before all have served, as the next would have the same trouble."""
+        if self._serving.called:
+            return True
+        self._failed(PlatformError(f"Worker {number} of the relay can't begin: {reason}"))
+        return False
+
+    def worker_ended(self) -> None:
+        is_over = all(worker.state is State.ENDED for worker in self._workers)
+        if is_over and self._stopped is not None and not self._stopped.called:
+            close_all(self._sockets)
+            self._stopped.callback(None)
+
+
+class State(enum.Enum):
+    """What a worker's place in the group is, at the moment."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    RESTING = "resting"
+    """Its process died, the next is not started yet."""
+    ENDING = "ending"
+    ENDED = "ended"
+
+
+class WorkerProcess:
+    """One worker: its process, and the next one when that dies."""
+
+    def __init__(self, reactor: Any, number: int, begin: Begin, sockets: list[socket.socket], group: WorkerGroup):
+        self.state = State.ENDED
+        self.number = number
+        self._reactor = reactor
+        self._group = group
+        self._begin = begin
+        self._sockets = sockets
+        self._pipes: _Pipes | None = None
+        self._delay = FIRST_DELAY
+        self._served_since = 0.0
+        self._timer: Any = None
+        self._reason = ""  # what it says it fails of
+
+    def start(self) -> None:
+        self.state = State.STARTING
+        self._reason = ""
+        pipes = {ORDERS: "w", LOG: "r", ERRORS: "r", REPORTS: "r"}
+        inherited = {FIRST_SOCKET + index: one.fileno() for index, one in enumerate(self._sockets)}
+        environment = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
+        self._pipes = _Pipes(self)
+        try:
+            process = self._reactor.spawnProcess(
+                self._pipes, _COMMAND[0], _COMMAND, env=environment, childFDs={**pipes, **inherited}
+            )
+        except OSError as error:
+            self.died(f"it can't be started: {error.strerror}")
+            return
+        log.info("relay:worker_started", worker=self.number, pid=process.pid)
+        self._pipes.tell(self._begin)
+
+    def end(self, order: Order, patience: float) -> None:
+        """Tell it to end; it is killed if it hasn't after `patience` seconds. May be called again."""
+        if self.state is State.ENDED:
+            return
+        self._cancel_timer()
+        if self.state is State.RESTING or self._pipes is None:
+            self._ended()
+            return
+        self.state = State.ENDING
+        self._pipes.tell(order)
+        self._timer = self._reactor.callLater(patience, self._pipes.kill)
+
+    # What follows is called by its pipes.
+
+    def reported(self, line: bytes) -> None:
+        try:
+            report = decode_report(line)
+        except msgspec.MsgspecError as error:
+            log.error("relay:worker_misunderstood", worker=self.number, reason=str(error))
+            return
+        if not isinstance(report, Serving):
+            self._reason = report.reason
+        elif self.state is State.STARTING:
+            self.state = State.SERVING
+            self._served_since = boottime()
+            self._group.worker_serves()
+
+    def died(self, reason: str) -> None:
+        """Its process has ended, or never began."""
+        self._pipes = None
+        self._cancel_timer()
+        if self.state is State.ENDING:
+            self._ended()
+            return
+        if self.state is State.SERVING and boottime() - self._served_since >= STEADY_AFTER:
+            self._delay = FIRST_DELAY
+        self.state = State.RESTING
+        reason = self._reason or reason
+        log.warning("relay:worker_lost", worker=self.number, reason=reason, next_after=self._delay)
+        if not self._group.worker_lost(self.number, reason):
+            self._ended()
+        elif self.state is State.RESTING:  # else: that made somebody end us
+            self._timer = self._reactor.callLater(self._delay, self.start)
+            self._delay = min(MAX_DELAY, 2 * self._delay)
+
+    def _ended(self) -> None:
+        if self.state is not State.ENDED:
+            self.state = State.ENDED
+            self._group.worker_ended()
+
+    def _cancel_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None and timer.active():
+            timer.cancel()
+
+
+class _Pipes(ProcessProtocol):
+    """The pipes to one process, as the parent sees them."""
+
+    def __init__(self, worker: WorkerProcess) -> None:
+        super().__init__()
+        self._worker = worker
+        self.transport: Any = None
+        self._lines = {descriptor: Lines() for descriptor in (LOG, ERRORS, REPORTS)}
+
+    def tell(self, order: Order) -> None:
+        if self.transport is not None:
+            self.transport.writeToChild(ORDERS, encode(order))
+
+    def kill(self) -> None:
+        log.error("relay:worker_killed", worker=self._worker.number, reason="it was told to end and did not")
+        try:
+            self.transport.signalProcess("KILL")
+        except ProcessExitedAlready:
+            return
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        handle = {LOG: self._logged, ERRORS: self._printed, REPORTS: self._worker.reported}[childFD]
+        for line in self._lines[childFD].feed(data):
+            handle(line)
+
+    def processEnded(self, reason: Failure) -> None:
+        problem: Any = reason.value
+        if reason.check(ProcessDone) is not None:  # type: ignore[no-untyped-call]
+            self._worker.died("it ended by itself")
+        elif problem.signal is not None:
+            self._worker.died(f"ended by signal {problem.signal}")
+        else:
+            self._worker.died(f"ended with code {problem.exitCode}")
+
+    def _logged(self, line: bytes) -> None:
+        """A message of the worker's log, as one of ours."""
+        try:
+            message = json.loads(line)
+        except ValueError:
+            self._printed(line)
+            return
+        write = _WRITERS.get(message.pop("level", ""), log.info)
+        message_type = message.pop("message_type", "relay:worker_logged")
+        for name in ("timestamp", "task_uuid", "task_level", "worker"):
+            message.pop(name, None)
+        write(message_type, worker=self._worker.number, **message)
+
+    def _printed(self, line: bytes) -> None:
+        log.warning("relay:worker_printed", worker=self._worker.number, text=line.decode(errors="replace"))
+
+
+_WRITERS = {"debug": log.debug, "info": log.info, "warning": log.warning, "error": log.error}
+
+
+def _begin(config: EngineConfig, secrets: Secrets, number: int, sockets: list[socket.socket]) -> Begin:
+    ours = attrs.evolve(config, relaying=attrs.evolve(config.relaying, worker=number))
+    level = min((level for level in log.NAMES if log.enabled(level)), default=log.ERROR)
+    return Begin(config=ours, secrets=secrets, sockets=len(sockets), log_level=level)
