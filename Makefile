@@ -24,7 +24,7 @@ test: $(VENV)/installed ## run every test; those with network namespaces need ro
 	@tools/system-packages test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/installed ## compare with wireguard-go on the same hosts; BENCH_ARGS='--rounds 1 --seconds 2' for a quick look
+bench: $(VENV)/installed ## compare with wireguard-go and coturn on the same hosts; BENCH_ARGS='--rounds 1 --seconds 2' for a quick look
 	@tools/system-packages bench
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 

@@ -12,72 +12,85 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import CASES, Case, Figures
-
-PEERS = ("wireguard-go-debian", "wireguard-go-newest")
-OURS = "ours"
-REFERENCE = "no-tunnel"
+from benchmarks.cases import CASES, COTURN, OURS, OURS_DIRECT, REFERENCE, WIREGUARDS, Case, Figures
 
 Medians = dict[str, dict[str, float]]
 """Medians over all rounds: competitor -> case -> value."""
 
-_COLOURS = {REFERENCE: "#c8ccd2", "wireguard-go-debian": "#8fb3d9", "wireguard-go-newest": "#3f74b5", OURS: "#e8743b"}
-_BAR, _GAP, _LABEL, _WIDTH = 14, 18, 130, 760
+_COLOURS = {
+    REFERENCE: "#c8ccd2",
+    "wireguard-go-debian": "#8fb3d9",
+    "wireguard-go-newest": "#3f74b5",
+    COTURN: "#7fae72",
+    OURS_DIRECT: "#f3c3a8",
+    OURS: "#e8743b",
+}
+_COLUMNS = tuple(_COLOURS)
+_BAR, _GAP, _LABEL, _WIDTH = 14, 18, 170, 900
 
 
 def medians(rounds: Mapping[str, Sequence[Figures]]) -> Medians:
-    """The median of all values of a case, by competitor."""
-    return {
+    """The median of all values of a case, by competitor; "ours-direct" is ours once more, in terms of relayed cases."""
+    results = {
         name: {
             case.name: statistics.median(value for figures in several for value in figures.get(case.name, ()))
             for case in CASES
-            if any(case.name in figures for figures in several)
+            if any(figures.get(case.name) for figures in several)
         }
         for name, several in rounds.items()
     }
+    ours = results.get(OURS, {})
+    direct = {case.name: ours[case.direct] for case in CASES if case.direct in ours and case.name in ours}
+    return results | ({OURS_DIRECT: direct} if direct else {})
 
 
 def entries(results: Medians) -> list[dict[str, Any]]:
-    """One entry per case and peer: value of ours, value of the peer, and how many times better ours is."""
-    return [_entry(case, results, peer) for case in CASES for peer in PEERS]
+    """One entry per case and peer: value of ours, value of the peer, and how many times better ours is.
+
+    A case without peers has one entry as well, whose peer is None.
+    """
+    return [_entry(case, results, peer) for case in CASES for peer in case.peers or (None,)]
 
 
-def write_json(path: Path, machine: Mapping[str, Any], results: Medians) -> None:
-    """`{"machine": …, "cases": [{"case", "unit", "ours", "peer", "peer_name", "ratio"}]}`"""
+def write_json(path: Path, machine: Mapping[str, Any], results: Medians, failures: Sequence[str] = ()) -> None:
+    """`{"machine": …, "failures": […], "cases": [{"case", "unit", "ours", "peer", "peer_name", "ratio"}]}`"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": {**machine, "no-tunnel": results.get(REFERENCE, {})}, "cases": entries(results)}
+    described = {**machine, REFERENCE: results.get(REFERENCE, {})}
+    document = {"machine": described, "failures": list(failures), "cases": entries(results)}
     path.write_text(json.dumps(document, indent=2) + "\n")
 
 
 def print_table(console: Console, machine: Mapping[str, Any], results: Medians) -> None:
-    names = [name for name in (REFERENCE, *PEERS, OURS) if name in results]
+    """What was measured. The peers of a case, and the ratios to them, stand in one column each, in the same order."""
     table = Table(title="medians over all rounds; ratio: how many times better ours is", title_justify="left")
-    table.add_column("case")
-    table.add_column("unit")
-    for name in names:
-        table.add_column(name, justify="right")
-    for peer in PEERS:
-        table.add_column(f"ratio to {peer.rpartition('-')[2]}", justify="right")
+    for heading in ("case", "unit"):
+        table.add_column(heading)
+    for heading in (REFERENCE, "peers", OURS, "ratios"):
+        table.add_column(heading, justify="right")
     for case in CASES:
-        values = [_text(results[name].get(case.name)) for name in names]
-        ratios = [_text(_entry(case, results, peer)["ratio"]) for peer in PEERS]
-        table.add_row(case.name, case.unit, *values, *ratios)
+        if not any(case.name in of_one for of_one in results.values()):
+            continue
+        compared = [_entry(case, results, peer) for peer in case.peers]
+        peers = [f"{_short(one['peer_name'])} {_text(one['peer'])}" for one in compared if one["peer"] is not None]
+        ratios = [_text(one["ratio"]) for one in compared if one["peer"] is not None]
+        reference, ours = (_text(results.get(name, {}).get(case.name)) for name in (REFERENCE, OURS))
+        table.add_row(case.name, case.unit, reference, ", ".join(peers), ours, ", ".join(ratios))
     console.print(", ".join(f"{name}: {value}" for name, value in machine.items() if not isinstance(value, dict)))
     console.print(table)
 
 
 def write_plot(path: Path, machine: Mapping[str, Any], results: Medians) -> None:
     """Horizontal bars, one group per case, each group on a scale of its own (SVG)."""
-    names = [name for name in (REFERENCE, *PEERS, OURS) if name in results]
+    names = [name for name in _COLUMNS if name in results]
     groups, top = [], 70
     for case in CASES:
         present = {name: results[name][case.name] for name in names if case.name in results[name]}
         if present:
             groups.append(_group(case, present, top))
-            top += _BAR * len(present) + _GAP
+            top += max(_BAR * len(present), 26) + _GAP
     legend = "".join(
-        f'<rect x="{20 + 175 * place}" y="40" width="12" height="12" fill="{_COLOURS[name]}"/>'
-        f'<text x="{38 + 175 * place}" y="50">{name}</text>'
+        f'<rect x="{20 + 145 * place}" y="40" width="12" height="12" fill="{_COLOURS[name]}"/>'
+        f'<text x="{38 + 145 * place}" y="50">{name}</text>'
         for place, name in enumerate(names)
     )
     title = f"{machine.get('cpu', '')}, {machine.get('cpus', '')} CPUs, Linux {machine.get('kernel', '')}"
@@ -90,9 +103,9 @@ def write_plot(path: Path, machine: Mapping[str, Any], results: Medians) -> None
     )
 
 
-def _entry(case: Case, results: Medians, peer: str) -> dict[str, Any]:
+def _entry(case: Case, results: Medians, peer: str | None) -> dict[str, Any]:
     ours = results.get(OURS, {}).get(case.name)
-    theirs = results.get(peer, {}).get(case.name)
+    theirs = None if peer is None else results.get(peer, {}).get(case.name)
     ratio = case.ratio(ours, theirs) if ours and theirs else None
     return {"case": case.name, "unit": case.unit, "ours": ours, "peer": theirs, "peer_name": peer, "ratio": ratio}
 
@@ -100,7 +113,8 @@ def _entry(case: Case, results: Medians, peer: str) -> dict[str, Any]:
 def _group(case: Case, values: Mapping[str, float], top: int) -> str:
     """The bars of one case, the longest tunnel's as wide as the drawing allows; no tunnel at all may be cut."""
     room = _WIDTH - _LABEL - 110
-    scale = room / max([value for name, value in values.items() if name != REFERENCE] or list(values.values()))
+    longest = max([value for name, value in values.items() if name != REFERENCE] or list(values.values()))
+    scale = room / longest if longest else 0.0
     better = "more" if case.more_is_better else "less"
     parts = [
         f'<text x="{_LABEL - 10}" y="{top + 11}" text-anchor="end">{case.name}</text>',
@@ -112,6 +126,10 @@ def _group(case: Case, values: Mapping[str, float], top: int) -> str:
         parts.append(f'<rect x="{_LABEL}" y="{y}" width="{width:.1f}" height="{_BAR - 2}" fill="{_COLOURS[name]}"/>')
         parts.append(f'<text x="{_LABEL + width + 5:.1f}" y="{y + 10}" font-size="10">{label}</text>')
     return "".join(parts)
+
+
+def _short(name: str) -> str:
+    return name.rpartition("-")[2] if name in WIREGUARDS else name
 
 
 def _text(value: float | None) -> str:

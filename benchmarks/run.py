@@ -1,8 +1,8 @@
-"""Compare ours with wireguard-go: `python -m benchmarks.run`, or `make bench`.
+"""Compare ours with its peers: `python -m benchmarks.run`, or `make bench`.
 
 Everybody runs on the same hosts, pinned to the same two CPUs; the iperf3 server stands in the gateway's private
-network, behind forwarding and masquerade. Rounds alternate between the competitors, so that a machine that slows down
-slows everybody down; what counts are ratios.
+network, behind forwarding and masquerade. Rounds alternate between the experiments, so that a machine that slows down
+slows everybody down; what counts are ratios. An experiment that fails is reported, and costs nobody else's figures.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -19,10 +20,14 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.competitors import TUNNEL_MTU, Competitor, find_competitors, running, version_of
-from benchmarks.measure import CASES, Bench, Figures
-from tests.system.hosts import Lab, MissingCapability, enter_user_namespace, require_capabilities
-from tests.system.network import Network
+from benchmarks.cases import CASES, COTURN, NATS, OURS, RECOVERY_CASES, REFERENCE, WIREGUARDS, Figures
+from benchmarks.competitors import TUNNEL_MTU, Competitor, find_competitors, version_of
+from benchmarks.direct import Direct
+from benchmarks.experiment import Experiment, Wanted
+from benchmarks.nats import FirstByte
+from benchmarks.recovery import Recovery
+from benchmarks.relayed import Relayed, is_coturn_present
+from tests.system.hosts import MissingCapability, enter_user_namespace, require_capabilities
 
 _RESULTS = Path(__file__).parent / "results"
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "firezone-tunnel" / "peers"
@@ -43,51 +48,86 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cpus = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, cpus)
 
-    rounds = _run_rounds(competitors, options, console)
+    runs = _Runs(console)
+    for number in range(options.rounds):
+        experiments = _experiments(competitors, options)
+        for experiment in experiments if number % 2 == 0 else reversed(experiments):
+            runs.run(experiment, _wanted(experiment, options), f"round {number + 1} of {options.rounds}")
 
     machine = _describe_machine(cpus, competitors, options)
-    results = report.medians(rounds)
+    results = report.medians(runs.figures)
     report.print_table(console, machine, results)
-    report.write_json(_RESULTS / "latest.json", machine, results)
+    report.write_json(_RESULTS / "latest.json", machine, results, runs.failures)
     report.write_plot(_RESULTS / "latest.svg", machine, results)
     console.print(f"written: {_RESULTS / 'latest.json'}, {_RESULTS / 'latest.svg'}", soft_wrap=True)
-    return 0
+    for failure in runs.failures:
+        console.print(f"FAILED: {failure}", soft_wrap=True, markup=False)
+    return 1 if runs.failures else 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=(__doc__ or "").splitlines()[0])
+    everybody = (REFERENCE, *WIREGUARDS, COTURN, OURS)
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each load (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="only these cases")
-    parser.add_argument("--only", nargs="+", metavar="COMPETITOR", help="only these, e.g. ours wireguard-go-debian")
+    parser.add_argument("--only", nargs="+", choices=everybody, metavar="COMPETITOR", help=f"of {', '.join(everybody)}")
     return parser.parse_args(arguments)
 
 
-def _run_rounds(
-    competitors: Sequence[Competitor], options: argparse.Namespace, console: Console
-) -> dict[str, list[Figures]]:
-    """All figures by competitor, one entry a round; every second round in reverse order."""
-    cases = frozenset(options.cases or [case.name for case in CASES])
-    rounds: dict[str, list[Figures]] = {competitor.name: [] for competitor in competitors}
-    with Lab() as lab:
-        network = Network(lab)
-        network.start_servers()
-        for number in range(options.rounds):
-            for competitor in competitors if number % 2 == 0 else reversed(competitors):
-                started = time.monotonic()
-                with running(competitor, network):
-                    figures = Bench(network, competitor, seconds=options.seconds, cases=cases).measure()
-                rounds[competitor.name].append(figures)
-                console.print(
-                    f"round {number + 1} of {options.rounds}, {competitor.name}, {time.monotonic() - started:.0f} s:",
-                    _summary(figures),
-                    soft_wrap=True,
-                )
-    return rounds
+class _Runs:
+    """All figures by competitor, one entry an experiment and round; and what failed."""
+
+    def __init__(self, console: Console) -> None:
+        self.figures: dict[str, list[Figures]] = {}
+        self.failures: list[str] = []
+        self._console = console
+
+    def run(self, experiment: Experiment, wanted: Wanted, round_name: str) -> None:
+        started = time.monotonic()
+        try:
+            figures = experiment.run(wanted)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the others' figures are worth having
+            self.failures.append(f"{round_name}, {experiment.title}: {_describe(error)}")
+            self._console.print(f"FAILED: {self.failures[-1]}", soft_wrap=True, markup=False)
+            return
+        self.figures.setdefault(experiment.competitor, []).append(figures)
+        took = f"{time.monotonic() - started:.0f} s"
+        self._console.print(f"{round_name}, {experiment.title}, {took}:", _summary(figures), soft_wrap=True)
+
+
+def _experiments(competitors: Sequence[Competitor], options: argparse.Namespace) -> list[Experiment]:
+    """What a round consists of; those that are compared stand side by side."""
+    relays = [OURS, COTURN] if is_coturn_present() else [OURS]
+    every: list[Experiment] = [
+        *map(Direct, competitors),
+        *map(Relayed, relays),
+        *map(FirstByte, NATS),
+        *(Recovery(case.name) for case in RECOVERY_CASES),
+    ]
+    return [one for one in every if _is_asked_for(one, options) and _wanted(one, options).cases]
+
+
+def _is_asked_for(experiment: Experiment, options: argparse.Namespace) -> bool:
+    return not options.only or experiment.competitor in options.only
+
+
+def _wanted(experiment: Experiment, options: argparse.Namespace) -> Wanted:
+    """Of ours also the direct figure that a relayed one is compared with."""
+    cases = set(options.cases or [case.name for case in CASES])
+    if experiment.competitor == OURS:
+        cases |= {case.direct for case in CASES if case.direct is not None and case.name in cases}
+    return Wanted(experiment.cases & cases, options.seconds)
 
 
 def _summary(figures: Figures) -> str:
     return ", ".join(f"{case} {sum(values) / len(values):.3g}" for case, values in figures.items())
+
+
+def _describe(error: Exception) -> str:
+    """In one line, with what a failed command said."""
+    said = error.stderr or "" if isinstance(error, subprocess.CalledProcessError) else ""
+    return " ".join(f"{type(error).__name__}: {error} {said}".split())[:2000]
 
 
 def _describe_machine(

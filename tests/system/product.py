@@ -122,6 +122,17 @@ class Product:
         self.client.wait_for("tunnel:connection_established")
         return [event for event in self.client.events() if event.get("message_type") in _PATH_EVENTS][-1]
 
+    def wait_settled(self, seconds: float = 2.5, timeout: float = 15.0) -> None:
+        """Block until the client has used one path for so long: a better one is mostly found soon after the first.
+
+        Raises: NotReady.
+        """
+        deadline = time.monotonic() + timeout
+        while time.time() - self.path()["timestamp"] < seconds:
+            if time.monotonic() > deadline:
+                raise NotReady(f"no path lasted {seconds:g} s within {timeout:g} s:\n{self.client.output()}")
+            time.sleep(0.02)
+
     def wait_path(self, path: str, timeout: float = 10.0) -> None:
         """Block until the client uses such a path, "direct" or "relayed".
 

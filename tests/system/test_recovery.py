@@ -145,6 +145,7 @@ def _scene(lab: Lab, nat: str, *, relays: tuple[str, ...] = ("relay",), download
         downloading = stack.enter_context(Download(network.client, SERVER, WEB_PORT)) if download else None
         if downloading is not None:
             downloading.wait_for_more()
+        product.wait_settled()  # else what breaks next may not be in use any longer
         assert product.path()["path"] == ("direct" if network.nat.is_direct else "relayed")
         yield Scene(network, product, ping, downloading)
     product.stop()

@@ -1,0 +1,66 @@
+"""The lines of the table: what is measured, in what unit, and with whom it is compared."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+OURS = "ours"
+REFERENCE = "no-tunnel"
+WIREGUARDS = ("wireguard-go-debian", "wireguard-go-newest")
+COTURN = "coturn"
+OURS_DIRECT = "ours-direct"
+"""What ours reaches in the same run without a relay in between."""
+
+NATS = ("none", "cone", "fullcone", "symmetric", "double", "cgn", "udp-blocked", "v6-v4")
+"""Every kind of decision 8, client and gateway behind it."""
+
+Figures = dict[str, list[float]]
+"""Values of one round by case; cases that repeat quickly give several."""
+
+
+class Case(NamedTuple):
+    """`direct` names the case whose figure of ours is the peer "ours-direct"."""
+
+    name: str
+    unit: str
+    more_is_better: bool
+    peers: tuple[str, ...] = WIREGUARDS
+    direct: str | None = None
+
+    def ratio(self, ours: float, peer: float) -> float:
+        """How many times better ours is."""
+        return ours / peer if self.more_is_better else peer / ours
+
+
+DIRECT_CASES = (
+    Case("tcp-1-up", "Gbit/s", more_is_better=True),
+    Case("tcp-1-down", "Gbit/s", more_is_better=True),
+    Case("tcp-8-up", "Gbit/s", more_is_better=True),
+    Case("tcp-8-down", "Gbit/s", more_is_better=True),
+    Case("udp-1200-up", "Gbit/s", more_is_better=True),
+    Case("ping-idle", "ms", more_is_better=False),
+    Case("ping-load-p99", "ms", more_is_better=False),
+    Case("first-byte", "ms", more_is_better=False),
+    Case("cpu-s-per-gb", "s", more_is_better=False),
+    Case("rss-client", "MB", more_is_better=False),
+    Case("rss-gateway", "MB", more_is_better=False),
+    Case("loop-lag-p999", "ms", more_is_better=False, peers=()),
+)
+RELAYED_CASES = (
+    Case("relayed-tcp-1-up", "Gbit/s", more_is_better=True, peers=(COTURN, OURS_DIRECT), direct="tcp-1-up"),
+    Case("relayed-tcp-1-down", "Gbit/s", more_is_better=True, peers=(COTURN, OURS_DIRECT), direct="tcp-1-down"),
+    Case("relayed-cpu-s-per-gb", "s", more_is_better=False, peers=(COTURN,)),
+)
+NAT_CASES = tuple(Case(f"nat-first-byte-{kind}", "ms", more_is_better=False, peers=()) for kind in NATS)
+RECOVERY_CASES = (
+    Case("recover-roaming", "s", more_is_better=False, peers=()),
+    Case("recover-relay-death", "s", more_is_better=False, peers=()),
+    Case("recover-relay-silent", "s", more_is_better=False, peers=()),
+    Case("recover-gateway-restart", "s", more_is_better=False, peers=()),
+    Case("recover-portal-restart", "s", more_is_better=False, peers=()),
+)
+CASES = (*DIRECT_CASES, *RELAYED_CASES, *NAT_CASES, *RECOVERY_CASES)
+
+
+def names(cases: tuple[Case, ...]) -> frozenset[str]:
+    return frozenset(case.name for case in cases)

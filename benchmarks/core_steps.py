@@ -1,0 +1,154 @@
+"""The steps of a super-packet's way, each by itself."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from firezone_tunnel.packet.coalesce import Arena, coalesce, coalesce_lone
+from firezone_tunnel.packet.superpacket import (
+    SuperPacket,
+    from_virtio,
+    parse,
+    set_lengths,
+    set_partial_checksum,
+    virtio_header,
+)
+from firezone_tunnel.wireguard.seal import ReceiveBuffer, SlotBuffer, plan
+
+SEGMENT_SIZE = 1228  # MTU 1280 less IPv4 and TCP headers with timestamps
+SEGMENTS = 52
+CALLS = 100
+
+
+class Case(NamedTuple):
+    name: str
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+    """Called before each round of CALLS, and not timed."""
+
+
+def step_cases() -> Iterator[Case]:
+    cipher = ChaCha20Poly1305(bytes(32))
+    packet = super_packet()
+    frame = memoryview(bytearray(virtio_header(packet) + packet.data))
+    yield Case("parse", lambda: from_virtio(frame))
+    yield Case("AEAD, seal", aead(cipher.encrypt_into))
+    yield from seal_cases(cipher, packet)
+    yield from open_cases(cipher, packet)
+    yield from lone_cases(cipher, packet)
+
+
+def aead(encrypt_into: Callable[..., object]) -> Callable[[], object]:
+    view = memoryview(bytearray(SEGMENTS * 1312))
+    nonce = memoryview(bytearray(12))
+    jobs = [(nonce, view[at + 16 : at + 1296], view[at + 16 : at + 1312]) for at in range(0, len(view), 1312)]
+
+    def run() -> None:
+        for nonce, packet, sealed in jobs:
+            encrypt_into(nonce, packet, None, sealed)
+
+    return run
+
+
+def seal_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
+    sends = [(first, count, SlotBuffer()) for first, count in plan(packet)]
+
+    def seal(cipher: object) -> None:
+        for first, count, buffer in sends:
+            buffer.seal(cipher, 1, first, packet, first_segment=first, count=count)  # type: ignore[arg-type]
+
+    yield Case(f"seal ({len(sends)} sends)", lambda: seal(cipher))
+    yield Case("seal, all but the AEAD", lambda: seal(NoCipher))
+
+
+def open_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
+    received = []
+    for first, count in plan(packet):
+        datagrams, size = SlotBuffer().seal(cipher, 1, first, packet, first_segment=first, count=count)
+        received.append((ReceiveBuffer(), bytes(datagrams), {"length": len(datagrams), "segment_size": size}))
+    arena = Arena()
+
+    def open_all(cipher: object) -> list[tuple[memoryview, dict[str, int]]]:
+        batches = []
+        for buffer, datagrams, shape in received:
+            buffer.view[: len(datagrams)] = datagrams
+            assert buffer.common_receiver(**shape) == 1
+            opened = buffer.open(cipher, **shape)  # type: ignore[arg-type]
+            assert not opened.failed
+            batches.append((buffer.view, opened.where()))
+        return batches
+
+    def merge(batches: list[tuple[memoryview, dict[str, int]]]) -> None:
+        arena.reset()
+        for view, where in batches:
+            assert len(coalesce(view, **where, arena=arena)) == 1
+
+    yield Case("open", lambda: open_all(cipher))
+    yield Case("open, all but the AEAD", lambda: open_all(NoCipher))
+    opened = open_all(cipher)
+    yield Case("coalesce", lambda: merge(opened))
+    yield Case("open + coalesce", lambda: merge(open_all(cipher)))
+
+
+def lone_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
+    segments = [packet.segment(index) for index in range(SEGMENTS)]
+    partial = [segment.copy() for segment in segments]
+    for segment in partial:
+        set_partial_checksum(segment)
+    frames = [memoryview(bytearray(virtio_header(segment) + segment.data)) for segment in partial]
+    bare = [acknowledgement(packet) for _ in range(SEGMENTS)]
+    buffer = SlotBuffer()
+    arena = Arena()
+
+    def merge(packets: list[SuperPacket]) -> None:
+        arena.reset()
+        assert len(coalesce_lone(packets, arena)) == 1
+
+    yield Case(f"{SEGMENTS} lone packets: parse", lambda: [from_virtio(frame) for frame in frames])
+    yield Case(f"{SEGMENTS} lone packets: coalesce", lambda: merge(partial))
+    yield Case(f"{SEGMENTS} lone, full checksums: coalesce", lambda: merge(segments))
+    yield Case(f"{SEGMENTS} bare ACKs: coalesce", lambda: coalesce_lone(bare, arena))
+    yield Case(f"{SEGMENTS} bare ACKs: seal", lambda: buffer.seal_lone(cipher, 1, 0, bare))
+
+
+def super_packet(
+    source: str = "10.0.0.1", destination: str = "10.0.0.2", source_port: int = 49152, destination_port: int = 5000
+) -> SuperPacket:
+    header = bytearray.fromhex(
+        "4500ffff00004000400600000a0000010a000002"  # IPv4, DF
+        "c000138800000001000000028010ffff00000000"  # TCP, ACK
+        "0101080a0000000100000002"  # timestamps
+    )
+    header[12:20] = ipaddress.ip_address(source).packed + ipaddress.ip_address(destination).packed
+    header[20:24] = source_port.to_bytes(2, "big") + destination_port.to_bytes(2, "big")
+    data = bytearray(header[:2] + b"\0\0" + header[4:] + bytes(range(256)) * 300)
+    del data[len(header) + SEGMENTS * SEGMENT_SIZE :]
+    data[2:4] = len(data).to_bytes(2, "big")
+    packet = parse(data, segment_size=SEGMENT_SIZE)
+    assert packet is not None
+    set_lengths(packet)
+    set_partial_checksum(packet)
+    return packet
+
+
+def acknowledgement(packet: SuperPacket) -> SuperPacket:
+    bare = packet.with_data(memoryview(bytearray(packet.data[: packet.header_length])))
+    bare.segment_size = 0
+    set_lengths(bare)
+    set_partial_checksum(bare)
+    bare.complete()
+    return bare
+
+
+class NoCipher:
+    """Neither encrypts nor authenticates: what remains is the cost of everything else."""
+
+    @staticmethod
+    def encrypt_into(nonce: object, packet: object, associated: object, sealed: object) -> None: ...
+
+    @staticmethod
+    def decrypt_into(nonce: object, sealed: object, associated: object, packet: object) -> None: ...
