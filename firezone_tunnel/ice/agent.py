@@ -417,7 +417,9 @@ class Agent:
             self._nominated = best
             self._events.append(Nominated(best.local, best.remote))
             if self.controlling:
-                self._checklist.hasten(best, now)  # its USE-CANDIDATE lets the peer follow at once
+                # At once: only its USE-CANDIDATE lets the peer follow, and an answer to an earlier check that is still
+                # on its way would put off one that is merely due.
+                self._check(best, now)
         state = self._next_state()
         if state is not self.state:
             self.state = state

@@ -363,3 +363,19 @@ def test_with_loss_they_connect_and_after_an_outage_they_agree_on_a_path_again(s
 
 def _without_hosts(sender: Side, source: SocketAddress, destination: SocketAddress) -> Route:
     return None if {source, destination} & {CLIENT_HOST, GATEWAY_HOST} else (source, destination)
+
+
+def test_the_peer_hears_of_a_nomination_at_once_though_another_check_is_under_way() -> None:
+    """Both sides check at the same moment: so each makes a second check before the answer to its first one is there."""
+    world = World()
+    world.client.offer(Candidate.host(CLIENT_HOST), tell=False)
+    world.gateway.offer(Candidate.host(GATEWAY_HOST), tell=False)
+    world.client.learn(Candidate.host(GATEWAY_HOST).to_sdp())
+    world.gateway.learn(Candidate.host(CLIENT_HOST).to_sdp())
+
+    world.run(2 * LATENCY)
+    assert len(world.client.checks(nominating=False)) == 2
+    assert world.client.path is not None
+    world.run(LATENCY)
+
+    assert world.gateway.path is not None
