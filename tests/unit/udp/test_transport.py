@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -251,6 +252,8 @@ class End:
 
 class FailingSocket:
     """Notes the length and the segment size of what is sent."""
+
+    family = socket.AF_INET
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, int]] = []
