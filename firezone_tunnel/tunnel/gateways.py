@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 
 from firezone_tunnel.messages.common import Network
@@ -58,9 +58,6 @@ class Gateways:
         self.at = self._by_address.get
         """The gateway whose own tunnel address this is, 4 or 16 bytes, or None."""
 
-    def all(self) -> Iterable[Gateway]:
-        return list(self._by_id.values())
-
     def recent(self) -> Iterator[str]:
         """The gateways connected lately, the latest first: a hint for the portal to stay with them."""
         return reversed(self._recent)
@@ -77,8 +74,7 @@ class Gateways:
         gateway = self._by_id.get(gid)
         if gateway is None:
             gateway = self._by_id[gid] = Gateway(gid, site_id, addresses)
-        for address in gateway.addresses:
-            self._by_address.pop(address, None)
+        self._forget_addresses(gateway)
         gateway.site_id, gateway.addresses = site_id, addresses
         gateway.may_send_from.cache_clear()
         self._by_address.update(dict.fromkeys(addresses, gateway))
@@ -114,6 +110,10 @@ class Gateways:
             return
         for rid in gateway.resources:
             self._by_resource.pop(rid, None)
+        self._forget_addresses(gateway)
+
+    def _forget_addresses(self, gateway: Gateway) -> None:
+        """Those that are still its own: the portal may have given one to another gateway since."""
         for address in gateway.addresses:
             if self._by_address.get(address) is gateway:
                 del self._by_address[address]
