@@ -173,10 +173,10 @@ class ClientTunnel:
         for cid, packets in self.node.handle_datagrams(batch, now, utc_now):
             gateway = self._gateways.get(cid)
             for packet in packets:
-                if control.is_control(packet):
-                    self._handle_control(cid, packet, now)
-                elif gateway is not None and packet.destination in own and gateway.may_send_from(packet.source):
+                if gateway is not None and packet.destination in own and gateway.may_send_from(packet.source):
                     accepted.append(packet)
+                elif control.is_control(packet):
+                    self._handle_control(cid, packet, now)
                 else:
                     counters.unexpected_source += packet.segments
         self._follow_node()
@@ -370,7 +370,7 @@ class ClientTunnel:
                 case RelayFailed(is_last=True) if self._is_joined:
                     self._events.append(ToPortal(NoRelays()))
             self._events.append(event)
-            self._publish()
+        self._publish()
 
     def _established(self, gid: str) -> None:
         gateway = self._gateways.get(gid)
@@ -402,11 +402,10 @@ class ClientTunnel:
         self._events.append(event)
 
     def _tun_config(self, interface: Interface) -> TunConfig:
-        routes = [TUNNEL_IPV4, *self._resources.networks(), TUNNEL_IPV6]
         return TunConfig(
             ipv4=interface.ipv4,
             ipv6=interface.ipv6,
-            routes=tuple(sorted(routes, key=lambda network: network.version)),
+            routes=(TUNNEL_IPV4, *self._resources.networks(), TUNNEL_IPV6),
             search_domain=interface.search_domain,
         )
 
