@@ -142,7 +142,7 @@ class GatewayTunnel:
         for cid, packets in self.node.handle_datagrams(batch, now, utc_now):
             client = self._clients.get(cid)
             if client is None:
-                self.counters.unknown_client += len(packets)
+                self.counters.unknown_client += sum(packet.segments for packet in packets)
                 continue
             addresses, rules, own = client.addresses, client.rules, self._own
             for packet in packets:
