@@ -21,6 +21,7 @@ from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.ports import AllocationPorts, PortTaken, is_bindable
 from firezone_tunnel.relaying.outputs import ClosePort, Command, Drained, OpenPort
 from firezone_tunnel.relaying.server import RelayServer
+from firezone_tunnel.runtime.boundary import Boundary
 from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.udp.transport import IBatchProtocol, UdpTransport
 from firezone_tunnel.wireguard.seal import ReceiveBuffer
@@ -62,6 +63,7 @@ class Engine:
         relayed = {family: host if is_bindable(host) else config.bind_host(family) for family, host in hosts.items()}
         self._ports = AllocationPorts(reactor, relayed, self._buffer, self._peer_received, self._crashed)
         self._listening: dict[bool, UdpTransport] = {}
+        self._boundary = Boundary("relay:stumbled")
         self._timer: BoottimeTimer | None = None
         self._report = Report(reactor, self._server)
         self._drained: Deferred[None] | None = None
@@ -114,16 +116,18 @@ class Engine:
     # What follows is called by the sockets and the timer.
 
     def client_received(self, batch: DatagramBatch) -> None:
-        self._server.handle_client_datagrams(batch, boottime(), utc())
-        self._settle()
+        with self._boundary:
+            self._server.handle_client_datagrams(batch, boottime(), utc())
+            self._settle()
 
     def listening_lost(self, reason: Failure) -> None:
         if reason.check(ConnectionDone) is None:  # type: ignore[no-untyped-call]  # else: by our own `close`
             self._crashed(reason)
 
     def _peer_received(self, port: int, batch: DatagramBatch) -> None:
-        self._server.handle_peer_datagrams(port, batch, boottime())
-        self._settle()
+        with self._boundary:
+            self._server.handle_peer_datagrams(port, batch, boottime())
+            self._settle()
 
     def _timed_out(self) -> None:
         self._server.handle_timeout(boottime())
@@ -182,7 +186,8 @@ class Engine:
         if self._timer is not None:
             self._timer.close()
         self._report.stop()
-        log.info("relay:stopped", **_nonzero(self._server.counters), **_nonzero(self._ports.counters))
+        counters = {**_nonzero(self._server.counters), **_nonzero(self._ports.counters)}
+        log.info("relay:stopped", mistakes=self._boundary.mistakes, **counters)
 
     async def _drain(self) -> None:
         log.info("relay:draining", allocations=self._server.allocations, seconds=self._config.drain_time)

@@ -14,6 +14,10 @@ from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from firezone_tunnel.runtime.boundary import Boundary
+
+_TRY_AGAIN_AFTER = 1.0
+
 
 def boottime() -> float:
     """CLOCK_BOOTTIME in seconds: the `now` of every core."""
@@ -30,7 +34,8 @@ class BoottimeTimer:
     """One timer on CLOCK_BOOTTIME: `callback()` is called by the reactor once the deadline has passed.
 
     It fires once for each `set`; setting it again replaces the deadline, and a deadline in the past fires in the
-    next turn. It holds a file descriptor until `close()`.
+    next turn. A callback that raises is called again a second later: what was due may be so still. It holds a file
+    descriptor until `close()`.
     """
 
     def __init__(self, reactor: IReactorFDSet, callback: Callable[[], object]) -> None:
@@ -39,6 +44,7 @@ class BoottimeTimer:
         """
         self._reactor = reactor
         self._callback = callback
+        self._boundary = Boundary("process:timer_stumbled")
         self._deadline: float | None = None
         self._fd = _create_timer()
         reactor.addReader(self)
@@ -74,7 +80,10 @@ class BoottimeTimer:
         except BlockingIOError:  # set anew after the reactor saw it fire
             return
         self._deadline = None
-        self._callback()
+        with self._boundary:  # the reactor would close it
+            self._callback()
+            return
+        self.set(boottime() + _TRY_AGAIN_AFTER)
 
     def connectionLost(self, reason: Failure) -> None:
         self.close()

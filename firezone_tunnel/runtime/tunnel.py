@@ -7,7 +7,6 @@ transports does a bounded amount of work; a socket that takes no more stops the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from traceback import format_exception
 from typing import Any, Protocol
 
 from twisted.internet.error import ConnectionDone
@@ -15,9 +14,10 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from firezone_tunnel.datagrams import DatagramBatch
-from firezone_tunnel.errors import PlatformError, one_line
+from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.packet.superpacket import SuperPacket
+from firezone_tunnel.runtime.boundary import Boundary
 from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.runtime.lag import LoopLag
 from firezone_tunnel.sansio import SocketAddress, Timeout, Transmit
@@ -29,8 +29,6 @@ from firezone_tunnel.tunnel.gateway import GatewayCounters
 from firezone_tunnel.udp.transport import PREFERRED_PORT, IBatchProtocol, UdpTransport
 from firezone_tunnel.wireguard.seal import ReceiveBuffer
 
-_TRY_AGAIN_AFTER = 1.0
-_MISTAKES_TOLD = 10
 _RUNS_AT_ONCE = 3
 """So many super-packets are sealed before what they became is sent: each takes up to two of the eight slot buffers."""
 _ANY_HOST = {False: "0.0.0.0", True: "::"}  # by whether it is IPv6
@@ -89,7 +87,7 @@ class TunnelRuntime:
         self._tun: TunTransport | None = None
         self._udp: dict[bool, UdpTransport] = {}
         self._blocked: list[UdpTransport] = []
-        self._mistakes = 0
+        self._boundary = Boundary("tunnel:stumbled")
 
     def open(self, device: TunDevice) -> None:
         """Take over the TUN device and bind the sockets. One address family is enough.
@@ -170,20 +168,16 @@ class TunnelRuntime:
         now = boottime()
         self.lag.busy(now)
         for portion in _portions(packets):
-            try:
+            with self._boundary:
                 self._write(self._core.handle_packets(portion, now, utc()))
                 self.settle()
-            except Exception as error:  # noqa: BLE001  # a service's boundary: one packet is not worth all others
-                self._stumbled(error, "the host's packets")
 
     def batch_received(self, batch: DatagramBatch) -> None:
         now = boottime()
         self.lag.busy(now)
-        try:
+        with self._boundary:
             self._write(self._core.handle_datagrams(batch, now, utc()))
             self.settle()
-        except Exception as error:  # noqa: BLE001  # a service's boundary: whoever sent it must not end it for others
-            self._stumbled(error, "datagrams")
 
     def sending_paused(self, transport: UdpTransport) -> None:
         self._blocked.append(transport)
@@ -207,19 +201,8 @@ class TunnelRuntime:
                 self._tun.write(packet)
 
     def _timed_out(self) -> None:
-        now = boottime()
-        try:
-            self._core.handle_timeout(now, utc())
-            self.settle()
-        except Exception as error:  # noqa: BLE001  # a service's boundary
-            self._stumbled(error, "a deadline")
-            self._timer.set(now + _TRY_AGAIN_AFTER)  # what was due may be so still
-
-    def _stumbled(self, error: Exception, over: str) -> None:
-        """A mistake of ours, which must not become everybody's outage; enough of them are told to find it."""
-        self._mistakes += 1
-        if self._mistakes <= _MISTAKES_TOLD:
-            log.error("tunnel:stumbled", over=over, reason=one_line(error), traceback="".join(format_exception(error)))
+        self._core.handle_timeout(boottime(), utc())
+        self.settle()
 
     def _log_features(self) -> None:
         for is_ipv6, transport in self._udp.items():
@@ -237,7 +220,7 @@ class TunnelRuntime:
     def _log_counters(self) -> None:
         """What was not carried, and what the transports have done and seen: what is not zero of it."""
         counters = {**log.nonzero(self._core.counters), **log.nonzero(self._core.node.counters)}
-        log.info("tunnel:closed", mistakes=self._mistakes, **counters)
+        log.info("tunnel:closed", mistakes=self._boundary.mistakes, **counters)
         if self._tun is not None:
             log.info("tun:closed", interface=self._tun.device.name, **log.nonzero(self._tun.counters))
         for transport in self._udp.values():

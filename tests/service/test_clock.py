@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import pytest_twisted
@@ -75,6 +75,22 @@ async def test_a_timer_that_is_set_anew_after_it_expired_waits_for_the_new_deadl
     assert await fired >= deadline
 
 
+@pytest_twisted.ensureDeferred
+async def test_a_callback_that_raises_is_called_again_a_second_later(timers: Timers) -> None:
+    called: list[float] = []
+    again: Deferred[float] = Deferred()
+
+    def stumble() -> None:
+        called.append(boottime())
+        if len(called) == 1:
+            raise KeyError("a mistake")
+        again.callback(called[1] - called[0])
+
+    timers.calling(stumble).set(boottime())
+
+    assert 0.9 < await again < 2
+
+
 def test_a_closed_timer_holds_no_descriptor(timers: Timers) -> None:
     timer, _ = timers.new()
 
@@ -109,12 +125,15 @@ class Timers:
         self._timers: list[BoottimeTimer] = []
 
     def new(self) -> tuple[BoottimeTimer, Deferred[float]]:
+        fired: Deferred[float] = Deferred()
+        return self.calling(lambda: fired.callback(boottime())), fired
+
+    def calling(self, callback: Callable[[], object]) -> BoottimeTimer:
         from twisted.internet import reactor
 
-        fired: Deferred[float] = Deferred()
-        timer = BoottimeTimer(reactor, lambda: fired.callback(boottime()))
+        timer = BoottimeTimer(reactor, callback)
         self._timers.append(timer)
-        return timer, fired
+        return timer
 
     def close(self) -> None:
         for timer in self._timers:

@@ -1,0 +1,53 @@
+"""What becomes of a mistake of ours over what somebody sent: it is nobody else's outage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from eliot import add_destinations, remove_destination
+from twisted.internet import reactor
+
+from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.errors import FirezoneError
+from firezone_tunnel.relay.config import EngineConfig, Secrets
+from firezone_tunnel.relay.engine import Engine
+from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.relaying.server import RelayServer
+from firezone_tunnel.sansio import SocketAddress
+from firezone_tunnel.wireguard.seal import ReceiveBuffer
+
+
+@pytest.fixture
+def logged() -> Iterator[list[dict[str, Any]]]:
+    messages: list[dict[str, Any]] = []
+    add_destinations(messages.append)
+    messages.clear()
+    yield messages
+    remove_destination(messages.append)
+
+
+def test_a_mistake_over_one_batch_is_told_and_the_relay_goes_on(
+    monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]]
+) -> None:
+    handled: list[DatagramBatch] = []
+    failures: list[FirezoneError] = []
+
+    def handle(server: RelayServer, batch: DatagramBatch, now: float, utc_now: float) -> None:
+        handled.append(batch)
+        if len(handled) == 1:
+            raise KeyError("a mistake")
+
+    monkeypatch.setattr(RelayServer, "handle_client_datagrams", handle)
+    config = EngineConfig(RelayConfig(public_ipv4="127.0.0.1"))
+    engine = Engine(reactor, config, Secrets.new(), [], failures.append)
+    batch = DatagramBatch(ReceiveBuffer(), 20, 20, SocketAddress("127.0.0.2", 1), SocketAddress("127.0.0.1", 2))
+
+    engine.client_received(batch)
+    engine.client_received(batch)
+
+    assert (len(handled), failures) == (2, [])
+    (told,) = logged
+    assert told["message_type"] == "relay:stumbled"
+    assert "a mistake" in told["traceback"]
