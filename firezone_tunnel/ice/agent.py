@@ -114,14 +114,16 @@ class Agent:
         entropy: Entropy,
         now: float,
         timings: Timings = DEFAULT_TIMINGS,
+        counters: AgentCounters | None = None,
     ) -> None:
+        """Agents may share `counters`; without any it has its own."""
         self.controlling = controlling
         self.local = local
         self.remote = remote
         self.transaction_prefix = entropy(TRANSACTION_PREFIX_SIZE)
         """All transaction ids of this agent begin with it, so that a node finds the agent of a response in a map."""
         self.state = AgentState.NEW
-        self.counters = AgentCounters()
+        self.counters = counters or AgentCounters()
         self._entropy = entropy
         self._tie_breaker = int.from_bytes(entropy(8), "big")
         self._local_key = short_term_key(local.password)

@@ -55,8 +55,9 @@ def error(message_type: str, **fields: Any) -> None:
 
 
 def nonzero(counters: Any) -> dict[str, Any]:
-    """The fields of counters, an attrs object, that have anything to tell."""
-    return {name: value for name, value in attrs.asdict(counters).items() if value}
+    """The fields of counters, an attrs object that may contain others, that have anything to tell."""
+    fields = attrs.asdict(counters, recurse=False).items()
+    return {name: told for name, value in fields if (told := nonzero(value) if attrs.has(type(value)) else value)}
 
 
 def _log(level: int, message_type: str, fields: dict[str, Any]) -> None:

@@ -219,7 +219,8 @@ class TunnelRuntime:
 
     def _log_counters(self) -> None:
         """What was not carried, and what the transports have done and seen: what is not zero of it."""
-        counters = {**log.nonzero(self._core.counters), **log.nonzero(self._core.node.counters)}
+        node = self._core.node
+        counters = {**log.nonzero(self._core.counters), **log.nonzero(node.counters), **log.nonzero(node.layers)}
         log.info("tunnel:closed", mistakes=self._boundary.mistakes, **counters)
         if self._tun is not None:
             log.info("tun:closed", interface=self._tun.device.name, **log.nonzero(self._tun.counters))

@@ -87,9 +87,15 @@ class Connection:
             release_index=directory.release_index,
             entropy=entropy,
             now=now,
+            counters=outbox.layers.wireguard,
         )
         self.agent = Agent(
-            controlling=role is Role.CLIENT, local=terms.local, remote=terms.remote, entropy=entropy, now=now
+            controlling=role is Role.CLIENT,
+            local=terms.local,
+            remote=terms.remote,
+            entropy=entropy,
+            now=now,
+            counters=outbox.layers.ice,
         )
         self._is_client = role is Role.CLIENT
         self._relays = relays

@@ -7,9 +7,12 @@ from collections import deque
 
 import attrs
 
-from firezone_tunnel.ice.agent import Credentials
+from firezone_tunnel.ice.agent import AgentCounters, Credentials
 from firezone_tunnel.sansio import SocketAddress, Transmit
 from firezone_tunnel.snownet.relays import RelayAllocated, RelayFailed
+from firezone_tunnel.turn.events import AllocationCounters
+from firezone_tunnel.wireguard.cookie import DoormanCounters
+from firezone_tunnel.wireguard.session import PeerCounters
 
 
 class Role(enum.Enum):
@@ -110,6 +113,16 @@ class NodeCounters:
     """Dropped because all buffers were waiting to be sent."""
 
 
+@attrs.frozen
+class LayerCounters:
+    """What the protocols of all of a node's connections and relays have seen."""
+
+    ice: AgentCounters = attrs.field(factory=AgentCounters)
+    turn: AllocationCounters = attrs.field(factory=AllocationCounters)
+    handshakes: DoormanCounters = attrs.field(factory=DoormanCounters)
+    wireguard: PeerCounters = attrs.field(factory=PeerCounters)
+
+
 @attrs.define
 class Outbox:
     """Where the connections of a node put what leaves it."""
@@ -117,3 +130,4 @@ class Outbox:
     transmits: deque[Transmit] = attrs.field(factory=deque)
     events: deque[ConnectionEvent | RelayNews] = attrs.field(factory=deque)
     counters: NodeCounters = attrs.field(factory=NodeCounters)
+    layers: LayerCounters = attrs.field(factory=LayerCounters)

@@ -19,6 +19,7 @@ from firezone_tunnel.snownet.directory import Directory
 from firezone_tunnel.snownet.events import (
     ConnectionClosed,
     InvalidatedCandidates,
+    LayerCounters,
     NewCandidates,
     NodeCounters,
     NodeEvent,
@@ -72,6 +73,11 @@ class Node:
     @property
     def counters(self) -> NodeCounters:
         return self._outbox.counters
+
+    @property
+    def layers(self) -> LayerCounters:
+        """What the protocols below have seen, of connections that are gone, too."""
+        return self._outbox.layers
 
     def has_connection(self, cid: str) -> bool:
         return cid in self._connections
@@ -249,9 +255,9 @@ class Node:
 
     def _begin(self) -> None:
         self._key = StaticKey.generate(self._entropy)
-        self._doorman = Doorman(self._key, self._entropy)
+        self._doorman = Doorman(self._key, self._entropy, self.layers.handshakes)
         self._directory = Directory(self._entropy, worker=self._worker)
-        self._relays = Relays(self._entropy)
+        self._relays = Relays(self._entropy, self.layers.turn)
         self._connections: dict[str, Connection] = {}
         self._deadlines: Deadlines[Connection] = Deadlines()
         self._unflushed: dict[Connection, None] = {}

@@ -17,7 +17,7 @@ from firezone_tunnel.snownet.deadlines import Deadlines
 from firezone_tunnel.stun.message import Message
 from firezone_tunnel.turn.allocation import FIREZONE_REALM, Allocation
 from firezone_tunnel.turn.channel import HEADER_SIZE, encode_channel_data
-from firezone_tunnel.turn.events import CandidateFound, CandidateLost, Failed
+from firezone_tunnel.turn.events import AllocationCounters, CandidateFound, CandidateLost, Failed
 
 MAX_RELAYS = 4  # the two that the portal names, and two of before that connections may still use
 _TIMER_SLACK = 1.0
@@ -58,8 +58,9 @@ RelayEvent = CandidateFound | CandidateLost | RelayFailed | RelayAllocated
 class Relays:
     """Drain `transmits` and `events` after each call that may have changed something."""
 
-    def __init__(self, entropy: Entropy) -> None:
+    def __init__(self, entropy: Entropy, counters: AllocationCounters) -> None:
         self._entropy = entropy
+        self._counters = counters
         self._allocations: dict[str, Allocation] = {}
         self._terms: dict[str, RelayTerms] = {}
         self._by_socket: dict[SocketAddress, Allocation] = {}
@@ -193,6 +194,7 @@ class Relays:
                 realm=terms.realm,
                 entropy=self._entropy,
                 now=now,
+                counters=self._counters,
             )
         except ValueError as error:
             self._events.append(RelayFailed(terms.rid, str(error), is_last=not self._allocations))

@@ -102,6 +102,8 @@ class ClientCounters:
     unexpected_source: int = 0
     """From a gateway, for a resource that it doesn't serve or to an address that is not ours."""
     unknown_control: int = 0
+    waiting_overwritten: int = 0
+    """Dropped because too many were waiting for a flow."""
 
 
 @attrs.define
@@ -269,7 +271,8 @@ class ClientTunnel:
     def _want(self, resource: ActiveResource, packet: SuperPacket, now: float) -> None:
         """Keep a packet until there is a gateway for it, and ask for one, though not for every packet."""
         pending = self._pending.setdefault(resource.id, _PendingFlow())
-        pending.packets.add(packet)
+        if (oldest := pending.packets.add(packet)) is not None:
+            self.counters.waiting_overwritten += oldest.segments
         if now >= pending.asked_at + ASK_AGAIN_AFTER:
             self._ask(resource.id, pending, now)
 

@@ -15,24 +15,23 @@ class WaitingPackets:
     that tries again must not be answered twice.
     """
 
-    __slots__ = ("_packets", "dropped")
+    __slots__ = ("_packets",)
 
     def __init__(self) -> None:
         self._packets: list[SuperPacket] = []
-        self.dropped = 0
 
-    def add(self, packet: SuperPacket) -> None:
+    def add(self, packet: SuperPacket) -> SuperPacket | None:
+        """Returns the packet that had to go for it, if one had to."""
         syn = _syn(packet)
         for index, waiting in enumerate(self._packets):
             if waiting.data == packet.data:
-                return
+                return None
             if syn is not None and syn == _syn(waiting):
                 self._packets[index] = packet.copy()
-                return
-        if len(self._packets) == CAPACITY:
-            del self._packets[0]
-            self.dropped += 1
+                return None
+        oldest = self._packets.pop(0) if len(self._packets) == CAPACITY else None
         self._packets.append(packet.copy())
+        return oldest
 
     def take(self) -> list[SuperPacket]:
         """All of them, the oldest first; none are left."""

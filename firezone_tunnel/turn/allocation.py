@@ -72,8 +72,10 @@ class Allocation:
         realm: str | None = FIREZONE_REALM,
         entropy: Entropy,
         now: float,
+        counters: AllocationCounters | None = None,
     ) -> None:
-        """A `realm` of None is for a standard TURN server, whose first challenge names it.
+        """A `realm` of None is for a standard TURN server, whose first challenge names it. Allocations may share
+        `counters`; without any it has its own.
 
         Raises: ValueError, without any address, or if no message could carry the credentials.
         """
@@ -82,7 +84,7 @@ class Allocation:
         if not self.sockets:
             raise ValueError(f"relay {rid} has no address")
         self.credentials = LongTermCredentials(username, password, realm)
-        self.counters = AllocationCounters()
+        self.counters = counters or AllocationCounters()
         self._entropy = entropy
         self._transmits: deque[Transmit] = deque()
         self._events: deque[AllocationEvent] = deque()

@@ -44,8 +44,8 @@ class DoormanCounters:
 class Doorman:
     """Decides which handshake messages are worth the price of an X25519; one for all peers of a static key."""
 
-    def __init__(self, local: StaticKey, entropy: Entropy) -> None:
-        self.counters = DoormanCounters()
+    def __init__(self, local: StaticKey, entropy: Entropy, counters: DoormanCounters | None = None) -> None:
+        self.counters = counters or DoormanCounters()
         self._entropy = entropy
         self._mac1_key = _mac1_key(local.public)
         self._cookie_key = _cookie_key(local.public)

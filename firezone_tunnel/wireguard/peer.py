@@ -75,9 +75,11 @@ class Peer:
         entropy: Entropy,
         now: float,
         rekey_attempt_time: float = REKEY_ATTEMPT_TIME,
+        counters: PeerCounters | None = None,
     ) -> None:
+        """Peers may share `counters`; without any it has its own."""
         self.remote_public_key = remote_public_key
-        self.counters = PeerCounters()
+        self.counters = counters or PeerCounters()
         self.last_initiated_at = float("-inf")
         self._local = local
         self._preshared_key = bytearray(preshared_key)

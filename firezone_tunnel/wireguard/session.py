@@ -24,7 +24,7 @@ Counters = npt.NDArray[np.uint64]
 
 @attrs.define
 class PeerCounters:
-    """What happened to one peer's messages; shared by all of its sessions."""
+    """What happened to the messages of the peers that share this, and of all of their sessions."""
 
     initiations_sent: int = 0
     responses_sent: int = 0

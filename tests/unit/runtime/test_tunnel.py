@@ -16,7 +16,7 @@ from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.runtime.tunnel import TunnelRuntime
 from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.snownet.events import NodeCounters
+from firezone_tunnel.snownet.events import LayerCounters, NodeCounters
 from firezone_tunnel.tunnel.client import ClientCounters
 from firezone_tunnel.wireguard.seal import ReceiveBuffer
 
@@ -28,7 +28,7 @@ class StumblingCore:
 
     def __init__(self) -> None:
         self.counters = ClientCounters()
-        self.node = attrs.make_class("Node", ["counters"])(NodeCounters())
+        self.node = attrs.make_class("Node", ["counters", "layers"])(NodeCounters(), LayerCounters())
         self.portions: list[list[SuperPacket]] = []
         self.datagrams = 0
         self.fails = False
@@ -106,6 +106,16 @@ def test_mistakes_do_not_fill_the_log(
         runtime.batch_received(_batch())
 
     assert len([message for message in logged if message["message_type"] == "tunnel:stumbled"]) == 10
+
+
+def test_at_the_end_all_that_was_not_carried_is_told(core: StumblingCore, logged: list[dict[str, Any]]) -> None:
+    core.node.counters.unrecognized = 3
+    core.node.layers.wireguard.forged = 2
+    _runtime(core).close()
+
+    (closed,) = [message for message in logged if message["message_type"] == "tunnel:closed"]
+    assert (closed["unrecognized"], closed["wireguard"]) == (3, {"forged": 2})
+    assert "ice" not in closed
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=64))

@@ -84,6 +84,21 @@ def test_only_the_client_makes_the_first_handshake() -> None:
     assert client.texts() == []
 
 
+def test_a_datagram_that_comes_twice_is_delivered_once_and_counted_even_when_its_connection_is_gone() -> None:
+    world = World()
+    client, gateway = world.client(), world.gateway()
+    world.introduce(client, gateway)
+    client.send(gateway, datagram("once"))
+    world.run(1.0)
+    sealed = [data for _, data in client.sent if data.startswith(b"\4\0\0\0")][-1]
+
+    gateway.handle([sealed, sealed], *client.path(gateway))
+    gateway.node.close_connection(client.name, world.now)
+
+    assert gateway.texts() == ["once"]
+    assert gateway.node.layers.wireguard.replayed == 2
+
+
 def test_a_gateway_with_a_path_still_waits_for_the_clients_handshake() -> None:
     world = World()
     client, gateway = world.client(), world.gateway()

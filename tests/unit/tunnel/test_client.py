@@ -105,6 +105,7 @@ def test_of_too_many_waiting_packets_the_newest_arrive() -> None:
     world.run(2)
 
     assert gateway.texts() == [str(number) for number in range(10, CAPACITY + 10)]
+    assert client.tunnel.counters.waiting_overwritten == 10
 
 
 def test_packets_keep_their_order_across_the_moment_the_flow_is_there() -> None:

@@ -24,12 +24,12 @@ def test_they_come_out_once_in_the_order_they_went_in() -> None:
     assert len(waiting) == 0
 
 
-def test_of_more_than_128_the_oldest_are_dropped_and_counted() -> None:
+def test_of_more_than_128_the_oldest_are_given_back() -> None:
     waiting = WaitingPackets()
-    for number in range(CAPACITY + 5):
-        waiting.add(_datagram(number))
+    gone = [waiting.add(_datagram(number)) for number in range(CAPACITY + 5)]
 
-    assert waiting.dropped == 5
+    assert gone[:CAPACITY] == [None] * CAPACITY
+    assert [_number(packet) for packet in gone[CAPACITY:] if packet is not None] == list(range(5))
     assert [_number(packet) for packet in waiting.take()] == list(range(5, CAPACITY + 5))
 
 
@@ -43,10 +43,9 @@ def test_a_packet_that_waits_already_is_not_stored_again() -> None:
 
 def test_duplicates_of_what_waits_drop_nothing_when_it_is_full() -> None:
     waiting = WaitingPackets()
-    for number in [*range(CAPACITY), *range(CAPACITY)]:
-        waiting.add(_datagram(number))
+    gone = [waiting.add(_datagram(number)) for number in [*range(CAPACITY), *range(CAPACITY)]]
 
-    assert waiting.dropped == 0
+    assert gone == [None] * 2 * CAPACITY
     assert len(waiting) == CAPACITY
 
 
