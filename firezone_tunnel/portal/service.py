@@ -168,11 +168,11 @@ def load_seed(path: str) -> Account:
     try:
         return parse_seed(Path(path).read_text(), Outside(read_file, _time_zone))
     except OSError as error:
-        raise ConfigurationError(f"can't read the seed file {path}: {error.strerror}") from error
+        raise ConfigurationError(f"can't read the seed file {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ConfigurationError(f"the seed file {path} is not UTF-8 text") from error
+        raise ConfigurationError(f"the seed file {path} is not UTF-8 text") from None
     except ConfigurationError as error:
-        raise ConfigurationError(f"the seed file {path} has a mistake: {error}") from error
+        raise ConfigurationError(f"the seed file {path} has a mistake: {error}") from None
 
 
 def _time_zone(name: str) -> ZoneInfo:

@@ -102,7 +102,7 @@ def test_no_core_is_dumped(portal: Program) -> None:
     [
         ("[account", "the seed file portal.toml has a mistake: not valid TOML"),
         ("", "the seed file portal.toml has a mistake"),
-        (None, "can't read the seed file portal.toml: No such file or directory"),
+        (None, "can't read the seed file portal.toml: No such file or directory\n"),
     ],
 )
 def test_a_seed_with_a_mistake_is_one_sentence_and_code_1(directory: Path, seed: str | None, complaint: str) -> None:
