@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from eliot import add_destinations
+from eliot import add_destinations, remove_destination
+
+from firezone_tunnel.logs import events as log
 
 _NEEDS_THE_MACHINE = {Path(__file__).parent / "interop", Path(__file__).parent / "system"}
 
@@ -15,6 +18,16 @@ _NEEDS_THE_MACHINE = {Path(__file__).parent / "interop", Path(__file__).parent /
 def pytest_configure() -> None:
     """eliot keeps what is logged until there is a destination: the first test that has one must not get it all."""
     add_destinations(lambda message: None)
+
+
+@pytest.fixture
+def logged() -> Iterator[list[dict[str, Any]]]:
+    """What is logged from now on. A test may set the threshold."""
+    messages: list[dict[str, Any]] = []
+    add_destinations(messages.append)
+    yield messages
+    remove_destination(messages.append)
+    log.set_threshold(log.INFO)
 
 
 @pytest.hookimpl(wrapper=True)

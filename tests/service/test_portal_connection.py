@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -13,7 +13,6 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import pytest_twisted
 import txaio
-from eliot import add_destinations, remove_destination
 from twisted.internet import reactor as any_reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
@@ -48,18 +47,6 @@ async def world() -> AsyncIterator[World]:
     world = World(UnrulyPortal())
     yield world
     await world.stop()
-
-
-@pytest.fixture
-def logged() -> Iterator[list[dict[str, Any]]]:
-    """Every message of ours, at every level."""
-    messages: list[dict[str, Any]] = []
-    add_destinations(messages.append)
-    messages.clear()  # eliot keeps what was logged before there was any destination, for the first
-    log.set_threshold(log.DEBUG)
-    yield messages
-    log.set_threshold(log.INFO)
-    remove_destination(messages.append)
 
 
 @pytest_twisted.ensureDeferred
@@ -599,6 +586,7 @@ async def test_a_portal_that_does_not_read_fills_the_queue_and_then_is_refused_m
 
 @pytest_twisted.ensureDeferred
 async def test_the_token_appears_in_no_log_at_any_level(world: World, logged: list[dict[str, Any]]) -> None:
+    log.set_threshold(log.DEBUG)
     written = io.StringIO()
     observer = textFileLogObserver(written)
     globalLogPublisher.addObserver(observer)

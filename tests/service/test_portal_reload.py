@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_twisted
-from eliot import add_destinations, remove_destination
 
 from tests.service.portal_peers import CLIENT_TOKEN, LAB_ID, WIKI_ID, Peer, Portal, Refusal, start_portal, stop_portal
 
@@ -20,14 +19,6 @@ async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
     portal = await start_portal(tmp_path)
     yield portal
     await stop_portal(portal)
-
-
-@pytest.fixture
-def logged() -> Iterator[list[dict[str, Any]]]:
-    messages: list[dict[str, Any]] = []
-    add_destinations(messages.append)
-    yield messages
-    remove_destination(messages.append)
 
 
 @pytest_twisted.ensureDeferred

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 import pytest_twisted
-from eliot import add_destinations, remove_destination
 
 from firezone_tunnel.portal.service import PortalService
 from firezone_tunnel.sansio import SocketAddress
@@ -41,14 +40,6 @@ async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
     portal = await start_portal(tmp_path)
     yield portal
     await stop_portal(portal)
-
-
-@pytest.fixture
-def logged() -> Iterator[list[dict[str, Any]]]:
-    messages: list[dict[str, Any]] = []
-    add_destinations(messages.append)
-    yield messages
-    remove_destination(messages.append)
 
 
 @pytest.mark.parametrize(

@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from eliot import add_destinations, remove_destination
 
 from firezone_tunnel.logs import events as log
-
-
-@pytest.fixture
-def messages() -> Iterator[list[dict[str, Any]]]:
-    """What is logged from now on."""
-    seen: list[dict[str, Any]] = []
-    add_destinations(seen.append)
-    yield seen
-    remove_destination(seen.append)
-    log.set_threshold(log.INFO)
 
 
 @pytest.mark.parametrize(
@@ -31,15 +19,15 @@ def messages() -> Iterator[list[dict[str, Any]]]:
     ],
 )
 def test_what_is_below_the_threshold_is_not_written(
-    messages: list[dict[str, Any]], threshold: int, levels: list[str]
+    logged: list[dict[str, Any]], threshold: int, levels: list[str]
 ) -> None:
     log.set_threshold(threshold)
 
     for write in (log.debug, log.info, log.warning, log.error):
         write("area:happened", cid="abc", count=3)
 
-    assert [message["level"] for message in messages] == levels
-    assert {(message["message_type"], message["cid"], message["count"]) for message in messages} == {
+    assert [message["level"] for message in logged] == levels
+    assert {(message["message_type"], message["cid"], message["count"]) for message in logged} == {
         ("area:happened", "abc", 3)
     }
     assert log.enabled(threshold)

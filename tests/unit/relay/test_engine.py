@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from eliot import add_destinations, remove_destination
 from twisted.internet import reactor
 
 from firezone_tunnel.datagrams import DatagramBatch
@@ -17,15 +15,6 @@ from firezone_tunnel.relaying.allocating import RelayConfig
 from firezone_tunnel.relaying.server import RelayServer
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.wireguard.seal import ReceiveBuffer
-
-
-@pytest.fixture
-def logged() -> Iterator[list[dict[str, Any]]]:
-    messages: list[dict[str, Any]] = []
-    add_destinations(messages.append)
-    messages.clear()
-    yield messages
-    remove_destination(messages.append)
 
 
 def test_a_mistake_over_one_batch_is_told_and_the_relay_goes_on(

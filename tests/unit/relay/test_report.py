@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-from eliot import add_destinations, remove_destination
 from twisted.internet.task import Clock
 
 from firezone_tunnel.relay.engine import REPEAT_ADVICE_AFTER, STATISTICS_INTERVAL, Report
 from firezone_tunnel.sansio import SocketAddress
 from tests.unit.relaying.world import PEER4, Client, World, code_of
-
-
-@pytest.fixture
-def logged() -> Iterator[list[dict[str, Any]]]:
-    messages: list[dict[str, Any]] = []
-    add_destinations(messages.append)
-    yield messages
-    remove_destination(messages.append)
 
 
 def test_what_has_changed_is_told_every_ten_seconds_and_nothing_else(logged: list[dict[str, Any]]) -> None:

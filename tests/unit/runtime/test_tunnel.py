@@ -7,7 +7,6 @@ from typing import Any
 
 import attrs
 import pytest
-from eliot import add_destinations, remove_destination
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet import reactor
@@ -68,15 +67,6 @@ def runtime(core: StumblingCore) -> Iterator[TunnelRuntime]:
     runtime = _runtime(core)
     yield runtime
     runtime.close()
-
-
-@pytest.fixture
-def logged() -> Iterator[list[dict[str, Any]]]:
-    messages: list[dict[str, Any]] = []
-    add_destinations(messages.append)
-    messages.clear()  # what was logged before there was any destination
-    yield messages
-    remove_destination(messages.append)
 
 
 def test_a_mistake_over_one_batch_is_told_and_the_next_one_is_handled(
