@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 from firezone_tunnel.errors import PlatformError, ProtocolError, one_line
 from firezone_tunnel.logs import events as log
@@ -60,7 +61,7 @@ class Connection:
             return
         self._flush()
         if not self._is_working:
-            Deferred.fromCoroutine(self._work())
+            Deferred.fromCoroutine(self._work()).addErrback(self._stumbled)
         self._balance_reading()
 
     def push(self, event: str, payload: Any) -> None:
@@ -91,11 +92,13 @@ class Connection:
 
     async def _work(self) -> None:
         self._is_working = True
-        while not self._is_closed and (delivery := self._socket.next_message()) is not None:
-            await self._deal_with(delivery)
-            self._socket.done()
-            self._flush()
-        self._is_working = False
+        try:
+            while not self._is_closed and (delivery := self._socket.next_message()) is not None:
+                await self._deal_with(delivery)
+                self._socket.done()
+                self._flush()
+        finally:
+            self._is_working = False
         self._flush()
         self._balance_reading()
         self._on_handled()
@@ -113,9 +116,18 @@ class Connection:
         except PlatformError as error:
             log.error("portal:store_failed", **self.fields, reason=one_line(error))
             self._crash(delivery)
-        except Exception as error:  # noqa: BLE001
-            log.error("portal:channel_crashed", **self.fields, error=type(error).__name__, reason=one_line(error))
+        except Exception:  # noqa: BLE001  # a service's boundary: one peer's message must not end the others'
+            self._log_crash(Failure())  # type: ignore[no-untyped-call]
             self._crash(delivery)
+
+    def _stumbled(self, failure: Failure) -> None:
+        """Over the socket itself: without it there is nobody to tell."""
+        self._log_crash(failure)
+        self.close(is_failure=True)
+
+    def _log_crash(self, failure: Failure) -> None:
+        reason, traceback = failure.getErrorMessage(), failure.getTraceback()
+        log.error("portal:channel_crashed", **self.fields, reason=reason, traceback=traceback)
 
     async def _join(self, channel: Channel, request: JoinRequested) -> None:
         outcome = await channel.join(request)

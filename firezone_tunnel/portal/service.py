@@ -133,7 +133,7 @@ class PortalService(Service):
 
     def _log_failure(self, failure: Failure) -> None:
         """A service's boundary: whatever a deadline's work fails in, the next deadline comes."""
-        log.error("portal:timeout_failed", error=type(failure.value).__name__, reason=failure.getErrorMessage())
+        log.error("portal:timeout_failed", reason=failure.getErrorMessage(), traceback=failure.getTraceback())
 
     def _set_timer(self) -> None:
         if self._timer is not None and self.hub is not None and self.running:
@@ -169,7 +169,7 @@ def load_seed(path: str) -> Account:
         return parse_seed(Path(path).read_text(), Outside(read_file, _time_zone))
     except OSError as error:
         raise ConfigurationError(f"can't read the seed file {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError:
         raise ConfigurationError(f"the seed file {path} is not UTF-8 text") from None
     except ConfigurationError as error:
         raise ConfigurationError(f"the seed file {path} has a mistake: {error}") from None
