@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from twisted.internet.defer import Deferred
 
-from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.errors import PlatformError, one_line
 from firezone_tunnel.host import nftables
 from firezone_tunnel.host.sysctl import Sysctls
 from firezone_tunnel.host.worker import Worker
@@ -68,8 +67,10 @@ class _ForwardingHost:
         try:
             self._install()
         except PlatformError:
-            with contextlib.suppress(PlatformError):
+            try:
                 self.remove()
+            except PlatformError as error:
+                log.error("host:not_restored", reason=one_line(error))
             raise
 
     def remove(self) -> None:

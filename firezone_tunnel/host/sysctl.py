@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.logs import events as log
 
 PROC_SYS = Path("/proc/sys")
 _BOOT_ID = PROC_SYS / "kernel/random/boot_id"
@@ -91,11 +91,14 @@ class Sysctls:
         return [name for name, value in self._originals.items() if self.read(name) not in {value, None}]
 
     def restore(self) -> None:
-        """Put back all that was remembered, in the order in which it was. What can't be set any more is passed over."""
+        """Put back all that was remembered, in the order in which it was. What can't be set any more is told."""
         for name, value in self._originals.items():
-            if self.read(name) not in {value, None}:
-                with contextlib.suppress(OSError):
-                    (PROC_SYS / name).write_text(value)
+            if self.read(name) in {value, None}:  # asked only now: one setting may change others
+                continue
+            try:
+                (PROC_SYS / name).write_text(value)
+            except OSError as error:
+                log.warning("host:sysctl_not_restored", name=name, value=value, reason=error.strerror)
         self.forget()
 
     def forget(self) -> None:

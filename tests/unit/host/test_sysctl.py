@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +87,28 @@ def test_an_interface_that_is_gone_is_passed_over(kernel: Path, file: Path) -> N
     sysctls.restore()
 
     assert sysctls.read(FORWARD) == "0"
+
+
+def test_what_cant_be_put_back_is_told_and_keeps_nothing_else_from_it(
+    kernel: Path, file: Path, monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]]
+) -> None:
+    sysctls = Sysctls(file)
+    sysctls.remember(["net/ipv4/conf/eth0/rp_filter", FORWARD])
+    sysctls.write("net/ipv4/conf/eth0/rp_filter", "2")
+    sysctls.write(FORWARD, "1")
+    write_text = Path.write_text
+
+    def refuse_one(path: Path, text: str) -> int:
+        if path.name == "rp_filter":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write_text(path, text)
+
+    monkeypatch.setattr(Path, "write_text", refuse_one)
+    sysctls.restore()
+
+    assert sysctls.read(FORWARD) == "0"
+    (told,) = [message for message in logged if message["message_type"] == "host:sysctl_not_restored"]
+    assert (told["name"], told["value"]) == ("net/ipv4/conf/eth0/rp_filter", "1")
 
 
 def test_a_setting_that_the_kernel_lacks_is_neither_read_nor_noted(kernel: Path, file: Path) -> None:
