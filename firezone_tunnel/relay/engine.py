@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import attrs
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
@@ -101,7 +100,7 @@ class Engine:
         May be called more than once.
         """
         if self._stopped is None:
-            self._stopped = Deferred.fromCoroutine(self._stop())
+            self._stopped = Deferred.fromCoroutine(self._stop()).addErrback(self._crashed)
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
@@ -186,7 +185,7 @@ class Engine:
         if self._timer is not None:
             self._timer.close()
         self._report.stop()
-        counters = {**_nonzero(self._server.counters), **_nonzero(self._ports.counters)}
+        counters = {**log.nonzero(self._server.counters), **log.nonzero(self._ports.counters)}
         log.info("relay:stopped", mistakes=self._boundary.mistakes, **counters)
 
     async def _drain(self) -> None:
@@ -263,8 +262,3 @@ class _Listening:
 
     def sendingResumed(self) -> None:
         pass
-
-
-def _nonzero(counters: Any) -> dict[str, int]:
-    values = {attribute.name: getattr(counters, attribute.name) for attribute in attrs.fields(type(counters))}
-    return {name: value for name, value in values.items() if value and isinstance(value, int)}

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
+from twisted.python.failure import Failure
 
 from firezone_tunnel.errors import FirezoneError
 from firezone_tunnel.logs import events as log
@@ -93,7 +94,7 @@ class RelayService(Service):
         """
         if self._stopped is None:
             super().stopService()  # type: ignore[no-untyped-call]
-            self._stopped = Deferred.fromCoroutine(self._stop())
+            self._stopped = Deferred.fromCoroutine(self._stop()).addErrback(self._not_stopped)
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
@@ -112,6 +113,10 @@ class RelayService(Service):
             if self._is_hurried:
                 self._relaying.hurry()
             await self._relaying.stop()
+
+    def _not_stopped(self, failure: Failure) -> None:
+        """A service's boundary: whatever fails at the end, it is the end."""
+        log.error("relay:crashed", reason=failure.getErrorMessage(), traceback=failure.getTraceback())
 
     def _announce(self) -> None:
         """It serves: let the portal know, or whoever waits for us."""

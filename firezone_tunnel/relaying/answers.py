@@ -8,7 +8,7 @@ from firezone_tunnel.relaying.authentication import Refusal, Request
 from firezone_tunnel.relaying.budget import MAX_ANSWER, AnswerBudget
 from firezone_tunnel.relaying.credentials import Credentials
 from firezone_tunnel.relaying.nonce import Nonces
-from firezone_tunnel.relaying.outputs import Outbox, RelayTransmit, Response
+from firezone_tunnel.relaying.outputs import Outbox, RelayTransmit
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Attribute, ErrorCode, Kind, Message
@@ -83,7 +83,7 @@ class Answers:
         self._send(response, message, client, local, code)
 
     def _send(self, response: bytes, message: Message, client: SocketAddress, local: SocketAddress, code: int) -> None:
-        self._outbox.counters.responses[Response(message.method, code)] += 1
+        self._outbox.counters.responses[str(code or "success")] += 1
         self._outbox.send(RelayTransmit(client, response, source=local))
 
 

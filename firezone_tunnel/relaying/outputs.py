@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from typing import NamedTuple
 
 import attrs
 
@@ -66,18 +65,12 @@ class Drained:
 Command = OpenPort | ClosePort | Drained
 
 
-class Response(NamedTuple):
-    """What a response is counted by: code 0 is a success."""
-
-    method: int
-    code: int
-
-
 @attrs.define
 class RelayCounters:
     """What a relay has done, and what it did not do and why. Datagrams, where nothing else is said."""
 
-    responses: Counter[Response] = attrs.field(factory=Counter)
+    responses: Counter[str] = attrs.field(factory=Counter)
+    """By error code, or "success"."""
     relayed_to_peers: int = 0
     relayed_to_clients: int = 0
     relayed_bytes: int = 0
