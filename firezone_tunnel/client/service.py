@@ -103,7 +103,7 @@ class TunnelService(DeviceService):
         Raises: PlatformError.
         """
         config, self._wanted = self._wanted, None
-        if config is None or not self.running:
+        if config is None:
             return
         before, self._applied = self._applied, config
         if before is None or (before.ipv4, before.ipv6) != (config.ipv4, config.ipv6):

@@ -79,8 +79,6 @@ class GatewayService(DeviceService):
         """
         Raises: PlatformError.
         """
-        if not self.running:
-            return
         families = await self.configure(str(interface.ipv4), str(interface.ipv6))
         routes = [str(TUNNEL_IPV4)] * families.ipv4 + [str(TUNNEL_IPV6)] * families.ipv6
         await self.netlink.set_routes(self._config.interface, routes)

@@ -66,8 +66,8 @@ class NetworkMonitor:
             self._calm = self._reactor.callLater(DEBOUNCE, self._look)
 
     def _look(self) -> None:
-        looking: Deferred[None] = self._netlink.snapshot().addCallback(self._compare)
-        looking.addErrback(self._failed)
+        looking: Deferred[None] = self._netlink.snapshot().addCallbacks(self._compare, self._failed)
+        looking.addErrback(self._crashed)
 
     def _compare(self, snapshot: HostSnapshot) -> None:
         if self._is_closed:
@@ -83,5 +83,9 @@ class NetworkMonitor:
             self._on_moved(self._uplinks)
 
     def _failed(self, failure: Failure) -> None:
-        """A service's boundary: the next change is looked at again."""
+        """The next change is looked at again."""
         log.warning("network:look_failed", reason=failure.getErrorMessage())
+
+    def _crashed(self, failure: Failure) -> None:
+        """Over what was seen, which is a mistake of ours."""
+        log.error("network:crashed", reason=failure.getErrorMessage(), traceback=failure.getTraceback())

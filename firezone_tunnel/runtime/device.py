@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import attrs
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.defer import Deferred, DeferredLock, maybeDeferred
 from twisted.python.failure import Failure
 
 from firezone_tunnel.errors import FirezoneError, PlatformError, ProtocolError, one_line
@@ -122,14 +122,18 @@ class DeviceService(Service):
         if self._stopped is None:
             super().stopService()  # type: ignore[no-untyped-call]
             self._stopped = self._lock.run(lambda: Deferred.fromCoroutine(self._stop()))
-            self._stopped.addBoth(lambda _: self.ended(self._error))
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
 
     def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Change the host, one change at a time; what fails ends the service."""
-        done: Deferred[None] = self._lock.run(lambda: Deferred.fromCoroutine(work()))
+        """Change the host, one change at a time and none after the end; what fails ends the service."""
+
+        async def work_unless_stopped() -> None:
+            if self.running:
+                await work()
+
+        done: Deferred[None] = self._lock.run(lambda: Deferred.fromCoroutine(work_unless_stopped()))
         done.addErrback(self._failed)
 
     async def configure(self, ipv4: str, ipv6: str) -> Families:
@@ -146,9 +150,15 @@ class DeviceService(Service):
         self._portal.send(message.event(Generation.SEED), write(message))
 
     def rebind(self) -> None:
-        """Take new sockets, and call the portal anew: by the old ones nothing arrives any more."""
+        """Take new sockets, and call the portal anew: by the old ones nothing arrives any more. It is the end if
+        there are no new ones.
+        """
         self._runtime.settle()
-        self._runtime.bind()
+        try:
+            self._runtime.bind()
+        except PlatformError as error:
+            self._fail(error)
+            return
         self._set_hosts(self.monitor.hosts)
         self._portal.connect(self._core.public_key)
 
@@ -166,21 +176,21 @@ class DeviceService(Service):
         self._portal.connect(self._core.public_key)
 
     async def _stop(self) -> None:
-        """Goodbyes first, then the portal; the host last."""
-        self._portal_events.close()
-        self.monitor.close()
-        self._runtime.close()
+        """Goodbyes first, then the portal; the host last. Each step is tried, whatever became of those before."""
+        steps: list[Callable[[], Any]] = [self._portal_events.close, self.monitor.close, self._runtime.close]
         if self._portal.running:
-            await self._portal.stopService()
+            steps.append(self._portal.stopService)
         if self._instance is not None:
-            try:
-                await self.netlink.remove_everything()
-                await self.restore_host()
-            except PlatformError as error:
-                log.error("host:not_restored", reason=one_line(error))
-            await self.netlink.close()
-            self._instance.close()
-        await self.worker.stop()
+            steps += [self.netlink.remove_everything, self.restore_host, self.netlink.close, self._instance.close]
+        for step in (*steps, self.worker.stop, lambda: self.ended(self._error)):
+            await maybeDeferred(step).addErrback(self._not_stopped)
+
+    def _not_stopped(self, failure: Failure) -> None:
+        error: Any = failure.value
+        if isinstance(error, FirezoneError):
+            log.error("host:not_restored", reason=one_line(error))
+        else:
+            log.error(f"{self._role}:crashed", reason=one_line(error), traceback=failure.getTraceback())
 
     def _failed(self, failure: Failure) -> None:
         error: Any = failure.value

@@ -197,7 +197,7 @@ class Relays:
                 counters=self._counters,
             )
         except ValueError as error:
-            self._events.append(RelayFailed(terms.rid, str(error), is_last=not self._allocations))
+            self._events.append(RelayFailed(terms.rid, f"can't be used: {error}", is_last=not self._allocations))
             return
         self._terms[terms.rid] = terms
         self._allocations[terms.rid] = allocation

@@ -25,8 +25,10 @@ from firezone_tunnel import (
     SessionClosed,
     TunInterfaceUpdated,
 )
-from firezone_tunnel.errors import ConfigurationError, InUseError, one_line
+from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
+from firezone_tunnel.host.monitor import NetworkMonitor
 from firezone_tunnel.policy.account import Role
+from firezone_tunnel.runtime.tunnel import TunnelRuntime
 from tests.service.portal_peers import CLIENT_TOKEN, Portal, start_portal, stop_portal, until
 from tests.system.conftest import lab  # noqa: F401  # a fixture
 from tests.system.hosts import Host, Lab
@@ -161,6 +163,49 @@ async def test_a_consumer_that_sleeps_costs_nothing_and_then_reads_the_newest(ho
         told = await _read(events, ResourcesUpdated)
         assert told[ResourcesUpdated].resources[0].address == "172.40.0.0/16"
         await session.close()
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_fails_at_the_end_is_told_and_the_host_is_restored(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]]
+) -> None:
+    before = _host_state(host)
+    monkeypatch.setattr(NetworkMonitor, "close", _stumble)
+    async with _portal(tmp_path) as portal:
+        session, events = _connect(portal, tmp_path)
+        await _read(events, TunInterfaceUpdated)
+
+        await session.close()
+
+    assert _host_state(host) == before
+    (told,) = [message for message in logged if message["message_type"] == "client:crashed"]
+    assert "a mistake" in told["traceback"]
+
+
+def _stumble(monitor: NetworkMonitor) -> None:
+    raise KeyError("a mistake")
+
+
+@pytest_twisted.ensureDeferred
+async def test_without_new_sockets_a_reset_is_the_end(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = _host_state(host)
+    async with _portal(tmp_path) as portal:
+        session, events = _connect(portal, tmp_path)
+        await _read(events, TunInterfaceUpdated)
+
+        monkeypatch.setattr(TunnelRuntime, "bind", _refuse)
+        session.reset("a test")
+
+        disconnected = [event async for event in events][-1]
+        assert isinstance(disconnected, Disconnected)
+        assert str(disconnected.error) == "no family works"
+        assert _host_state(host) == before
+
+
+def _refuse(runtime: TunnelRuntime) -> None:
+    raise PlatformError("no family works")
 
 
 @pytest.mark.parametrize("is_early", [False, True])
