@@ -100,7 +100,6 @@ class PortalService(Service):
         :param clock: `now`, and :param utc_clock: unix time, both in seconds; :param make_timer: runs on `clock`.
         """
         self.events = events
-        self.stale = 0  # events that the queue had no room for before their connection was lost
         self._reactor = reactor
         self._url = url
         self._mark = mark
@@ -232,7 +231,6 @@ class PortalService(Service):
 
     def _put(self, event: Notice) -> None:
         if isinstance(event, Lost | Fatal):  # what was not told yet of a connection that is gone need not be told
-            self.stale += len(self._held)
             self._held.clear()
         self._held.append(event)
         self._tell()
