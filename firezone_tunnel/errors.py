@@ -18,12 +18,6 @@ class ConfigurationError(FirezoneError):
     """An option, a file or a token is missing or wrong."""
 
 
-class UsageError(ConfigurationError):
-    """The command line is wrong."""
-
-    exit_code = 2
-
-
 class PlatformError(FirezoneError):
     """The host lacks something: a device node, a capability, a free port, disk space."""
 
@@ -60,18 +54,17 @@ _UNREACHABLE = frozenset(
         errno.ENETDOWN,
         errno.EADDRNOTAVAIL,
         errno.EAFNOSUPPORT,
+        errno.EINVAL,
     }
 )
 
 
-def is_unreachable(error: OSError, *, segmented: bool = False) -> bool:
+def is_unreachable(error: OSError) -> bool:
     """Whether a failed send only says that this address can't be reached from here.
 
-    Such errors are DEBUG noise (spec/data-plane.md, 7.7). EINVAL is one of them for an ordinary send;
-    with UDP_SEGMENT (`segmented`) it says that the path refuses GSO instead.
+    Such errors are DEBUG noise (spec/data-plane.md, 7.7). It is for ordinary sends: of one with UDP_SEGMENT, EINVAL
+    says that the path refuses GSO.
     """
-    if error.errno == errno.EINVAL:
-        return not segmented
     return error.errno in _UNREACHABLE
 
 

@@ -43,8 +43,6 @@ class Timings:
 
 # spec/data-plane.md, 0.3. A peer that never answers is given up after 15.25 s, or 100 s where the connection is idle.
 DEFAULT_TIMINGS = Timings(active=Schedule(0.25, 1.5, 12), idle=Schedule(25.0, 25.0, 4))
-# Today's gateways wait about ten minutes for a client that may come back with the same credentials.
-PATIENT_TIMINGS = Timings(active=Schedule(0.25, 15.0, 45), idle=Schedule(25.0, 25.0, 40))
 
 
 @attrs.define

@@ -65,7 +65,6 @@ class Session:
     token: Token
     outlet: Outlet
     is_joined: bool = False
-    is_iceless: bool = False
     relays: dict[str, str] = attrs.Factory(dict)
     """What it was given: relay id to the stamp secret that its credentials were made from."""
     resources: dict[str, Mapping[str, Any]] = attrs.Factory(dict)

@@ -75,7 +75,6 @@ class PendingFlow:
     client: Session
     gateway: Session
     deadline: float
-    is_stored: bool = False
 
 
 def grant(
@@ -163,7 +162,6 @@ class FlowBook:
 
     def admit(self, account: Account, pending: PendingFlow) -> None:
         """The flow is stored: ask the gateway to let the client in."""
-        pending.is_stored = True
         flow, client_, gateway = pending.flow, pending.client.device, pending.gateway
         credentials = ice_credentials(client_.party, gateway.device.party)
         payload = {
