@@ -24,12 +24,11 @@ ANCILLARY_SPACE = 256
 
 @attrs.frozen
 class UdpFeatures:
-    """What the kernel offers a socket; sizes in bytes, as the kernel counts them: twice what was asked for."""
+    """What the kernel offers a socket."""
 
     gso: bool
     gro: bool
-    send_buffer: int
-    receive_buffer: int
+    receive_buffer: int  # bytes, as the kernel counts them: twice what was asked for
 
 
 @attrs.frozen
@@ -78,7 +77,6 @@ def configure(udp: socket.socket, *, gso: bool, gro: bool) -> UdpFeatures:
     return UdpFeatures(
         gso=gso and _has_gso(udp),
         gro=gro and _enable_gro(udp),
-        send_buffer=udp.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
         receive_buffer=udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
     )
 

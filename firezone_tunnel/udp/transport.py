@@ -125,26 +125,12 @@ class UdpTransport:
         self._queue: deque[tuple[Transmit, int]] = deque()  # and the byte from which on it has yet to leave
         self._logged: set[int] = set()
         self._ended = perf_counter()  # of the last turn
+        reactor.addReader(self)
         protocol.makeConnection(self)
-        self.resumeProducing()
-
-    @property
-    def writable(self) -> bool:
-        """Whether nothing waits for room in the socket."""
-        return not self._queue
 
     def getHost(self) -> SocketAddress:
         """The address and port it is bound to."""
         return self._host
-
-    def pauseProducing(self) -> None:
-        """Receive nothing for now."""
-        self._reactor.removeReader(self)
-
-    def resumeProducing(self) -> None:
-        """Receive again."""
-        if self._socket is not None:
-            self._reactor.addReader(self)
 
     def send(self, transmit: Transmit) -> None:
         """Send, or queue until there is room. The transmit is released once it has left or has been given up.

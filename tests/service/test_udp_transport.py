@@ -143,7 +143,6 @@ async def test_the_largest_datagram_arrives_whole(ends: Ends) -> None:
 @pytest_twisted.ensureDeferred
 async def test_a_turn_hands_up_a_bounded_number_of_batches(ends: Ends) -> None:
     bob = ends.new("127.0.0.1")
-    bob.transport.pauseProducing()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         for number in range(100):
             stranger.sendto(bytes(1 + number), bob.address)
@@ -157,7 +156,6 @@ async def test_a_turn_hands_up_a_bounded_number_of_batches(ends: Ends) -> None:
 async def test_a_turn_ends_once_its_time_is_used_up(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(UdpTransport, "MAX_TURN", 0.0)
     bob = ends.new("127.0.0.1")
-    bob.transport.pauseProducing()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         stranger.sendto(b"1", bob.address)
         stranger.sendto(b"22", bob.address)
@@ -170,11 +168,9 @@ async def test_a_turn_ends_once_its_time_is_used_up(ends: Ends, monkeypatch: pyt
 @pytest_twisted.ensureDeferred
 async def test_what_a_full_receive_buffer_cost_is_known_from_the_next_batch(ends: Ends) -> None:
     bob = ends.new("127.0.0.1")
-    bob.transport.pauseProducing()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         for _ in range(2 * bob.transport.features.receive_buffer // 65_000):
             stranger.sendto(bytes(60_000), bob.address)
-        bob.transport.resumeProducing()
         await bob.datagrams(10)
         stranger.sendto(b"after", bob.address)
         while b"after" not in bob.received:
