@@ -29,8 +29,8 @@ class Transaction:
     schedule: tuple[float, ...] = BACKOFF
     transmissions: int = 0
     due_at: float = 0.0
-    ids: dict[bytes, float] = attrs.field(factory=dict)
-    """Transaction id -> when it was last sent. Either there is one for all transmissions, or the latest is the last."""
+    ids: dict[bytes, None] = attrs.field(factory=dict)
+    """Transaction ids: either there is one for all transmissions, or the latest is the last."""
 
     @property
     def is_exhausted(self) -> bool:
@@ -67,7 +67,7 @@ class Transactions(Generic[T]):
 
     def sent(self, transaction: T, transaction_id: bytes, now: float) -> None:
         """A transmission left under this id. Ids used before stay valid."""
-        transaction.ids[transaction_id] = now
+        transaction.ids[transaction_id] = None
         transaction.due_at = now + transaction.schedule[transaction.transmissions]
         transaction.transmissions += 1
         self._by_id[transaction_id] = transaction

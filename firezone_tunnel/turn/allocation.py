@@ -49,7 +49,6 @@ DEFAULT_LIFETIME = 600  # RFC 8656, section 3.2; for a relay that doesn't say
 MAX_BUFFERED_PEERS = 100  # spec/data-plane.md, 3.1
 MAX_CHALLENGES = 3  # a relay that finds every nonce stale gets the next transmission when it is due, not at once
 MAX_MISMATCHES = 4  # in a row: a relay that denies what it has just granted is left alone
-RTT_WEIGHT = 1 / 8  # of the newest sample
 
 _SOFTWARE: tuple[Attribute[Any], Any] = (SOFTWARE, "firezone_tunnel")
 
@@ -96,7 +95,6 @@ class Allocation:
         self._active: SocketAddress | None = None
         self._refresh_at: float | None = None
         self._keepalive_at = now
-        self._rtt: float | None = None
         self._mismatches = 0
         self._expects_unsigned = realm is None
         self._distrusted = False
@@ -124,11 +122,6 @@ class Allocation:
     def has_transmits(self) -> bool:
         """Whether there is something to be sent: most channel data needs no request before it."""
         return bool(self._transmits)
-
-    @property
-    def rtt(self) -> float | None:
-        """Smoothed round trip time to the relay in seconds; None before its first answer."""
-        return self._rtt
 
     @property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -286,7 +279,6 @@ class Allocation:
         """Ask all addresses of the relay at once which of them answers (3.2)."""
         self._now = now
         self._active = None
-        self._rtt = None
         self._mismatches = 0
         self._distrusted = False
         self._finish_all()
@@ -299,7 +291,7 @@ class Allocation:
         if message.kind is Kind.ERROR or mapped is None or mapped.is_ipv6 != local.is_ipv6:
             self.counters.unexpected += 1
             return
-        self._finish(request, message)
+        self._finish(request)
         self._observe("host", Candidate.host(local))
         self._observe("reflexive", Candidate.server_reflexive(mapped, local))
         if self._active is None:
@@ -343,7 +335,7 @@ class Allocation:
         error = message.get(ERROR_CODE)
         if message.kind is Kind.SUCCESS:
             # Upstream ignores answers to earlier transmissions; where one takes more than a second it never succeeds.
-            self._finish(request, message)
+            self._finish(request)
             self._handle_success(request, message)
         elif error is None or message.transaction_id != request.latest_id:
             self.counters.unexpected += 1
@@ -357,7 +349,7 @@ class Allocation:
         elif error.code == 437:
             self._handle_mismatch(request)
         else:
-            self._finish(request, message)
+            self._finish(request)
             self._handle_refusal(request)
 
     def _handle_success(self, request: Request, message: Message) -> None:
@@ -498,13 +490,9 @@ class Allocation:
         attributes = request.attributes + self.credentials.attributes()
         return Message(request.method, Kind.REQUEST, transaction_id, attributes).encode(key=self.credentials.key)
 
-    def _finish(self, request: Request, answer: Message) -> None:
+    def _finish(self, request: Request) -> None:
         self.counters.answers_received += 1
         self._distrusted = False
-        # An answer to one of several transmissions under the same id doesn't say how long it took.
-        if request.method != Method.BINDING or request.transmissions == 1:
-            sample = self._now - request.ids[answer.transaction_id]
-            self._rtt = sample if self._rtt is None else self._rtt + (sample - self._rtt) * RTT_WEIGHT
         self._transactions.finish(request)
 
     def _finish_all(self) -> None:

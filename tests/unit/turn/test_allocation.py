@@ -776,39 +776,6 @@ class TestRetransmission:
         assert client.allocation.next_timeout() is None
 
 
-class TestRoundTripTime:
-    def test_the_first_answer_is_the_first_estimate(self) -> None:
-        client = Client(ipv6=None)
-        assert client.allocation.rtt is None
-        client.run_until(0.080)
-        client.answer_binding()
-
-        assert client.allocation.rtt == pytest.approx(0.080)
-
-    def test_later_answers_count_an_eighth(self) -> None:
-        client = Client(ipv6=None)
-        client.run_until(0.080)
-        client.answer_binding()
-        client.run_for(0.160)
-        client.grant(client.take_one(Method.ALLOCATE))
-
-        assert client.allocation.rtt == pytest.approx(0.080 * 7 / 8 + 0.160 / 8)
-
-    def test_an_ambiguous_answer_counts_nothing(self) -> None:
-        client = Client(ipv6=None)
-        client.run_until(1.05)
-        client.answer_binding()
-
-        assert client.allocation.rtt is None
-
-    def test_each_transmission_of_a_signed_request_is_measured_by_itself(self) -> None:
-        client, _ = reach_allocate(ipv6=None)
-        client.run_until(1.1)
-        client.grant(client.take_one(Method.ALLOCATE))
-
-        assert client.allocation.rtt == pytest.approx(0.1 / 8, abs=1e-9)
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_no_answer_whatsoever_upsets_it(data: st.DataObject) -> None:

@@ -247,7 +247,6 @@ class TestRestart:
         assert [sent.destination for sent in client.sent] == [RELAY4, RELAY6]
         assert client.allocation.active_socket is None
         assert client.allocation.candidates == ()
-        assert client.allocation.rtt is None
 
     def test_it_leads_to_an_allocation_with_the_credentials_kept(self) -> None:
         client = bound(PEER4)
