@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -174,11 +174,9 @@ def read_each(kind: Any, entries: object) -> list[Any]:
     return fitting
 
 
-def write(message: Record, *, without: Iterable[str] = ()) -> dict[str, Any]:
-    """The payload as plain JSON values, less the keys that the peer's generation doesn't know."""
+def write(message: Record) -> dict[str, Any]:
+    """The payload as plain JSON values."""
     payload: dict[str, Any] = msgspec.to_builtins(message, enc_hook=str)
-    for key in without:
-        payload.pop(key, None)
     return payload
 
 

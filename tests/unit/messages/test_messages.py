@@ -284,13 +284,6 @@ def test_every_message_class_is_tried_here() -> None:
     assert set(_message_classes()) == tried
 
 
-def test_keys_that_a_generation_does_not_know_can_be_left_out() -> None:
-    flow = client.parse("flow_created", _FLOW_CREATED)
-    assert flow is not None
-
-    assert write(flow, without=("use_iceless", "flow_logs_ingest_token", "no such key")) == _FLOW_CREATED
-
-
 def test_values_have_types_to_work_with() -> None:
     init = client.parse("init", _CLIENT_INIT)
     assert isinstance(init, client.Init)
