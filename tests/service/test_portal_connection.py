@@ -23,9 +23,8 @@ from firezone_tunnel.logs import events as log
 from firezone_tunnel.phoenix.channel import Fatal, Joined, Lost, Received, State
 from firezone_tunnel.portal_connection import protocol as protocol_module
 from firezone_tunnel.portal_connection import service as service_module
-from firezone_tunnel.portal_connection import trust_from_file
 from firezone_tunnel.portal_connection.protocol import parse_retry_after
-from firezone_tunnel.portal_connection.service import resolve_host
+from firezone_tunnel.portal_connection.service import resolve_host, trust_from_file
 from tests.service.unruly_portal import (
     TOKEN,
     HastyPeer,

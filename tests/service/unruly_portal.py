@@ -20,7 +20,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import DefaultOpenSSLContextFactory
 
-from firezone_tunnel.portal_connection import LoginUrl, PortalService
+from firezone_tunnel.portal_connection.service import PortalService
+from firezone_tunnel.portal_connection.url import LoginUrl
 
 TOKEN = "n.s3cret-T0ken"
 PATIENCE = 10.0  # seconds of real time after which a test fails rather than waits
