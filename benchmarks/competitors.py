@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import NamedTuple, Protocol
 from tests.system.hosts import Host
 from tests.system.network import GATEWAY, PRIVATE_NETWORK, Network
 from tests.system.product import Product
-from tests.system.programs import NotReady, Program
+from tests.system.programs import Program
 
 TUNNEL_MTU = 1280  # what Firezone's clients and gateways use
 _WIREGUARD_PORT = 51820
@@ -111,7 +110,7 @@ class WireGuardGo:
     def _start_end(self, host: Host, peer: Host, address: str, endpoint: str | None = None) -> Program:
         interface = _interface(host)
         program = host.spawn("wireguard-go", self.binary, "--foreground", interface, environment={"LOG_LEVEL": "error"})
-        _wait_for_control_socket(program, interface)
+        program.wait_until(_control_socket(interface).exists, "making its control socket")
         reach = ["endpoint", f"{endpoint}:{_WIREGUARD_PORT}"] if endpoint else []
         host.run(
             *("wg", "set", interface, "private-key", str(self._keys[host.name].private_file)),
@@ -209,14 +208,6 @@ def _interface(host: Host) -> str:
 
 def _control_socket(interface: str) -> Path:
     return Path("/var/run/wireguard") / f"{interface}.sock"
-
-
-def _wait_for_control_socket(program: Program, interface: str, timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not _control_socket(interface).exists():
-        if not program.is_running or time.monotonic() > deadline:
-            raise NotReady(f"{program.name} made no control socket:\n{program.output()}")
-        time.sleep(0.01)
 
 
 def _forward(gateway: Host) -> None:

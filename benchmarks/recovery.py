@@ -12,11 +12,9 @@ from benchmarks.cases import OURS, Figures
 from benchmarks.experiment import Wanted, network
 from tests.system.network import RELAYS, SERVER, WEB_PORT, Network
 from tests.system.product import Product
-from tests.system.programs import NotReady
 from tests.system.traffic import PING_INTERVAL, Answer, Download, Ping
 
 _REJOINED_WITHIN = 15.0  # seconds, after the portal is back
-_SETTLED_AFTER = 2.5  # seconds without another path: until then ICE may still leave the relay that is about to break
 
 
 class NothingBroke(Exception):
@@ -40,7 +38,7 @@ class Recovery:
             product.start()
             with Download(hosts.client, SERVER, WEB_PORT) as download, Ping(hosts.client, SERVER) as ping:
                 download.wait_for_more()
-                _wait_settled(product)
+                product.wait_settled()  # until then ICE may still leave the relay that is about to break
                 began = time.time()
                 event.happen(hosts, product)
                 ping.wait_steady(time.time())
@@ -64,18 +62,6 @@ def silence_in(answers: Sequence[Answer], *, since: float) -> float:
     return longest - PING_INTERVAL if longest > 2 * PING_INTERVAL else 0.0
 
 
-def _wait_settled(product: Product, timeout: float = 15.0) -> None:
-    """Block until the client has kept to one path for a while.
-
-    Raises: NotReady.
-    """
-    deadline = time.monotonic() + timeout
-    while time.time() - product.path()["timestamp"] < _SETTLED_AFTER:
-        if time.monotonic() > deadline:
-            raise NotReady(f"the client still changes its path after {timeout:g} s")
-        time.sleep(0.05)
-
-
 def _roam(hosts: Network, product: Product) -> None:
     hosts.roam(hosts.client)
 
@@ -96,12 +82,7 @@ def _restart_portal(hosts: Network, product: Product) -> None:
     """Killed and started again; over when everybody has joined it again."""
     product.portal.kill()
     product.start_portal()
-    deadline = time.monotonic() + _REJOINED_WITHIN
-    for program in (product.client, product.gateway):
-        while len(list(program.events("portal:joined"))) < 2:
-            if time.monotonic() > deadline:
-                raise NotReady(f"{program.name} has not joined the portal again")
-            time.sleep(0.05)
+    product.wait_rejoined(_REJOINED_WITHIN)
 
 
 class _Event(NamedTuple):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from aioice import Connection, TransportPolicy, turn
 
-from tests.service.relay_process import PASSWORD, USER, RelayProcess, address_of, udp, until
+from tests.polling import until
+from tests.service.relay_process import PASSWORD, USER, RelayProcess, address_of, udp
 
 _PEER_HOST = "127.0.0.3"
 _PATIENCE = 20.0

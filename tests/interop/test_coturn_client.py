@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.relay_process import PASSWORD, USER, RelayProcess, free_port, until
+from tests.polling import until
+from tests.service.relay_process import PASSWORD, USER, RelayProcess, free_port
 
 _CLIENT, _PEER = shutil.which("turnutils_uclient"), shutil.which("turnutils_peer")
 _PEER_HOST = "127.0.0.3"

@@ -20,6 +20,7 @@ from firezone_tunnel.stun.message import Kind, Message, Method
 from firezone_tunnel.turn.allocation import Allocation
 from firezone_tunnel.turn.channel import encode_channel_data, parse_channel_data
 from firezone_tunnel.turn.events import CandidateFound, CandidateLost, Failed, FailureReason
+from tests.polling import until
 
 HOST = "127.0.0.1"
 USERNAME, PASSWORD, REALM = "alice", "secret", "firezone"
@@ -149,12 +150,9 @@ class Coturn:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
-        deadline = time.monotonic() + PATIENCE
         with udp_socket() as probe:
             probe.settimeout(0.05)
-            while not self._answers(probe):
-                assert self._process.poll() is None, self._log.read_text()
-                assert time.monotonic() < deadline, "coturn did not start"
+            until(lambda: self._answers(probe), "coturn answered", PATIENCE)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -167,10 +165,7 @@ class Coturn:
 
     def wait_until_free(self, address: SocketAddress) -> None:
         """Block until coturn has closed the socket of an allocation; it takes a second for that."""
-        deadline = time.monotonic() + PATIENCE
-        while not self.is_free(address):
-            assert time.monotonic() < deadline, "the allocation lives on"
-            time.sleep(0.02)
+        until(lambda: self.is_free(address), "the allocation was closed", PATIENCE)
 
     def is_free(self, address: SocketAddress) -> bool:
         """Whether nobody has bound this address."""
@@ -182,10 +177,11 @@ class Coturn:
             return True
 
     def _answers(self, probe: socket.socket) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, self._log.read_text()
         probe.sendto(Message(Method.BINDING, Kind.REQUEST, os.urandom(12)).encode(), self.address)
         with contextlib.suppress(TimeoutError, ConnectionRefusedError):
             return bool(probe.recv(2048))
-        time.sleep(0.01)
         return False
 
 

@@ -33,6 +33,7 @@ from firezone_tunnel.wireguard.handshake import (
 )
 from firezone_tunnel.wireguard.peer import Expired, Peer, SessionEstablished
 from firezone_tunnel.wireguard.session import Session
+from tests.polling import until
 
 THEIR_ADDRESS, OUR_ADDRESS = "10.111.0.1", "10.111.0.2"
 INNER_PORT = 7000
@@ -352,11 +353,7 @@ class WireGuardGo:
         )
         stack.callback(control.unlink, missing_ok=True)
         stack.callback(stop, process)
-        deadline = time.monotonic() + PATIENCE
-        while not control.exists():
-            assert process.poll() is None, "wireguard-go ended at once"
-            assert time.monotonic() < deadline, "wireguard-go did not start"
-            time.sleep(0.01)
+        until(control.exists, "wireguard-go had a control socket", PATIENCE)
         self._wg("set", self._name, "private-key", self._file("private", bytes(self._key.private)))
         run("ip", "-n", self._name, "address", "add", f"{THEIR_ADDRESS}/24", "dev", self._name)
         run("ip", "-n", self._name, "link", "set", self._name, "up", "mtu", "1280")

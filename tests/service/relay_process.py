@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +159,3 @@ def free_port() -> int:
         with udp("127.0.0.1") as one:
             if one.getsockname()[1] < FIRST_ALLOCATED_PORT:
                 return int(one.getsockname()[1])
-
-
-def until(condition: Any, timeout: float = PATIENCE) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.02)

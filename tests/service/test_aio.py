@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,7 +122,7 @@ def test_an_interrupted_program_leaves_the_host_as_it_was(lab: Lab, product: Pro
                         print("up", flush=True)
         """,
     )
-    _wait_for_output(program, "up")
+    program.wait_until(lambda: "up" in program.output(), "saying that it is up", timeout=20)
     assert _host_state(lab) != before
 
     program.send_signal(signal.SIGINT)
@@ -272,14 +271,6 @@ def _spawn_script(lab: Lab, text: str) -> Program:  # noqa: F811
 def _run(text: str, *prefix: str) -> subprocess.CompletedProcess[str]:
     command = [*prefix, sys.executable, "-c", _script(text)]
     return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=30, check=False)
-
-
-def _wait_for_output(program: Program, text: str, timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while text not in program.output():
-        assert program.is_running, program.output()
-        assert time.monotonic() < deadline, program.output()
-        time.sleep(0.02)
 
 
 def _host_state(lab: Lab) -> list[str]:  # noqa: F811

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -180,13 +181,7 @@ def test_what_twisted_logs_is_among_ours_at_its_level(opened: Callable[..., LogW
 
 def _read_until_quiet(descriptor: int) -> str:
     """All that comes until nothing has come for half a second."""
-    os.set_blocking(descriptor, False)
     received = bytearray()
-    quiet_since = time.monotonic()
-    while time.monotonic() - quiet_since < 0.5:
-        try:
-            received += os.read(descriptor, 1 << 16)
-            quiet_since = time.monotonic()
-        except BlockingIOError:
-            time.sleep(0.01)
+    while select.select([descriptor], [], [], 0.5)[0]:
+        received += os.read(descriptor, 1 << 16)
     return received.decode()

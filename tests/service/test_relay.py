@@ -16,7 +16,8 @@ import pytest
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Method
-from tests.service.relay_process import RelayProcess, TurnClient, address_of, code_of, free_port, udp, until
+from tests.polling import until
+from tests.service.relay_process import RelayProcess, TurnClient, address_of, code_of, free_port, udp
 
 _UDP_SEGMENT, _UDP_GRO = 103, 104  # <linux/udp.h>
 _PEER = "127.0.0.3"  # an address that no interface has, and so not the relay's own

@@ -15,7 +15,8 @@ import pytest
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Method
-from tests.service.relay_process import RelayProcess, TurnClient, address_of, code_of, free_port, udp, until
+from tests.polling import until
+from tests.service.relay_process import RelayProcess, TurnClient, address_of, code_of, free_port, udp
 
 _PEER = "127.0.0.3"
 _LOWEST, _HIGHEST = 55_000, 55_999

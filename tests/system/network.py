@@ -9,12 +9,10 @@ Unless something else is asked for there are no NATs: client and gateway are on 
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 from tests.system import nat as nats
 from tests.system.hosts import Host, Lab, Switch
-from tests.system.programs import NotReady, Program
 
 PORTAL = "203.0.113.10"  # RFC 5737 and RFC 3849: addresses for documentation
 CLIENT = "203.0.113.20"
@@ -90,7 +88,9 @@ class Network:
         web = self.server.spawn("web", sys.executable, script, str(WEB_PORT))
         iperf = self.server.spawn("iperf3", "iperf3", "--server", "--port", str(IPERF_PORT))
         web.wait_ready()
-        _wait_listening(iperf, IPERF_PORT)
+        iperf.wait_until(
+            lambda: iperf.is_running and _is_listening(iperf.pid, IPERF_PORT), f"listening on port {IPERF_PORT}"
+        )
 
     def _on_the_internet(self, name: str, *addresses: str) -> Host:
         host = self.lab.host(name)
@@ -115,16 +115,8 @@ class Network:
         return provider
 
 
-def _wait_listening(program: Program, port: int, timeout: float = 10.0) -> None:
-    """Block until somebody listens on that TCP port on the program's host, without connecting to it."""
-    deadline = time.monotonic() + timeout
-    while not _is_listening(program.pid, port):
-        if not program.is_running or time.monotonic() > deadline:
-            raise NotReady(f"{program.name} does not listen on port {port}:\n{program.output()}")
-        time.sleep(0.01)
-
-
 def _is_listening(pid: int, port: int) -> bool:
+    """Whether somebody listens on that TCP port on the host of a process; it isn't connected to."""
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             local, state = line.split()[1], line.split()[3]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.system.hosts import Host
 from tests.system.network import PORTAL, PRIVATE_NETWORK, PRIVATE_NETWORK_IPV6, RELAYS, Network
-from tests.system.programs import NotReady, Program
+from tests.system.programs import Program
 
 PORTAL_PORT = 8081
 _PATH_EVENTS = ("tunnel:connection_established", "tunnel:path_changed")
@@ -127,22 +127,25 @@ class Product:
 
         Raises: NotReady.
         """
-        deadline = time.monotonic() + timeout
-        while time.time() - self.path()["timestamp"] < seconds:
-            if time.monotonic() > deadline:
-                raise NotReady(f"no path lasted {seconds:g} s within {timeout:g} s:\n{self.client.output()}")
-            time.sleep(0.02)
+        self.client.wait_until(
+            lambda: time.time() - self.path()["timestamp"] >= seconds, f"keeping to one path for {seconds:g} s", timeout
+        )
 
     def wait_path(self, path: str, timeout: float = 10.0) -> None:
         """Block until the client uses such a path, "direct" or "relayed".
 
         Raises: NotReady.
         """
-        deadline = time.monotonic() + timeout
-        while self.path()["path"] != path:
-            if time.monotonic() > deadline:
-                raise NotReady(f"no {path} path within {timeout:g} s:\n{self.client.output()}")
-            time.sleep(0.02)
+        self.client.wait_until(lambda: self.path()["path"] == path, f"using a {path} path", timeout)
+
+    def wait_rejoined(self, timeout: float) -> None:
+        """Block until everybody has joined the portal a second time.
+
+        Raises: NotReady.
+        """
+        for name, program in self._programs.items():
+            if name != "portal":
+                program.wait_until(partial(_has_rejoined, program), "joining the portal again", timeout)
 
     def stop(self) -> dict[str, int]:
         """End the client, the gateway, the relays and the portal, in this order; returns their exit codes."""
@@ -174,6 +177,10 @@ class Product:
             if program in host.programs:
                 host.programs.remove(program)
         return program.stop()
+
+
+def _has_rejoined(program: Program) -> bool:
+    return len(list(program.events("portal:joined"))) >= 2
 
 
 def _own_paths(host: Host) -> tuple[str, ...]:

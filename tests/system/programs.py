@@ -8,12 +8,13 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-_POLL = 0.02
+from tests.polling import until
+
+_T = TypeVar("_T")
 
 
 class NotReady(Exception):
@@ -68,30 +69,42 @@ class Program:
 
         Raises: NotReady.
         """
-        self._wait(self._said_ready, timeout, "being ready")
+        self.wait_until(self._said_ready, "being ready", timeout)
 
     def wait_for(self, message_type: str, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
         """Block until the program has logged such a message with these fields, and return it.
 
         Raises: NotReady.
         """
-        found: list[dict[str, Any]] = []
-
-        def was_logged() -> bool:
-            found.extend(self.events(message_type, **fields))
-            return bool(found)
-
-        self._wait(was_logged, timeout, f"logging {message_type} {fields or ''}")
-        return found[0]
+        what = f"logging {message_type} {fields or ''}"
+        return self.wait_until(lambda: next(self.events(message_type, **fields), None), what, timeout)
 
     def wait_exit(self, timeout: float = 10.0) -> int:
         """Block until the program has ended by itself; returns its exit code.
 
         Raises: NotReady.
         """
-        self._wait(lambda: not self.is_running, timeout, "ending")
+        self.wait_until(lambda: not self.is_running, "ending", timeout)
         self._close()
         return self.process.wait()
+
+    def wait_until(self, ask: Callable[[], _T | None], what: str, timeout: float = 10.0) -> _T:
+        """Block until the answer is true, as it must be before the program has ended, and return it.
+
+        Raises: NotReady.
+        """
+
+        def answer() -> _T | None:
+            was_running = self.is_running
+            found = ask()
+            if not found and not was_running:
+                raise NotReady(f"{self.name} ended with {self.process.returncode} before {what}:\n{self._tail()}")
+            return found
+
+        try:
+            return until(answer, what, timeout)
+        except TimeoutError as error:
+            raise NotReady(f"{self.name}: {error}:\n{self._tail()}") from None
 
     def events(self, message_type: str | None = None, **fields: Any) -> Iterator[dict[str, Any]]:
         """What it logged as JSON since it started, oldest first."""
@@ -147,15 +160,6 @@ class Program:
                 if b"READY=1" in self._notify.recv(4096, socket.MSG_DONTWAIT).split(b"\n"):
                     return True
         return False
-
-    def _wait(self, is_done: Callable[[], bool], timeout: float, what: str) -> None:
-        deadline = time.monotonic() + timeout
-        while not is_done():
-            if not self.is_running and not is_done():
-                raise NotReady(f"{self.name} ended with {self.process.returncode} before {what}:\n{self._tail()}")
-            if time.monotonic() > deadline:
-                raise NotReady(f"{self.name} took more than {timeout:g} s before {what}:\n{self._tail()}")
-            time.sleep(_POLL)
 
     def _tail(self) -> str:
         return "\n".join(self.output().splitlines()[-15:])

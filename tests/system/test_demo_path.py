@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
+from tests.polling import until
 from tests.system.hosts import Host, Lab
 from tests.system.network import PRIVATE_NETWORK, SERVER, SERVER_IPV6, WEB_PORT, Network
 from tests.system.product import REFUSED_PORT, SEED, Product
@@ -125,12 +125,12 @@ def test_a_resource_that_is_added_and_removed_while_everything_runs(network: Net
     private_only = seed.read_text().replace(f'address = "{PRIVATE_NETWORK}"', 'address = "10.99.0.0/24"')
     seed.write_text(private_only)
     product.portal.send_signal(signal.SIGHUP)
-    wait_until(lambda: not routes_to(network.client, SERVER))
+    until(lambda: not routes_to(network.client, SERVER))
     assert download(network, 1, patience=1) is None
 
     seed.write_text(SEED)
     product.portal.send_signal(signal.SIGHUP)
-    wait_until(lambda: routes_to(network.client, SERVER))
+    until(lambda: routes_to(network.client, SERVER))
     assert download(network, 1) == 1
 
 
@@ -198,13 +198,6 @@ def download(network: Network, count: int, *, server: str = SERVER, patience: fl
 def routes_to(host: Host, address: str) -> bool:
     """Whether the host sends packets for an address into the tunnel."""
     return "tun-firezone" in host.run("ip", "route", "get", address, check=False).stdout
-
-
-def wait_until(is_so: Callable[[], bool], timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not is_so():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def tunnel_addresses(host: Host) -> str:

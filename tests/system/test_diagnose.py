@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,9 +81,7 @@ def test_strict_reverse_path_filtering_is_told_and_no_obstacle(host: Host) -> No
 
 def test_another_instance_is_told(host: Host) -> None:
     holder = host.spawn("holder", sys.executable, "-c", _HOLD, environment={"PYTHONPATH": str(_ROOT)})
-    while "held" not in holder.output():
-        assert holder.is_running
-        time.sleep(0.02)
+    holder.wait_until(lambda: "held" in holder.output(), "being the gateway")
 
     code, found = _diagnose(host)
 

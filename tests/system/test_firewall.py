@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from firezone_tunnel.host.firewall import GatewayFirewall
 from firezone_tunnel.host.kernel import FIREZONE_MARK
 from firezone_tunnel.host.rpfilter import ReplyMarks
 from firezone_tunnel.host.worker import Worker
+from tests.polling import until
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
 
@@ -198,10 +198,13 @@ async def test_originals_of_an_earlier_boot_do_not_count(
 async def test_a_host_keeps_the_default_route_it_was_advertised(network: Network, firewall: GatewayFirewall) -> None:
     network.gateway.sysctl("net.ipv6.conf.eth1.accept_ra", "1")
     network.server.add_address("eth0", "fe80::1/64")
-    deadline = time.monotonic() + 5
-    while "default" not in network.gateway.ip("-6", "route") and time.monotonic() < deadline:
+
+    def has_default_route() -> bool:
         with inside(network.server):
             advertise_router("eth0")
+        return "default" in network.gateway.ip("-6", "route")
+
+    until(has_default_route)
 
     await firewall.install()
 

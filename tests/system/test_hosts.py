@@ -63,8 +63,7 @@ def test_closing_ends_every_process_on_the_hosts(lab: Lab) -> None:
     host = lab.host("alice")
     program = host.spawn("a", "sh", "-c", "setsid sleep 600 & echo $! > orphan; wait")
     orphan = host.directory / "orphan"
-    while not (orphan.exists() and orphan.read_text().endswith("\n")):
-        assert program.is_running
+    program.wait_until(lambda: orphan.exists() and orphan.read_text().endswith("\n"), "telling the process")
     pid = int(orphan.read_text())
 
     lab.close()

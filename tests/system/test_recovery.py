@@ -17,7 +17,6 @@ import pytest
 from tests.system.hosts import Host, Lab
 from tests.system.network import RELAYS, SERVER, WEB_PORT, Network
 from tests.system.product import Product
-from tests.system.programs import Program
 from tests.system.traffic import Download, Ping
 
 pytestmark = pytest.mark.namespaces
@@ -104,17 +103,12 @@ def test_a_portal_that_is_killed_and_started_again_is_not_noticed(lab: Lab) -> N
     with _scene(lab, "symmetric") as scene:
         scene.product.portal.kill()
         scene.product.start_portal()
-        for program in (scene.product.client, scene.product.gateway, scene.product.relay()):
-            wait_until(lambda program=program: _joins(program) == 2, timeout=RESTARTED_PORTAL)
+        scene.product.wait_rejoined(timeout=RESTARTED_PORTAL)
 
         scene.ping.wait_steady(time.time())
 
         numbers = [answer.number for answer in scene.ping.answers()]
         assert numbers == list(range(1, len(numbers) + 1))
-
-
-def _joins(program: Program) -> int:
-    return len(list(program.events("portal:joined")))
 
 
 class Scene(NamedTuple):
@@ -149,13 +143,6 @@ def _scene(lab: Lab, nat: str, *, relays: tuple[str, ...] = ("relay",), download
         assert product.path()["path"] == ("direct" if network.nat.is_direct else "relayed")
         yield Scene(network, product, ping, downloading)
     product.stop()
-
-
-def wait_until(is_so: Callable[[], bool], timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not is_so():
-        assert time.monotonic() < deadline, f"it did not happen within {timeout:g} s"
-        time.sleep(0.02)
 
 
 def _relay_in_use(product: Product) -> str:

@@ -10,6 +10,7 @@ import time
 from types import TracebackType
 from typing import NamedTuple
 
+from tests.polling import until
 from tests.system.hosts import Host
 from tests.system.namespace import inside
 from tests.system.programs import Program
@@ -56,16 +57,17 @@ class Ping:
 
         Returns how many seconds after `moment` the first of these answers arrived.
 
-        Raises: AssertionError.
+        Raises: NotReady.
         """
-        deadline = time.time() + timeout
-        while True:
+
+        def first_of_many() -> Answer | None:
             later = [answer for answer in self.answers() if answer.sent_at >= moment]
             for first, last in zip(later, later[_STEADY - 1 :], strict=False):
                 if last.number - first.number < _STEADY + 1:  # one may get lost
-                    return first.arrived_at - moment
-            assert time.time() < deadline, f"no steady answers for {timeout:g} s, {len(later)} in all"
-            time.sleep(PING_INTERVAL)
+                    return first
+            return None
+
+        return self._program.wait_until(first_of_many, "getting steady answers", timeout).arrived_at - moment
 
 
 class Download:
@@ -96,15 +98,16 @@ class Download:
     def wait_for_more(self, count: int = 1_000_000, timeout: float = 20.0) -> None:
         """Block until so many more bytes have come on this same connection.
 
-        Raises: AssertionError.
+        Raises: AssertionError, where it broke; TimeoutError.
         """
-        wanted, deadline = self.received + count, time.monotonic() + timeout
-        while self.received < wanted:
-            assert self.error is None, f"the TCP connection broke: {self.error}"
-            assert time.monotonic() < deadline, (
-                f"{wanted - self.received} of {count} bytes are missing after {timeout:g} s"
-            )
-            time.sleep(0.02)
+        wanted = self.received + count
+
+        def has_come() -> bool:
+            is_enough = self.received >= wanted
+            assert is_enough or self.error is None, f"the TCP connection broke: {self.error}"
+            return is_enough
+
+        until(has_come, f"{count} more bytes had come", timeout)
 
     def _run(self, server: str) -> None:
         try:
