@@ -363,13 +363,11 @@ def open_rows(cipher: ChaCha20Poly1305, jobs: Sequence[_Job]) -> list[int]:
     """Decrypt packets in place, and say which of them are not authentic."""
     decrypt_into = cipher.decrypt_into
     failed: list[int] = []
-    done = 0
-    for nonce, packet, sealed in jobs:
+    for row, (nonce, packet, sealed) in enumerate(jobs):
         try:
             decrypt_into(nonce, sealed, None, packet)
         except InvalidTag:
-            failed.append(done)
-        done += 1  # noqa: SIM113
+            failed.append(row)
     return failed
 
 
