@@ -87,7 +87,7 @@ class _Runs:
         started = time.monotonic()
         try:
             figures = experiment.run(wanted)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others' figures are worth having
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others' figures are worth having
             self.failures.append(f"{round_name}, {experiment.title}: {_describe(error)}")
             self._console.print(f"FAILED: {self.failures[-1]}", soft_wrap=True, markup=False)
             return

@@ -107,7 +107,8 @@ class Session:
         )
         loop = asyncio.get_running_loop()
         has_ended = events.when_ended().asFuture(loop)  # the session has it, and so keeps the task
-        loop.create_task(_close_with_loop(session, has_ended), name="firezone_tunnel session")  # noqa: RUF006
+        closing = _close_with_loop(session, has_ended)
+        loop.create_task(closing, name="firezone_tunnel session")  # noqa: RUF006  # has_ended keeps it
         return Connected(cls(session), EventStream(events))
 
     def reset(self, reason: str) -> None:
@@ -194,7 +195,7 @@ def install_reactor() -> Any:
     loop = asyncio.get_running_loop()
     reactor: Any = sys.modules.get("twisted.internet.reactor")
     if reactor is None:
-        asyncioreactor.install(loop)  # type: ignore[no-untyped-call]
+        asyncioreactor.install(loop)  # type: ignore[no-untyped-call]  # Twisted has no types here
         from twisted.internet import reactor
     elif not isinstance(reactor, asyncioreactor.AsyncioSelectorReactor):
         raise FirezoneError(
@@ -214,7 +215,7 @@ def install_reactor() -> Any:
 
 
 def _ignore_cancelled(failure: Failure) -> None:
-    failure.trap(CancelledError)  # type: ignore[no-untyped-call]
+    failure.trap(CancelledError)  # type: ignore[no-untyped-call]  # Twisted has no types here
 
 
 async def _close_with_loop(session: twisted_session.Session, has_ended: asyncio.Future[None]) -> None:

@@ -170,7 +170,7 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
         return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-class PortalFactory(WebSocketServerFactory):  # type: ignore[misc]
+class PortalFactory(WebSocketServerFactory):  # type: ignore[misc]  # Autobahn has no types
     """Makes a protocol for each connection to the portal's port."""
 
     log = _NO_LOG

@@ -47,7 +47,7 @@ class Listener(Protocol):
 
 
 @implementer(IPushProducer)
-class PortalProtocol(WebSocketClientProtocol):  # type: ignore[misc]
+class PortalProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Autobahn has no types
     """Upgrades, then carries text frames. Pings and close frames are answered by Autobahn."""
 
     def __init__(self, request: bytes, key: bytes, listener: Listener, utc_clock: Callable[[], float]) -> None:
@@ -171,7 +171,7 @@ class PortalProtocol(WebSocketClientProtocol):  # type: ignore[misc]
             self._refusal_timer.cancel()
 
 
-class PortalFactory(WebSocketClientFactory):  # type: ignore[misc]
+class PortalFactory(WebSocketClientFactory):  # type: ignore[misc]  # Autobahn has no types
     """Makes the protocol of one attempt."""
 
     noisy = False

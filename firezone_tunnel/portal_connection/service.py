@@ -131,7 +131,7 @@ class PortalService(Service):
         """
         Raises: ConfigurationError, where no certificate could ever be for the portal's host name.
         """
-        super().startService()  # type: ignore[no-untyped-call]
+        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
         if self._url.is_secure and self._tls is None:
             self._tls = _tls_options(self._url.host, self._trust)
         self._timer = self._make_timer(self._timed_out)
@@ -140,7 +140,7 @@ class PortalService(Service):
 
     def stopService(self) -> Deferred[None]:
         """Close the WebSocket in good order, or, after a second, without."""
-        super().stopService()  # type: ignore[no-untyped-call]
+        super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
         self._is_wanted = False
         self._channel.close()
         self._pump()
@@ -262,8 +262,11 @@ def trust_from_file(path: Path) -> Any:
         certificates = x509.load_pem_x509_certificates(path.read_bytes())
     except (OSError, ValueError) as problem:
         raise ConfigurationError(f"Cannot read CA certificates in {path}: {problem}") from problem
-    trusted = [ssl.Certificate(crypto.X509.from_cryptography(one)) for one in certificates]  # type: ignore[no-untyped-call]
-    return ssl.trustRootFromCertificates(trusted)  # type: ignore[no-untyped-call]
+    trusted = [
+        ssl.Certificate(crypto.X509.from_cryptography(one))  # type: ignore[no-untyped-call]  # Twisted has no types here
+        for one in certificates
+    ]
+    return ssl.trustRootFromCertificates(trusted)  # type: ignore[no-untyped-call]  # Twisted has no types here
 
 
 class _Attempt:

@@ -33,11 +33,11 @@ class HealthServer(Service):
         """
         Raises: InUseError, PlatformError.
         """
-        super().startService()  # type: ignore[no-untyped-call]
-        root = Resource()  # type: ignore[no-untyped-call]
+        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        root = Resource()  # type: ignore[no-untyped-call]  # Twisted has no types here
         root.putChild(b"healthz", _Answer(lambda: True))
         root.putChild(b"readyz", _Answer(self._is_ready))
-        site = Site(root)  # type: ignore[no-untyped-call]
+        site = Site(root)  # type: ignore[no-untyped-call]  # Twisted has no types here
         site.noisy = False
         host, port = self._address
         try:
@@ -51,7 +51,7 @@ class HealthServer(Service):
         log.debug("health:listening", address=str(self._address))
 
     def stopService(self) -> Deferred[Any]:
-        super().stopService()  # type: ignore[no-untyped-call]
+        super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
         port, self._port = self._port, None
         return maybeDeferred(lambda: port.stopListening() if port is not None else None)
 
@@ -60,7 +60,7 @@ class _Answer(Resource):
     isLeaf = True
 
     def __init__(self, is_well: Callable[[], bool]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # Twisted has no types here
         self._is_well = is_well
 
     def render_GET(self, request: Any) -> bytes:

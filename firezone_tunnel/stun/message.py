@@ -102,7 +102,7 @@ class Message:
         """The value of the first such attribute; None where there is none."""
         for present, value in self.attributes:
             if present.number == attribute.number:
-                return value  # type: ignore[no-any-return]
+                return value  # type: ignore[no-any-return]  # the same number is the same attribute: a T
         return None
 
     def get_all(self, attribute: Attribute[T]) -> list[T]:

@@ -157,11 +157,12 @@ class _Connecting:
     def _fail(self, number: int) -> None:
         self._close()
         reason = (number, f"{os.strerror(number)} ({self._address})")
-        self.done.errback(error.getConnectError(reason))  # type: ignore[no-untyped-call]
+        self.done.errback(error.getConnectError(reason))  # type: ignore[no-untyped-call]  # Twisted has no types here
 
     def _cancelled(self, deferred: Deferred[IProtocol]) -> None:
         self._close()
-        deferred.errback(error.ConnectingCancelledError(self._address))  # type: ignore[no-untyped-call]
+        cancelled = error.ConnectingCancelledError(self._address)  # type: ignore[no-untyped-call]  # Twisted has no types here
+        deferred.errback(cancelled)
 
     def _close(self) -> None:
         if self._timer is not None and self._timer.active():
@@ -219,7 +220,7 @@ class _Race:
             if len(self._failures) == 1 or isinstance(failure.value, PlatformError):
                 return failure
         reasons = "; ".join(str(failure.value) for failure in self._failures)
-        return Failure(error.ConnectError(string=reasons))  # type: ignore[no-untyped-call]
+        return Failure(error.ConnectError(string=reasons))  # type: ignore[no-untyped-call]  # Twisted has no types here
 
     def _stop(self) -> None:
         self._stop_timer()
