@@ -35,6 +35,7 @@ lint: $(VENV)/installed ## style, types, imports, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p firezone_tunnel
+	$(BIN)/mypy --explicit-package-bases --namespace-packages benchmarks demo
 	$(BIN)/lint-imports
 	tools/lint-shell
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
@@ -57,9 +57,9 @@ def aead(encrypt_into: Callable[..., object]) -> Callable[[], object]:
 def seal_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
     sends = [(first, count, SlotBuffer()) for first, count in plan(packet)]
 
-    def seal(cipher: object) -> None:
+    def seal(cipher: Any) -> None:
         for first, count, buffer in sends:
-            buffer.seal(cipher, 1, first, packet, first_segment=first, count=count)  # type: ignore[arg-type]
+            buffer.seal(cipher, 1, first, packet, first_segment=first, count=count)
 
     yield Case(f"seal ({len(sends)} sends)", lambda: seal(cipher))
     yield Case("seal, all but the AEAD", lambda: seal(NoCipher))
@@ -72,17 +72,17 @@ def open_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
         received.append((ReceiveBuffer(), bytes(datagrams), {"length": len(datagrams), "segment_size": size}))
     arena = Arena()
 
-    def open_all(cipher: object) -> list[tuple[memoryview, dict[str, int]]]:
+    def open_all(cipher: Any) -> list[tuple[memoryview, dict[str, Any]]]:
         batches = []
         for buffer, datagrams, shape in received:
             buffer.view[: len(datagrams)] = datagrams
             assert buffer.common_receiver(**shape) == 1
-            opened = buffer.open(cipher, **shape)  # type: ignore[arg-type]
+            opened = buffer.open(cipher, **shape)
             assert not opened.failed
             batches.append((buffer.view, opened.where()))
         return batches
 
-    def merge(batches: list[tuple[memoryview, dict[str, int]]]) -> None:
+    def merge(batches: list[tuple[memoryview, dict[str, Any]]]) -> None:
         arena.reset()
         for view, where in batches:
             assert len(coalesce(view, **where, arena=arena)) == 1

@@ -29,6 +29,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 from tests.system.programs import Program
 
@@ -51,7 +52,7 @@ class Lab:
         self.name = f"{PREFIX}{os.getpid()}x{next(_lab_numbers)}"
         self.hosts: dict[str, Host] = {}
         self.directory = Path()
-        self._previous_handlers: dict[int, object] = {}
+        self._previous_handlers: dict[int, Any] = {}
         self._is_open = False
 
     def __enter__(self) -> Lab:
@@ -116,7 +117,7 @@ class Lab:
 
     def _restore_signals(self) -> None:
         for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
         self._previous_handlers.clear()
 
 
@@ -168,7 +169,7 @@ class Host:
         Raises: CalledProcessError (with `check`), TimeoutExpired.
         """
         source = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
-        return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        return subprocess.run(
             self.command(*command), check=check, timeout=timeout, capture_output=True, text=True, **source
         )
 

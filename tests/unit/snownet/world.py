@@ -6,6 +6,7 @@ import hashlib
 import heapq
 from collections.abc import Callable, Iterable
 from itertools import count
+from typing import Any
 
 from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.ice.agent import Credentials
@@ -62,21 +63,21 @@ class Host:
             for index in range(packet.segments)
         ]
 
-    def of(self, kind: type[NodeEvent]) -> list[NodeEvent]:
+    def of(self, kind: Any) -> list[Any]:
         return [event for _, event in self.events if isinstance(event, kind)]
 
     def is_established(self, peer: Host) -> bool:
         told = [
             event
-            for event in self.of(ConnectionEstablished | ConnectionFailed | ConnectionClosed)  # type: ignore[arg-type]
+            for event in self.of(ConnectionEstablished | ConnectionFailed | ConnectionClosed)
             if event.cid == peer.name
         ]
         return bool(told) and isinstance(told[-1], ConnectionEstablished)
 
     def path(self, peer: Host) -> tuple[SocketAddress, SocketAddress]:
         """Where datagrams for a peer leave from and go to, as last told."""
-        told = [event for event in self.of(ConnectionEstablished | PathChanged) if event.cid == peer.name]  # type: ignore[arg-type]
-        return told[-1].local, told[-1].remote  # type: ignore[union-attr]
+        told = [event for event in self.of(ConnectionEstablished | PathChanged) if event.cid == peer.name]
+        return told[-1].local, told[-1].remote
 
     def failure(self) -> tuple[float, str]:
         """When and why the only connection that failed did so."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import Any
+from typing import Any, TypeVar
 
 import attrs
 
@@ -26,6 +26,8 @@ from tests.unit.snownet import world as snownet
 from tests.unit.snownet.world import LATENCY, stream
 
 SITE = Site(id="hq", name="HQ")
+
+_D = TypeVar("_D", bound="Device")
 
 
 class Device(snownet.Host):
@@ -362,7 +364,7 @@ class World(snownet.World):
     def later(self, seconds: float, call: Any) -> None:
         self._later(seconds, call)
 
-    def _add(self, device: Any) -> Any:
+    def _add(self, device: _D) -> _D:
         self.devices[device.name] = self.hosts[device.name] = device
         return device
 
@@ -410,9 +412,9 @@ def arrives(world: World, sender: Device, receiver: Device, packet: SuperPacket)
     return data in [bytes(one.data) for one in receiver.received[before:]]
 
 
-def answers(world: World, client: Client, gateway: Gateway, source: str = "10.20.0.5", **ports: int) -> bool:
+def answers(world: World, client: Client, gateway: Gateway, source: str = "10.20.0.5", *, port: int = 5000) -> bool:
     """Whether a packet from a resource reaches the client's host now."""
-    return arrives(world, gateway, client, answer("does it come back", source, **ports))
+    return arrives(world, gateway, client, answer("does it come back", source, port=port))
 
 
 def datagram(
