@@ -170,9 +170,9 @@ def _own_nodes(scope: ast.AST) -> Iterator[ast.expr | ast.stmt]:
             children = [node.elt]
         for child in children:
             if isinstance(child, ast.comprehension):
-                child.lineno = node.lineno  # type: ignore[attr-defined]
+                child.lineno = node.lineno
         waiting += children
-        yield node  # type: ignore[misc]
+        yield node
 
 
 def _scopes(tree: ast.Module) -> Iterator[ast.AST]:
@@ -188,7 +188,7 @@ def _set_attributes(tree: ast.Module) -> frozenset[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
             fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
-            found |= {one.target.id for one in fields if _is_set_annotation(one.annotation)}  # type: ignore[union-attr]
+            found |= {one.target.id for one in fields if _is_set_annotation(one.annotation)}
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Attribute):
             if _is_set_annotation(node.annotation):
                 found.add(node.target.attr)

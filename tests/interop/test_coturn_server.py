@@ -278,7 +278,7 @@ class Driver:
             assert time.monotonic() < deadline, "it never happened"
             self.refresh()
             answered = len(self.answers)
-            self.pump_until(lambda before=answered: len(self.answers) > before)  # type: ignore[misc]
+            self.pump_until(lambda before=answered: len(self.answers) > before)
 
     def pump_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -295,7 +295,7 @@ class Driver:
             self._offset += max(0.0, timeout.at - self.now)
             expected = len(self.answers) - self._sent
             self._serve_timers()
-            self.pump_until(lambda missing=expected: len(self.answers) - self._sent >= missing)  # type: ignore[misc]
+            self.pump_until(lambda missing=expected: len(self.answers) - self._sent >= missing)
         self._offset += max(0.0, end - self.now)
 
     def _serve_timers(self) -> None:

@@ -88,7 +88,7 @@ def test_we_renew_the_session_twice(tunnel: Tunnel) -> None:
         tunnel.ours.clock_offset += 120.0
         tunnel.ours.send(b"due")
         assert tunnel.theirs.receive() == b"due"
-        tunnel.ours.pump_until(lambda expected=1 + renewals: tunnel.ours.established == expected)  # type: ignore[misc]
+        tunnel.ours.pump_until(lambda expected=1 + renewals: tunnel.ours.established == expected)
 
         tunnel.assert_traffic_flows()
         tunnel.ours.transmit(delayed)

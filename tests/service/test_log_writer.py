@@ -85,7 +85,7 @@ def test_lines_for_people_have_the_time_the_level_and_the_fields(opened: Callabl
 
 def test_a_terminal_gets_colours_and_a_pipe_none(opened: Callable[..., LogWriter]) -> None:
     terminal, pipe = io.StringIO(), io.StringIO()
-    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    terminal.isatty = lambda: True
     writers = opened(terminal, "human"), opened(pipe, "human")
 
     log.error("area:failed")
@@ -165,7 +165,7 @@ def test_what_twisted_logs_is_among_ours_at_its_level(opened: Callable[..., LogW
     try:
         raise ZeroDivisionError("no")
     except ZeroDivisionError:
-        twisted.failure("it failed", Failure())  # type: ignore[no-untyped-call]
+        twisted.failure("it failed", Failure())
     log.set_threshold(log.DEBUG)
     twisted.info("shown now")
     writer.close()

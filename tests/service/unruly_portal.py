@@ -101,7 +101,7 @@ class Clock:
         self.now = end
 
 
-class Peer(WebSocketServerProtocol):  # type: ignore[misc]
+class Peer(WebSocketServerProtocol):
     """One WebSocket of the portal: it joins whoever asks, unless told otherwise."""
 
     answers_join = True

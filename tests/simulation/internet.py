@@ -277,8 +277,8 @@ class Punctual(Host):
 
 def way(host: Host, peer: Host) -> str:
     """How the connection to a peer leads, as last told: "direct" or "relayed"."""
-    told = [one for one in host.of(ConnectionEstablished | PathChanged) if one.cid == peer.name]  # type: ignore[arg-type,union-attr]
-    return told[-1].path  # type: ignore[union-attr]
+    told = [one for one in host.of(ConnectionEstablished | PathChanged) if one.cid == peer.name]
+    return told[-1].path
 
 
 def exchange(internet: Internet, client: Host, gateway: Host, *, within: float) -> float:

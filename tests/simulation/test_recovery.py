@@ -88,7 +88,7 @@ def test_a_relay_that_falls_silent_is_left_within_five_seconds(whose: str, after
     assert in_use(internet, host, peer) is not relay
     internet.run(40.0)
     _assert_healthy(internet, client, gateway)
-    assert [event.rid for event in host.of(RelayFailed)] == [relay.rid]  # type: ignore[union-attr]
+    assert [event.rid for event in host.of(RelayFailed)] == [relay.rid]
 
 
 @pytest.mark.parametrize("outage", [0.5, 3.0])
@@ -203,8 +203,8 @@ def test_relays_that_never_answer_are_told_and_do_not_hinder_a_direct_connection
 
     assert way(client, gateway) == way(gateway, client) == "direct"
     for host in (client, gateway):
-        assert [event.is_last for event in host.of(RelayFailed)] == [False, True]  # type: ignore[union-attr]
-        assert "did not answer" in host.of(RelayFailed)[0].reason  # type: ignore[union-attr]
+        assert [event.is_last for event in host.of(RelayFailed)] == [False, True]
+        assert "did not answer" in host.of(RelayFailed)[0].reason
 
 
 def test_without_any_relay_peers_behind_nats_fail_and_are_told_so() -> None:
@@ -284,7 +284,7 @@ def test_a_second_connection_made_later_gets_the_candidates_of_all_relays() -> N
 
     assert internet.run_until(lambda: bool(gateway.texts(late)), within=1.0) < 0.25
 
-    told = [text for event in gateway.of(NewCandidates) if event.cid == "late" for text in event.candidates]  # type: ignore[union-attr]
+    told = [text for event in gateway.of(NewCandidates) if event.cid == "late" for text in event.candidates]
     assert {text.split()[4] for text in told if " relay " in text} == {
         host for relay in internet.relays for host in relay.hosts
     }

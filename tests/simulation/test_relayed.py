@@ -210,7 +210,7 @@ def test_when_the_direct_path_opens_the_connection_takes_it_and_loses_no_packet(
     assert client.texts() == gateway.texts() == [str(number) for number in range(200)]
     for host in (client, gateway):
         assert len(host.of(ConnectionEstablished)) == 1
-        assert [event.path for event in host.of(PathChanged)][-1:] == ["direct"]  # type: ignore[union-attr]
+        assert [event.path for event in host.of(PathChanged)][-1:] == ["direct"]
 
 
 def test_when_the_direct_path_dies_the_connection_goes_on_through_the_relay() -> None:

@@ -52,11 +52,11 @@ def test_an_hour_without_traffic_keeps_allocation_and_connection_for_few_wake_up
     internet, client, gateway = relayed(relays=2)
     internet.run(60.0)
     client.sent.clear()
-    client.wake_ups = 0  # type: ignore[attr-defined]
+    client.wake_ups = 0
 
     internet.run(3600.0)
 
-    assert client.wake_ups < 3600 / 2  # type: ignore[attr-defined]
+    assert client.wake_ups < 3600 / 2
     assert len(requests(client, Method.REFRESH)) == pytest.approx(2 * 3600 / 300, abs=2)
     assert len(client.of(RelayAllocated)) == 2 * 2
     assert [relay.server.allocations for relay in internet.relays] == [2, 2]
@@ -104,7 +104,7 @@ def test_a_channel_left_to_expire_is_kept_after_all_if_its_peer_speaks() -> None
     internet.run(10.0)
     assert len(requests(client, Method.CHANNEL_BIND)) == before
 
-    relayed_address = next(event.address for event in client.of(RelayAllocated))  # type: ignore[union-attr]
+    relayed_address = next(event.address for event in client.of(RelayAllocated))
     internet._send([b"hello"], peer, relayed_address, 0, 0.02)
     internet.run(1.1)
 
@@ -139,7 +139,7 @@ def test_a_gateway_whose_sockets_moved_restarts_its_relays_and_keeps_its_connect
 
     assert longest_gap(answers, start, internet.now) < 2.0
     assert client.of(ConnectionFailed) == gateway.of(ConnectionFailed) == []
-    gone = [text for event in gateway.of(InvalidatedCandidates) for text in event.candidates]  # type: ignore[union-attr]
+    gone = [text for event in gateway.of(InvalidatedCandidates) for text in event.candidates]
     assert {text.split()[7] for text in gone} == {"host", "srflx", "relay"}
     assert any(old.host in text for text in gone)
     assert gateway.path(client)[0] != client.path(gateway)[0]

@@ -106,7 +106,7 @@ def test_beyond_its_capacity_the_oldest_are_dropped_and_counted() -> None:
 
     assert CAPACITY == 1000
     assert stream.dropped == 6
-    assert events == [*_offline(CAPACITY + 5)[6:], Disconnected(events[-1].error)]  # type: ignore[union-attr]
+    assert events == [*_offline(CAPACITY + 5)[6:], Disconnected(events[-1].error)]
 
 
 def test_what_was_put_back_is_the_next_again() -> None:

@@ -334,8 +334,8 @@ def test_an_unknown_event_is_no_error(module: Any, event: str) -> None:
 
 def test_unknown_keys_are_ignored_at_every_depth() -> None:
     payload = copy.deepcopy(_CLIENT_INIT) | {"future": 1}
-    for holder in (payload["interface"], payload["resources"][0], payload["relays"][0]):  # type: ignore[index]
-        holder["future"] = {"a": [1]}  # type: ignore[index]
+    for holder in (payload["interface"], payload["resources"][0], payload["relays"][0]):
+        holder["future"] = {"a": [1]}
 
     assert client.parse("init", payload) == client.parse("init", _CLIENT_INIT)
 

@@ -46,7 +46,7 @@ def merged(datagrams: Sequence[bytes | bytearray], arena: Arena | None = None, *
         count=len(datagrams),
         last_size=len(datagrams[-1]),
         arena=arena or Arena(),
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 
@@ -361,7 +361,7 @@ def packet_lists(draw: st.DrawFn) -> list[bytes]:
         else:
             positions[port] += size + (oddity == "gap")
             fields = {"flags": oddity if oddity in {"PA", "FA"} else "A", "ack": 9 if oddity == "ack" else 5}
-            data = built(layers, tcp(port=port, seq=positions[port], **fields), pattern(size))  # type: ignore[arg-type]
+            data = built(layers, tcp(port=port, seq=positions[port], **fields), pattern(size))
         if oddity == "corrupt":
             data[-1] ^= 1
         packets.append(bytes(data))

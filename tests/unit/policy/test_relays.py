@@ -105,9 +105,9 @@ def test_three_swaps_a_minute_are_no_news_the_fourth_is() -> None:
 def _apply(news: list[tuple[Session, object]], known: dict[str, str]) -> None:
     """What a client does with `relays_presence` (spec, 2.0)."""
     for _, presence in news:
-        for id_ in presence.disconnected_ids:  # type: ignore[attr-defined]
+        for id_ in presence.disconnected_ids:
             known.pop(id_, None)
-        for relay in presence.connected:  # type: ignore[attr-defined]
+        for relay in presence.connected:
             known[relay.id] = relay.password
 
 

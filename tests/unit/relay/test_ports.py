@@ -98,8 +98,8 @@ class End:
         self.refuse_segments: int | None = None
         self.refuse_all: int | None = None
         monkeypatch.setattr(relay_ports, "boottime", lambda: self.now)
-        self.ports = AllocationPorts(self, {1: "127.0.0.1"}, ReceiveBuffer(), _never, _never)  # type: ignore[arg-type]
-        self.port = AllocationPort(self.ports, self, 50_000, is_ipv6=False)  # type: ignore[arg-type]
+        self.ports = AllocationPorts(self, {1: "127.0.0.1"}, ReceiveBuffer(), _never, _never)
+        self.port = AllocationPort(self.ports, self, 50_000, is_ipv6=False)
         self.ports._ports[50_000, False] = self.port
 
     def send(self, size: int, *, segment_size: int = 0) -> None:

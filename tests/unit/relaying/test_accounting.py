@@ -86,15 +86,15 @@ def test_no_port_is_given_twice(lowest: int, more: int, wishes: list[str]) -> No
 def _do(world: World, client: Client, name: str, *arguments: object) -> None:
     match name, arguments:
         case "allocate", (attributes,):
-            client.allocate(*attributes)  # type: ignore[misc]
+            client.allocate(*attributes)
         case "refresh", (lifetime, attributes):
-            client.refresh(lifetime, *attributes)  # type: ignore[arg-type,misc]
+            client.refresh(lifetime, *attributes)
         case "bind", (number, peer):
-            client.bind(number, peer)  # type: ignore[arg-type]
+            client.bind(number, peer)
         case "permit", (peers,):
-            client.permit(*peers)  # type: ignore[misc]
+            client.permit(*peers)
         case "advance", (seconds,):
             client.nonce = None
-            world.advance(seconds)  # type: ignore[arg-type]
+            world.advance(seconds)
         case "occupy", (occupied,):
             world.occupied = lambda port: bool(occupied) and port % 3 == 0

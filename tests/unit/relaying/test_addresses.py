@@ -244,4 +244,4 @@ def test_an_ipv6_address_is_permitted_only_if_all_that_it_embeds_is(address: ipa
 
 
 def _policy(**options: object) -> PeerPolicy:
-    return PeerPolicy(relayed_hosts=[RELAY4, RELAY6], lowest_port=49152, highest_port=65535, **options)  # type: ignore[arg-type]
+    return PeerPolicy(relayed_hosts=[RELAY4, RELAY6], lowest_port=49152, highest_port=65535, **options)

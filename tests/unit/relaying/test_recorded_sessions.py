@@ -54,13 +54,13 @@ def test_every_recorded_request_gets_an_answer_of_the_recorded_kind(session: str
         if username is not None:
             assert answer.is_authentic(credentials.key(username) or b"")
         assert answer.get(stun.ERROR_CODE) == (
-            None if recorded.get(stun.ERROR_CODE) is None else stun.ErrorCode(recorded.get(stun.ERROR_CODE).code)  # type: ignore[union-attr]
+            None if recorded.get(stun.ERROR_CODE) is None else stun.ErrorCode(recorded.get(stun.ERROR_CODE).code)
         )
         assert answer.get(stun.LIFETIME) == recorded.get(stun.LIFETIME)
         assert answer.get(stun.XOR_MAPPED_ADDRESS) == recorded.get(stun.XOR_MAPPED_ADDRESS)
         nonces[client] = answer.get(stun.NONCE) or nonces.get(client, "")
         if recorded.get(stun.XOR_RELAYED_ADDRESS) is not None:
-            relayed[recorded.get(stun.XOR_RELAYED_ADDRESS)] = answer.get(stun.XOR_RELAYED_ADDRESS)  # type: ignore[index,assignment]
+            relayed[recorded.get(stun.XOR_RELAYED_ADDRESS)] = answer.get(stun.XOR_RELAYED_ADDRESS)
         kinds.append((answer.method, answer.kind))
 
     assert len(set(kinds)) == 4, kinds  # binding, refused and granted allocations, channels
@@ -126,7 +126,7 @@ def _names(message: Message) -> set[str]:
     return {attribute.name for attribute, _ in message.attributes}
 
 
-def _rows(session: str) -> Iterator[dict]:  # type: ignore[type-arg]
+def _rows(session: str) -> Iterator[dict]:
     with (_VECTORS / f"{session}.jsonl").open() as lines:
         yield from map(json.loads, lines)
 

@@ -23,7 +23,7 @@ async def test_it_lives_from_the_start_and_is_ready_when_it_is() -> None:
     is_ready = False
     server = HealthServer(reactor, SocketAddress("127.0.0.1", 0), lambda: is_ready)
     server.startService()
-    port = server._port.getHost().port  # type: ignore[union-attr]
+    port = server._port.getHost().port
 
     assert await _get(port, "/healthz") == (200, {"status": "ok", "version": __version__})
     assert await _get(port, "/readyz") == (503, {"status": "not ready", "version": __version__})
@@ -36,7 +36,7 @@ async def test_it_lives_from_the_start_and_is_ready_when_it_is() -> None:
 async def test_a_port_in_use_is_one_sentence_with_a_way_out() -> None:
     first = HealthServer(reactor, SocketAddress("127.0.0.1", 0), lambda: True)
     first.startService()
-    address = SocketAddress("127.0.0.1", first._port.getHost().port)  # type: ignore[union-attr]
+    address = SocketAddress("127.0.0.1", first._port.getHost().port)
     second = HealthServer(reactor, address, lambda: True)
 
     with pytest.raises(InUseError, match=r"Can't serve health checks on .* in use.*choose another") as raised:

@@ -123,7 +123,7 @@ def test_packets_come_in_order_with_no_more_runs_at_once_than_buffers_hold(are_r
 
 def _runtime(core: StumblingCore) -> TunnelRuntime:
     ignore = [].append
-    return TunnelRuntime(reactor, core, on_event=ignore, on_lost=ignore, mark=None)  # type: ignore[arg-type]
+    return TunnelRuntime(reactor, core, on_event=ignore, on_lost=ignore, mark=None)
 
 
 def _batch() -> DatagramBatch:

@@ -60,9 +60,7 @@ def test_an_address_has_the_rules_of_all_resources_that_contain_its_longest_pref
     holding = [network for network, _ in resources if address in network]
     longest = max(holding, key=lambda network: network.prefixlen, default=None)
     expected = longest is not None and any(
-        _passes(filters, protocol, port)
-        for network, filters in resources
-        if longest.subnet_of(network)  # type: ignore[arg-type]
+        _passes(filters, protocol, port) for network, filters in resources if longest.subnet_of(network)
     )
     assert table.lookup(address.packed).permits(_packet(protocol), port) == expected
     if longest is not None:

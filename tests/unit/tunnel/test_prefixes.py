@@ -50,11 +50,7 @@ def test_a_network_finds_itself_and_all_that_contain_it(entries: list[tuple[Netw
     latest = dict(entries)
 
     for network in [wanted, *latest]:
-        containing = [
-            other
-            for other in latest
-            if other.version == network.version and network.subnet_of(other)  # type: ignore[arg-type]
-        ]
+        containing = [other for other in latest if other.version == network.version and network.subnet_of(other)]
         containing.sort(key=lambda one: -one.prefixlen)
         assert table.covering(network) == [latest[one] for one in containing]
         assert table.get(network) == latest.get(network)

@@ -45,7 +45,7 @@ class TestReplayWindow:
     ) -> None:
         tested, model = session(), NaiveWindow()
         for batch in batches:
-            authentic = [honest or random.random() < 0.9 for _ in batch]  # type: ignore[attr-defined]
+            authentic = [honest or random.random() < 0.9 for _ in batch]
             expected = [
                 is_authentic and model.accept(counter) for counter, is_authentic in zip(batch, authentic, strict=True)
             ]
