@@ -5,17 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import Deferred
-from twisted.python.failure import Failure
-
 from firezone_tunnel.client.events import Disconnected, EventStream, TunInterfaceUpdated
+from firezone_tunnel.client.service import TunnelService
 from firezone_tunnel.client.session import DEFAULT_STATE_DIRECTORY, IDENTITY_FILE, Session
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.portal_connection.service import trust_from_file
 from firezone_tunnel.portal_connection.url import LoginUrl, default_name
 from firezone_tunnel.runtime.device import DeviceConfig
 from firezone_tunnel.runtime.identity import load_identity
-from firezone_tunnel.runtime.process import ApplicationService, Process
+from firezone_tunnel.runtime.process import ApplicationService
 from firezone_tunnel.runtime.settings import DEVICE_SETTINGS, LOG_SETTINGS, Setting, parse_duration, read_token
 from firezone_tunnel.runtime.settings import Options as CommonOptions
 
@@ -72,33 +70,15 @@ class Application(ApplicationService):
     """A session for as long as the process lives."""
 
     def __init__(self, reactor: Any, options: Options, config: DeviceConfig) -> None:
-        process = Process(reactor, "firezone-client")
-        super().__init__(
-            process,
-            log_level=options["log-level"],
-            log_format=options["log-format"],
-            log_directory=options["log-dir"],
-        )
-        self._reactor = reactor
-        self._config = config
+        self._events = EventStream()
+        tunnel = TunnelService(reactor, config, self._events)
+        super().__init__(reactor, "firezone-client", options, tunnel)
+        self.process.on_hangup(lambda: Session(tunnel).reset("SIGHUP"))
         self._exit_when_ready = options["exit"]
-        self._session: Session | None = None
 
-    def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]
-        self._session, events = Session.start(self._config, self._reactor)
-        self.process.on_hangup(self._hung_up)
-        following: Deferred[None] = Deferred.fromCoroutine(self._follow(events))
-        following.addErrback(self._failed)
-
-    def stopService(self) -> Deferred[Any]:
-        super().stopService()  # type: ignore[no-untyped-call]
-        assert self._session is not None
-        return self._session.close()
-
-    async def _follow(self, events: EventStream) -> None:
+    async def watch(self) -> None:
         is_ready = False
-        async for event in events:
+        async for event in self._events:
             match event:
                 case TunInterfaceUpdated() if not is_ready:
                     is_ready = True
@@ -107,15 +87,7 @@ class Application(ApplicationService):
                     if self._exit_when_ready:
                         self.process.stop()
                 case Disconnected(error):
-                    self.process.fail(error)
-
-    def _failed(self, failure: Failure) -> None:
-        error: Any = failure.value
-        self.process.fail(error)
-
-    def _hung_up(self) -> None:
-        assert self._session is not None
-        self._session.reset("SIGHUP")
+                    raise error
 
 
 def make_service(reactor: Any, options: Options) -> Application:

@@ -71,11 +71,6 @@ class Session:
             trust=None if ca_file is None else trust_from_file(ca_file),
             max_partition_time=max_partition_time,
         )
-        return cls.start(config, reactor)
-
-    @classmethod
-    def start(cls, config: DeviceConfig, reactor: Any = None) -> Connected:
-        """`connect` for who has everything ready."""
         if reactor is None:
             from twisted.internet import reactor
         events = EventStream()

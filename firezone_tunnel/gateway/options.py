@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import Deferred
-
 from firezone_tunnel.gateway.service import GatewayService
 from firezone_tunnel.portal_connection.service import trust_from_file
 from firezone_tunnel.portal_connection.url import LoginUrl, default_name
 from firezone_tunnel.runtime.device import DeviceConfig
 from firezone_tunnel.runtime.health import HealthServer
 from firezone_tunnel.runtime.identity import load_identity
-from firezone_tunnel.runtime.process import ApplicationService, Process
+from firezone_tunnel.runtime.process import ApplicationService
 from firezone_tunnel.runtime.settings import (
     DEVICE_SETTINGS,
     LOG_SETTINGS,
@@ -69,34 +67,13 @@ class Application(ApplicationService):
     """A gateway for as long as the process lives."""
 
     def __init__(self, reactor: Any, options: Options, config: DeviceConfig) -> None:
-        process = Process(reactor, "firezone-gateway")
-        super().__init__(
-            process,
-            log_level=options["log-level"],
-            log_format=options["log-format"],
-            log_directory=options["log-dir"],
-        )
         self._gateway = GatewayService(reactor, config)
-        self._gateway.ready.addCallback(lambda _: process.ready())
-        self._gateway.failed.addCallback(process.fail)
-        address = options["health-check-addr"]
-        self._health = address and HealthServer(reactor, address, lambda: self._gateway.is_ready)
+        health = HealthServer(reactor, options["health-check-addr"], lambda: self._gateway.is_ready)
+        super().__init__(reactor, "firezone-gateway", options, health, self._gateway)
 
-    def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]
-        if self._health is not None:
-            try:
-                self._health.startService()
-            except Exception as error:  # noqa: BLE001  # a service's boundary: twistd would swallow it
-                self.process.fail(error)
-                return
-        self._gateway.startService()
-
-    def stopService(self) -> Deferred[Any]:
-        super().stopService()  # type: ignore[no-untyped-call]
-        if self._health is not None:
-            self._health.stopService()
-        return self._gateway.stopService()
+    async def watch(self) -> None:
+        self._gateway.ready.addCallback(lambda _: self.process.ready())
+        raise await self._gateway.failed
 
 
 def make_service(reactor: Any, options: Options) -> Application:

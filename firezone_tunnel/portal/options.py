@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from twisted.internet.defer import Deferred
-from twisted.python.failure import Failure
-
 from firezone_tunnel.portal.service import PortalService
-from firezone_tunnel.runtime.process import ApplicationService, Process
+from firezone_tunnel.runtime.process import ApplicationService
 from firezone_tunnel.runtime.settings import LOG_SETTINGS, Setting
 from firezone_tunnel.runtime.settings import Options as CommonOptions
 from firezone_tunnel.sansio import SocketAddress
@@ -42,13 +39,6 @@ class Application(ApplicationService):
     """A portal for as long as the process lives."""
 
     def __init__(self, reactor: Any, options: Options) -> None:
-        process = Process(reactor, "firezone-portal")
-        super().__init__(
-            process,
-            log_level=options["log-level"],
-            log_format=options["log-format"],
-            log_directory=options["log-dir"],
-        )
         self._portal = PortalService(
             reactor,
             listen=options["listen"],
@@ -57,20 +47,12 @@ class Application(ApplicationService):
             tls_cert=options["tls-cert"],
             tls_key=options["tls-key"],
         )
-        process.on_hangup(self._portal.reload)
+        super().__init__(reactor, "firezone-portal", options, self._portal)
+        self.process.on_hangup(self._portal.reload)
 
-    def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]
-        self._portal.ready.addCallbacks(lambda _: self.process.ready(), self._failed)
-        self._portal.startService()
-
-    def stopService(self) -> Deferred[Any]:
-        super().stopService()  # type: ignore[no-untyped-call]
-        return self._portal.stopService()
-
-    def _failed(self, failure: Failure) -> None:
-        error: Any = failure.value
-        self.process.fail(error)
+    async def watch(self) -> None:
+        await self._portal.ready
+        self.process.ready()
 
 
 def make_service(reactor: Any, options: Options) -> Application:

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twisted.internet.defer import Deferred
-
 from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.host.kernel import Kernel
 from firezone_tunnel.portal_connection.service import trust_from_file
@@ -19,7 +17,7 @@ from firezone_tunnel.relaying.addresses import PRIVATE, Network
 from firezone_tunnel.relaying.allocating import RelayConfig
 from firezone_tunnel.relaying.credentials import FIREZONE_REALM, StaticUsers
 from firezone_tunnel.runtime.health import HealthServer
-from firezone_tunnel.runtime.process import ApplicationService, Process
+from firezone_tunnel.runtime.process import ApplicationService
 from firezone_tunnel.runtime.settings import (
     LOG_SETTINGS,
     Setting,
@@ -178,39 +176,17 @@ class Application(ApplicationService):
     """A relay for as long as the process lives."""
 
     def __init__(self, reactor: Any, options: Options, config: RelayOptions) -> None:
-        process = Process(reactor, "firezone-relay")
-        super().__init__(
-            process,
-            log_level=options["log-level"],
-            log_format=options["log-format"],
-            log_directory=options["log-dir"],
-        )
         self._relay = RelayService(reactor, config)
-        self._relay.ready.addCallback(lambda _: process.ready())
-        self._relay.failed.addCallback(self._failed)
-        process.on_second_signal(self._relay.hurry)
-        address = options["health-check-addr"]
-        self._health = address and HealthServer(reactor, address, lambda: self._relay.is_ready)
+        health = HealthServer(reactor, options["health-check-addr"], lambda: self._relay.is_ready)
+        super().__init__(reactor, "firezone-relay", options, health, self._relay)
+        self.process.on_second_signal(self._relay.hurry)
 
-    def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]
-        try:
-            if self._health is not None:
-                self._health.startService()
-            self._relay.startService()
-        except Exception as error:  # noqa: BLE001  # a service's boundary: twistd would swallow it
-            self.process.fail(error)
-
-    def stopService(self) -> Deferred[Any]:
-        super().stopService()  # type: ignore[no-untyped-call]
-        if self._health is not None:
-            self._health.stopService()
-        return self._relay.stopService()
-
-    def _failed(self, error: Any) -> None:
-        self.process.fail(error)
+    async def watch(self) -> None:
+        self._relay.ready.addCallback(lambda _: self.process.ready())
+        error = await self._relay.failed
         self._relay.stopService()
         self._relay.hurry()  # nobody is served by a broken relay, nor by one that the portal has refused
+        raise error
 
 
 def make_service(reactor: Any, options: Options) -> Application:

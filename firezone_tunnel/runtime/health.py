@@ -21,9 +21,9 @@ from firezone_tunnel.sansio import SocketAddress
 
 
 class HealthServer(Service):
-    """`GET /healthz` is 200 while the process lives, `GET /readyz` 200 or 503."""
+    """`GET /healthz` is 200 while the process lives, `GET /readyz` 200 or 503; without an address nothing is served."""
 
-    def __init__(self, reactor: Any, address: SocketAddress, is_ready: Callable[[], bool]) -> None:
+    def __init__(self, reactor: Any, address: SocketAddress | None, is_ready: Callable[[], bool]) -> None:
         self._reactor = reactor
         self._address = address
         self._is_ready = is_ready
@@ -34,6 +34,8 @@ class HealthServer(Service):
         Raises: InUseError, PlatformError.
         """
         super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        if self._address is None:
+            return
         root = Resource()  # type: ignore[no-untyped-call]  # Twisted has no types here
         root.putChild(b"healthz", _Answer(lambda: True))
         root.putChild(b"readyz", _Answer(self._is_ready))

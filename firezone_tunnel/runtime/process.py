@@ -16,16 +16,18 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TextIO
 
-from twisted.application.service import IServiceCollection, MultiService
+from twisted.application.service import IServiceCollection, MultiService, Service
+from twisted.internet.defer import Deferred
 from twisted.logger import ILogObserver
+from twisted.python.failure import Failure
 
 from firezone_tunnel.errors import FirezoneError, one_line
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.logs.file import LogFile
 from firezone_tunnel.logs.writer import LogWriter, TwistedMessages
+from firezone_tunnel.runtime.settings import Options
 
 STDERR_PATIENCE = 1.0  # seconds that the end of a process waits for a pipe to be read
 
@@ -113,20 +115,21 @@ class Process:
 class ApplicationService(MultiService):
     """The service that a twistd plugin gives to twistd, which shows it everything the process needs.
 
-    Its children stop at once and in no order: whatever needs an order stops its own parts.
+    Its parts start in order, each only if those before it did; they stop at once, and the process waits for all.
     """
 
-    def __init__(self, process: Process, *, log_level: int, log_format: str, log_directory: Path | None = None) -> None:
-        """With a `log_directory` it logs to a file there as well.
-
+    def __init__(self, reactor: Any, name: str, options: Options, *parts: Service) -> None:
+        """
         Raises: ConfigurationError.
         """
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.process = process
-        self._logs = [LogWriter(_stdout(), style=log_format)]
-        if log_directory is not None:
-            self._logs.append(LogWriter(LogFile(log_directory, process.name), style=log_format))
-        self._log_level = log_level
+        super().__init__()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        self.process = Process(reactor, name)
+        self._log_level = options["log-level"]
+        self._logs = [LogWriter(_stdout(), style=options["log-format"])]
+        if options["log-dir"] is not None:
+            self._logs.append(LogWriter(LogFile(options["log-dir"], name), style=options["log-format"]))
+        for part in parts:
+            part.setServiceParent(self)  # type: ignore[no-untyped-call]  # Twisted has no types here
 
     def setServiceParent(self, parent: Any) -> None:
         """twistd's application is the parent: from now on Twisted's own messages are among ours."""
@@ -136,7 +139,26 @@ class ApplicationService(MultiService):
         self.process.install(*self._logs)
         if IServiceCollection(parent, None) is not None:
             parent.setComponent(ILogObserver, TwistedMessages())
-        super().setServiceParent(parent)  # type: ignore[no-untyped-call]
+        super().setServiceParent(parent)  # type: ignore[no-untyped-call]  # Twisted has no types here
+
+    def startService(self) -> None:
+        """Whatever goes wrong, now or later, ends the process: twistd would swallow it."""
+        running: Deferred[None] = Deferred.fromCoroutine(self._run())
+        running.addErrback(self._failed)
+
+    async def _run(self) -> None:
+        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        await self.watch()
+
+    def _failed(self, failure: Failure) -> None:
+        error: Any = failure.value
+        self.process.fail(error)
+
+    # What follows is for subclasses.
+
+    async def watch(self) -> None:
+        """The parts have started: say when the process is ready, and raise what has to end it."""
+        raise NotImplementedError
 
 
 def _stdout() -> TextIO:

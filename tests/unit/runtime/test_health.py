@@ -11,6 +11,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.protocol import Protocol
+from twisted.internet.testing import MemoryReactorClock
 
 from firezone_tunnel import __version__
 from firezone_tunnel.errors import InUseError, PlatformError
@@ -53,6 +54,16 @@ async def test_an_address_that_is_not_ours_is_an_error_of_the_platform() -> None
 
     with pytest.raises(PlatformError, match="choose another --health-check-addr"):
         server.startService()
+    await server.stopService()
+
+
+@pytest_twisted.ensureDeferred
+async def test_without_an_address_nothing_is_served() -> None:
+    server = HealthServer(MemoryReactorClock(), None, lambda: True)
+
+    server.startService()
+
+    assert server._reactor.tcpServers == []
     await server.stopService()
 
 
