@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
+
+import attrs
 
 from firezone_tunnel.client.events import Disconnected, EventStream, TunInterfaceUpdated
 from firezone_tunnel.client.service import TunnelService
@@ -14,8 +15,9 @@ from firezone_tunnel.portal_connection.url import LoginUrl, default_name
 from firezone_tunnel.runtime.device import DeviceConfig
 from firezone_tunnel.runtime.identity import load_identity
 from firezone_tunnel.runtime.process import ApplicationService
-from firezone_tunnel.runtime.settings import DEVICE_SETTINGS, LOG_SETTINGS, Setting, parse_duration, read_token
+from firezone_tunnel.runtime.settings import LOG_SETTINGS, MAX_PARTITION_TIME, Setting, device_settings, read_token
 from firezone_tunnel.runtime.settings import Options as CommonOptions
+from firezone_tunnel.tun.device import DEFAULT_NAME
 
 
 def parse_dns_control(text: str) -> str:
@@ -31,20 +33,10 @@ class Options(CommonOptions):
     """The token comes by FIREZONE_TOKEN, by a file, or as a systemd credential: never on the command line."""
 
     settings = (
-        *DEVICE_SETTINGS,
-        Setting(
-            "token-path",
-            "file with the token, readable by its owner only",
-            variables=("FIREZONE_TOKEN_PATH",),
-            default="/etc/dev.firezone.client/token",
-            parse=Path,
-        ),
-        Setting(
-            "state-dir",
-            "directory for what must survive a restart",
-            variables=("FIREZONE_STATE_DIR",),
-            default=str(DEFAULT_STATE_DIRECTORY),
-            parse=Path,
+        *device_settings(
+            interface=DEFAULT_NAME,
+            token="/etc/dev.firezone.client/token",
+            state_directory=str(DEFAULT_STATE_DIRECTORY),
         ),
         Setting(
             "dns-control",
@@ -53,12 +45,11 @@ class Options(CommonOptions):
             default="disabled",
             parse=parse_dns_control,
         ),
-        Setting(
-            "max-partition-time",
-            "give up after this long without a portal, such as 1h or 30d [default: never]",
+        attrs.evolve(
+            MAX_PARTITION_TIME,
+            help="give up after this long without a portal, such as 1h or 30d [default: never]",
             variables=("MAX_PARTITION_TIME",),
-            parse=parse_duration,
-            short="m",
+            default=None,
         ),
         Setting("check", "check the configuration and exit", is_flag=True),
         Setting("exit", "bring the tunnel up once and exit", is_flag=True),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from firezone_tunnel.gateway.service import GatewayService
@@ -13,14 +12,14 @@ from firezone_tunnel.runtime.health import HealthServer
 from firezone_tunnel.runtime.identity import load_identity
 from firezone_tunnel.runtime.process import ApplicationService
 from firezone_tunnel.runtime.settings import (
-    DEVICE_SETTINGS,
+    HEALTH_CHECK_ADDR,
     LOG_SETTINGS,
-    Setting,
-    parse_address,
-    parse_duration,
+    MAX_PARTITION_TIME,
+    device_settings,
     read_token,
 )
 from firezone_tunnel.runtime.settings import Options as CommonOptions
+from firezone_tunnel.tun.device import DEFAULT_NAME
 
 _IDENTITY_FILE = "gateway_id"
 
@@ -29,36 +28,11 @@ class Options(CommonOptions):
     """The token comes by FIREZONE_TOKEN, by a file, or as a systemd credential: never on the command line."""
 
     settings = (
-        *DEVICE_SETTINGS,
-        Setting(
-            "token-path",
-            "file with the token, readable by its owner only",
-            variables=("FIREZONE_TOKEN_PATH",),
-            default="/etc/firezone/gateway-token",
-            parse=Path,
+        *device_settings(
+            interface=DEFAULT_NAME, token="/etc/firezone/gateway-token", state_directory="/var/lib/firezone"
         ),
-        Setting(
-            "state-dir",
-            "directory for what must survive a restart",
-            variables=("FIREZONE_STATE_DIR",),
-            default="/var/lib/firezone",
-            parse=Path,
-        ),
-        Setting(
-            "health-check-addr",
-            "where to serve /healthz and /readyz; off for nowhere",
-            variables=("HEALTH_CHECK_ADDR",),
-            default="0.0.0.0:8080",
-            parse=parse_address,
-        ),
-        Setting(
-            "max-partition-time",
-            "give up after this long without a portal, such as 15m or 30d",
-            variables=("FIREZONE_MAX_PARTITION_TIME",),
-            default="24h",
-            parse=parse_duration,
-            short="m",
-        ),
+        HEALTH_CHECK_ADDR,
+        MAX_PARTITION_TIME,
         *LOG_SETTINGS,
     )
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
+
 from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.host.kernel import Kernel
 from firezone_tunnel.portal_connection.service import trust_from_file
@@ -19,11 +21,16 @@ from firezone_tunnel.relaying.credentials import FIREZONE_REALM, StaticUsers
 from firezone_tunnel.runtime.health import HealthServer
 from firezone_tunnel.runtime.process import ApplicationService
 from firezone_tunnel.runtime.settings import (
+    API_URL,
+    CA_FILE,
+    FIREZONE_NAME,
+    HEALTH_CHECK_ADDR,
     LOG_SETTINGS,
+    MAX_PARTITION_TIME,
     Setting,
-    parse_address,
     parse_duration,
     read_token,
+    token_path,
 )
 from firezone_tunnel.runtime.settings import Options as CommonOptions
 
@@ -101,25 +108,11 @@ class Options(CommonOptions):
         Setting("listen-port", "port to listen on; Firezone expects 3478", ("LISTEN_PORT",), "3478", parse=parse_port),
         Setting("lowest-port", "first port for allocations", ("LOWEST_PORT",), "49152", parse=parse_port),
         Setting("highest-port", "last port for allocations", ("HIGHEST_PORT",), "65535", parse=parse_port),
-        Setting(
-            "api-url", "URL of the portal", variables=("FIREZONE_API_URL",), default="wss://api.firezone.dev", short="u"
-        ),
-        Setting(
-            "token-path",
-            "file with the token, readable by its owner only",
-            variables=("FIREZONE_TOKEN_PATH",),
-            default="/etc/firezone/relay-token",
-            parse=Path,
-        ),
-        Setting("firezone-name", "what the portal calls this relay", ("FIREZONE_NAME",)),
-        Setting("ca-file", "PEM file with the only CAs to trust for the portal", ("FIREZONE_CA_FILE",), parse=Path),
-        Setting(
-            "max-partition-time",
-            "give up after this long without a portal, such as 15m or 30d",
-            variables=("FIREZONE_MAX_PARTITION_TIME",),
-            default="24h",
-            parse=parse_duration,
-        ),
+        API_URL,
+        token_path("/etc/firezone/relay-token"),
+        attrs.evolve(FIREZONE_NAME, help="what the portal calls this relay"),
+        CA_FILE,
+        attrs.evolve(MAX_PARTITION_TIME, short=None),
         Setting(
             "users-file",
             "serve the users of this file, a name:password in each line, and no portal",
@@ -161,13 +154,7 @@ class Options(CommonOptions):
             default="30s",
             parse=parse_duration,
         ),
-        Setting(
-            "health-check-addr",
-            "where to serve /healthz and /readyz; off for nowhere",
-            variables=("HEALTH_CHECK_ADDR",),
-            default="0.0.0.0:8080",
-            parse=parse_address,
-        ),
+        HEALTH_CHECK_ADDR,
         *LOG_SETTINGS,
     )
 

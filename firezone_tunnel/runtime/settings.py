@@ -17,6 +17,7 @@ from firezone_tunnel import __version__
 from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.logs.events import LEVELS
 from firezone_tunnel.logs.writer import FORMATS
+from firezone_tunnel.portal_connection.url import DEFAULT_BASE
 from firezone_tunnel.sansio import SocketAddress
 
 
@@ -177,16 +178,49 @@ LOG_SETTINGS = (
     Setting("log-dir", "also log to a file in this directory", variables=("LOG_DIR",), parse=Path, short="l"),
 )
 
-DEVICE_SETTINGS = (
-    Setting(
-        "api-url", "URL of the portal", variables=("FIREZONE_API_URL",), default="wss://api.firezone.dev", short="u"
-    ),
-    Setting("firezone-id", "identity of this device, instead of the stored one", variables=("FIREZONE_ID",), short="i"),
-    Setting("firezone-name", "what the portal calls this device; by default the host's name", ("FIREZONE_NAME",)),
-    Setting("ca-file", "PEM file with the only CAs to trust for the portal", ("FIREZONE_CA_FILE",), parse=Path),
-    Setting("interface", "name of the TUN device", ("FIREZONE_INTERFACE",), "tun-firezone"),
-    Setting("no-telemetry", "accepted as upstream's: nothing is ever sent", ("FIREZONE_NO_TELEMETRY",), is_flag=True),
+API_URL = Setting("api-url", "URL of the portal", ("FIREZONE_API_URL",), DEFAULT_BASE, short="u")
+FIREZONE_NAME = Setting(
+    "firezone-name", "what the portal calls this device; by default the host's name", ("FIREZONE_NAME",)
 )
+CA_FILE = Setting("ca-file", "PEM file with the only CAs to trust for the portal", ("FIREZONE_CA_FILE",), parse=Path)
+MAX_PARTITION_TIME = Setting(
+    "max-partition-time",
+    "give up after this long without a portal, such as 15m or 30d",
+    variables=("FIREZONE_MAX_PARTITION_TIME",),
+    default="24h",
+    parse=parse_duration,
+    short="m",
+)
+HEALTH_CHECK_ADDR = Setting(
+    "health-check-addr",
+    "where to serve /healthz and /readyz; off for nowhere",
+    variables=("HEALTH_CHECK_ADDR",),
+    default="0.0.0.0:8080",
+    parse=parse_address,
+)
+
+
+def token_path(default: str) -> Setting:
+    """For `read_token`."""
+    text = "file with the token, readable by its owner only"
+    return Setting("token-path", text, ("FIREZONE_TOKEN_PATH",), default, parse=Path)
+
+
+def device_settings(*, interface: str, token: str, state_directory: str) -> tuple[Setting, ...]:
+    """What client and gateway have in common, with the defaults of one of them."""
+    # `interface` is `tun.device.DEFAULT_NAME`: it isn't imported here, as the portal would load numpy with it.
+    state = "directory for what must survive a restart"
+    telemetry = "accepted as upstream's: nothing is ever sent"
+    return (
+        API_URL,
+        Setting("firezone-id", "identity of this device, instead of the stored one", ("FIREZONE_ID",), short="i"),
+        FIREZONE_NAME,
+        CA_FILE,
+        Setting("interface", "name of the TUN device", ("FIREZONE_INTERFACE",), interface),
+        Setting("no-telemetry", telemetry, ("FIREZONE_NO_TELEMETRY",), is_flag=True),
+        token_path(token),
+        Setting("state-dir", state, ("FIREZONE_STATE_DIR",), state_directory, parse=Path),
+    )
 
 
 def read_token(environment: MutableMapping[str, str], path: Path) -> str:
