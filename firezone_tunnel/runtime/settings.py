@@ -52,7 +52,7 @@ class Options(TwistedOptions):
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
         """`environment` replaces the process's own in tests."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # Twisted has no types here
         self.environment = environment
 
     def parseOptions(self, options: Any = None) -> None:
@@ -61,7 +61,7 @@ class Options(TwistedOptions):
         """
         try:
             self._refuse_abbreviations(sys.argv[1:] if options is None else options)
-            super().parseOptions(options)  # type: ignore[no-untyped-call]
+            super().parseOptions(options)  # type: ignore[no-untyped-call]  # Twisted has no types here
         except UsageError as error:
             if self.parent is None:
                 raise
