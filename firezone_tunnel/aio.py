@@ -195,7 +195,7 @@ def install_reactor() -> Any:
     loop = asyncio.get_running_loop()
     reactor: Any = sys.modules.get("twisted.internet.reactor")
     if reactor is None:
-        asyncioreactor.install(loop)  # type: ignore[no-untyped-call]  # Twisted has no types here
+        asyncioreactor.install(loop)
         from twisted.internet import reactor
     elif not isinstance(reactor, asyncioreactor.AsyncioSelectorReactor):
         raise FirezoneError(
@@ -215,7 +215,7 @@ def install_reactor() -> Any:
 
 
 def _ignore_cancelled(failure: Failure) -> None:
-    failure.trap(CancelledError)  # type: ignore[no-untyped-call]  # Twisted has no types here
+    failure.trap(CancelledError)
 
 
 async def _close_with_loop(session: twisted_session.Session, has_ended: asyncio.Future[None]) -> None:

@@ -117,7 +117,7 @@ class Connection:
             log.error("portal:store_failed", **self.fields, reason=one_line(error))
             self._crash(delivery)
         except Exception:  # noqa: BLE001  # a service's boundary: one peer's message must not end the others'
-            self._log_crash(Failure())  # type: ignore[no-untyped-call]
+            self._log_crash(Failure())
             self._crash(delivery)
 
     def _stumbled(self, failure: Failure) -> None:

@@ -68,12 +68,12 @@ class PortalService(Service):
         self._timer: BoottimeTimer | None = None
 
     def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]
+        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
         started = self._lock.run(lambda: Deferred.fromCoroutine(self._start()))
         started.addCallbacks(self.ready.callback, self.ready.errback)
 
     def stopService(self) -> Deferred[None]:
-        super().stopService()  # type: ignore[no-untyped-call]
+        super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
         return self._lock.run(lambda: Deferred.fromCoroutine(self._stop()))
 
     def reload(self) -> Deferred[bool]:
@@ -147,7 +147,7 @@ class PortalService(Service):
             raise ConfigurationError("TLS takes both --tls-cert and --tls-key, only one is given")
         if cert is not None and key is not None:
             options = _certificate_options(cert, key)
-            return SSL4ServerEndpoint(self._reactor, port, options, interface=host)  # type: ignore[no-untyped-call]
+            return SSL4ServerEndpoint(self._reactor, port, options, interface=host)
         endpoint = TCP6ServerEndpoint if self._listen.is_ipv6 else TCP4ServerEndpoint
         return endpoint(self._reactor, port, interface=host)
 

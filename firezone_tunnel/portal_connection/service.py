@@ -262,11 +262,8 @@ def trust_from_file(path: Path) -> Any:
         certificates = x509.load_pem_x509_certificates(path.read_bytes())
     except (OSError, ValueError) as problem:
         raise ConfigurationError(f"Cannot read CA certificates in {path}: {problem}") from problem
-    trusted = [
-        ssl.Certificate(crypto.X509.from_cryptography(one))  # type: ignore[no-untyped-call]  # Twisted has no types here
-        for one in certificates
-    ]
-    return ssl.trustRootFromCertificates(trusted)  # type: ignore[no-untyped-call]  # Twisted has no types here
+    trusted = [ssl.Certificate(crypto.X509.from_cryptography(one)) for one in certificates]
+    return ssl.trustRootFromCertificates(trusted)
 
 
 class _Attempt:

@@ -120,7 +120,7 @@ class Engine:
             self._settle()
 
     def listening_lost(self, reason: Failure) -> None:
-        if reason.check(ConnectionDone) is None:  # type: ignore[no-untyped-call]  # else: by our own `close`
+        if reason.check(ConnectionDone) is None:  # else: by our own `close`
             self._crashed(reason)
 
     def _peer_received(self, port: int, batch: DatagramBatch) -> None:

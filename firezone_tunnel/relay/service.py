@@ -74,7 +74,7 @@ class RelayService(Service):
         """
         Raises: PlatformError, ConfigurationError.
         """
-        super().startService()  # type: ignore[no-untyped-call]
+        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
         engine = self._options.engine
         sockets = bind_listening(engine, self._options.listen_port)
         if len(sockets) == 1:
@@ -93,7 +93,7 @@ class RelayService(Service):
         Fires when they have, or after the drain time. May be called more than once.
         """
         if self._stopped is None:
-            super().stopService()  # type: ignore[no-untyped-call]
+            super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
             self._stopped = Deferred.fromCoroutine(self._stop()).addErrback(self._not_stopped)
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))

@@ -252,7 +252,7 @@ class _Pipes(ProcessProtocol):
 
     def processEnded(self, reason: Failure) -> None:
         problem: Any = reason.value
-        if reason.check(ProcessDone) is not None:  # type: ignore[no-untyped-call]
+        if reason.check(ProcessDone) is not None:
             self._worker.died("it ended by itself")
         elif problem.signal is not None:
             self._worker.died(f"ended by signal {problem.signal}")

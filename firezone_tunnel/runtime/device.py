@@ -114,13 +114,13 @@ class DeviceService(Service):
         self._error: FirezoneError | None = None
 
     def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]
+        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
         self.run(self._start)
 
     def stopService(self) -> Deferred[None]:
         """Fires when the host is as it was before. May be called more than once."""
         if self._stopped is None:
-            super().stopService()  # type: ignore[no-untyped-call]
+            super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
             self._stopped = self._lock.run(lambda: Deferred.fromCoroutine(self._stop()))
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))

@@ -36,10 +36,10 @@ class HealthServer(Service):
         super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
         if self._address is None:
             return
-        root = Resource()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        root = Resource()
         root.putChild(b"healthz", _Answer(lambda: True))
         root.putChild(b"readyz", _Answer(self._is_ready))
-        site = Site(root)  # type: ignore[no-untyped-call]  # Twisted has no types here
+        site = Site(root)
         site.noisy = False
         host, port = self._address
         try:

@@ -129,7 +129,7 @@ class ApplicationService(MultiService):
         if options["log-dir"] is not None:
             self._logs.append(LogWriter(LogFile(options["log-dir"], name), style=options["log-format"]))
         for part in parts:
-            part.setServiceParent(self)  # type: ignore[no-untyped-call]  # Twisted has no types here
+            part.setServiceParent(self)
 
     def setServiceParent(self, parent: Any) -> None:
         """twistd's application is the parent: from now on Twisted's own messages are among ours."""

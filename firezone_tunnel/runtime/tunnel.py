@@ -191,7 +191,7 @@ class TunnelRuntime:
             self._tun.resumeProducing()
 
     def lost(self, reason: Failure) -> None:
-        if reason.check(ConnectionDone) is None:  # type: ignore[no-untyped-call]  # else: by our own `close`
+        if reason.check(ConnectionDone) is None:  # else: by our own `close`
             log.error("tunnel:transport_lost", reason=reason.getErrorMessage(), traceback=reason.getTraceback())
             self._on_lost(PlatformError(f"The tunnel broke: {reason.getErrorMessage()}"))
 

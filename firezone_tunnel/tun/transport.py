@@ -109,7 +109,7 @@ class TunTransport:
 
     def close(self) -> None:
         """Close the device, and so remove it from the host. May be called more than once."""
-        self._lose(Failure(ConnectionDone()))  # type: ignore[no-untyped-call]  # Twisted has no types here
+        self._lose(Failure(ConnectionDone()))
 
     def doRead(self) -> None:
         began = perf_counter()
@@ -233,4 +233,4 @@ def _aligned(length: int) -> int:
 
 def _removed(device: TunDevice) -> Failure:
     removed = ConnectionLost(f"the network interface {device.name} was removed")
-    return Failure(removed)  # type: ignore[no-untyped-call]  # Twisted has no types here
+    return Failure(removed)

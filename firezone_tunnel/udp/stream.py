@@ -157,11 +157,11 @@ class _Connecting:
     def _fail(self, number: int) -> None:
         self._close()
         reason = (number, f"{os.strerror(number)} ({self._address})")
-        self.done.errback(error.getConnectError(reason))  # type: ignore[no-untyped-call]  # Twisted has no types here
+        self.done.errback(error.getConnectError(reason))
 
     def _cancelled(self, deferred: Deferred[IProtocol]) -> None:
         self._close()
-        cancelled = error.ConnectingCancelledError(self._address)  # type: ignore[no-untyped-call]  # Twisted has no types here
+        cancelled = error.ConnectingCancelledError(self._address)
         deferred.errback(cancelled)
 
     def _close(self) -> None:
@@ -220,7 +220,7 @@ class _Race:
             if len(self._failures) == 1 or isinstance(failure.value, PlatformError):
                 return failure
         reasons = "; ".join(str(failure.value) for failure in self._failures)
-        return Failure(error.ConnectError(string=reasons))  # type: ignore[no-untyped-call]  # Twisted has no types here
+        return Failure(error.ConnectError(string=reasons))
 
     def _stop(self) -> None:
         self._stop_timer()

@@ -152,7 +152,7 @@ class UdpTransport:
 
     def close(self) -> None:
         """Close the socket; what is queued is dropped. May be called more than once."""
-        self.connectionLost(Failure(ConnectionDone()))  # type: ignore[no-untyped-call]  # Twisted has no types here
+        self.connectionLost(Failure(ConnectionDone()))
 
     def doRead(self) -> None:
         began = perf_counter()
