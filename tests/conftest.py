@@ -1,4 +1,4 @@
-"""For every test: in CI a missing capability is a failure, not a skip."""
+"""Fixtures for every test; and in CI a missing capability is a failure, not a skip."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from eliot import add_destinations, remove_destination
 
 from firezone_tunnel.logs import events as log
+from tests.system.hosts import Lab, MissingCapability, require_capabilities
 
 _NEEDS_THE_MACHINE = {Path(__file__).parent / "interop", Path(__file__).parent / "system"}
 
@@ -28,6 +29,18 @@ def logged() -> Iterator[list[dict[str, Any]]]:
     yield messages
     remove_destination(messages.append)
     log.set_threshold(log.INFO)
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """Hosts made of network namespaces, of the test's own; nothing of them may be left behind."""
+    try:
+        require_capabilities()
+    except MissingCapability as missing:
+        pytest.skip(str(missing))
+    with Lab() as lab:
+        yield lab
+    assert lab.leftovers() == []
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,7 +14,6 @@ import pytest
 
 import firezone_tunnel
 from firezone_tunnel import Session, aio
-from tests.system.conftest import lab  # noqa: F401  # a fixture
 from tests.system.hosts import Lab
 from tests.system.network import PORTAL, SERVER, Network
 from tests.system.product import CLIENT_TOKEN, PORTAL_PORT, Product
@@ -26,7 +25,7 @@ _URL = f"ws://{PORTAL}:{PORTAL_PORT}/"
 
 
 @pytest.fixture
-def product(lab: Lab) -> Iterator[Product]:  # noqa: F811
+def product(lab: Lab) -> Iterator[Product]:
     """Portal and gateway; the client is up to the test."""
     network = Network(lab)
     network.start_servers()
@@ -38,7 +37,7 @@ def product(lab: Lab) -> Iterator[Product]:  # noqa: F811
 
 
 @pytest.mark.namespaces
-def test_the_example_fetches_through_the_tunnel(lab: Lab, product: Product) -> None:  # noqa: F811
+def test_the_example_fetches_through_the_tunnel(lab: Lab, product: Product) -> None:
     before = _host_state(lab)
 
     program = _spawn(lab, str(_EXAMPLES / "asyncio_session.py"), _URL, f"http://{SERVER}/bytes?num=3000000")
@@ -50,7 +49,7 @@ def test_the_example_fetches_through_the_tunnel(lab: Lab, product: Product) -> N
 
 
 @pytest.mark.namespaces
-def test_the_twisted_example_comes_up(lab: Lab, product: Product) -> None:  # noqa: F811
+def test_the_twisted_example_comes_up(lab: Lab, product: Product) -> None:
     before = _host_state(lab)
 
     program = _spawn(lab, str(_EXAMPLES / "twisted_session.py"), _URL)
@@ -61,7 +60,7 @@ def test_the_twisted_example_comes_up(lab: Lab, product: Product) -> None:  # no
 
 
 @pytest.mark.namespaces
-def test_a_program_may_connect_again_and_wait_as_long_as_it_likes(lab: Lab, product: Product) -> None:  # noqa: F811
+def test_a_program_may_connect_again_and_wait_as_long_as_it_likes(lab: Lab, product: Product) -> None:
     program = _spawn_script(
         lab,
         """
@@ -90,7 +89,7 @@ def test_a_program_may_connect_again_and_wait_as_long_as_it_likes(lab: Lab, prod
 
 
 @pytest.mark.namespaces
-def test_a_session_left_open_is_closed_by_the_end_of_the_loop(lab: Lab, product: Product) -> None:  # noqa: F811
+def test_a_session_left_open_is_closed_by_the_end_of_the_loop(lab: Lab, product: Product) -> None:
     before = _host_state(lab)
     program = _spawn_script(
         lab,
@@ -110,7 +109,7 @@ def test_a_session_left_open_is_closed_by_the_end_of_the_loop(lab: Lab, product:
 
 
 @pytest.mark.namespaces
-def test_an_interrupted_program_leaves_the_host_as_it_was(lab: Lab, product: Product) -> None:  # noqa: F811
+def test_an_interrupted_program_leaves_the_host_as_it_was(lab: Lab, product: Product) -> None:
     before = _host_state(lab)
     program = _spawn_script(
         lab,
@@ -133,7 +132,7 @@ def test_an_interrupted_program_leaves_the_host_as_it_was(lab: Lab, product: Pro
 
 
 @pytest.mark.namespaces
-def test_a_wrong_token_is_the_last_event(lab: Lab, product: Product) -> None:  # noqa: F811
+def test_a_wrong_token_is_the_last_event(lab: Lab, product: Product) -> None:
     program = _spawn_script(
         lab,
         """
@@ -151,7 +150,7 @@ def test_a_wrong_token_is_the_last_event(lab: Lab, product: Product) -> None:  #
 
 
 @pytest.mark.namespaces
-def test_a_name_that_is_being_resolved_does_not_keep_the_program_from_ending(lab: Lab) -> None:  # noqa: F811
+def test_a_name_that_is_being_resolved_does_not_keep_the_program_from_ending(lab: Lab) -> None:
     host = lab.host("client")
     host.resolv_conf.write_text("nameserver 192.0.2.1\n")  # nobody: an answer would take many seconds
     program = _spawn_script(
@@ -259,12 +258,12 @@ def _script(text: str) -> str:
     return f"{_PREAMBLE}\n{inspect.cleandoc(text)}\nasyncio.run(main())"
 
 
-def _spawn(lab: Lab, *arguments: str) -> Program:  # noqa: F811
+def _spawn(lab: Lab, *arguments: str) -> Program:
     environment = {"PYTHONPATH": str(_ROOT), "FIREZONE_TOKEN": CLIENT_TOKEN}
     return lab.hosts["client"].spawn("program", sys.executable, *arguments, environment=environment)
 
 
-def _spawn_script(lab: Lab, text: str) -> Program:  # noqa: F811
+def _spawn_script(lab: Lab, text: str) -> Program:
     return _spawn(lab, "-c", _script(text))
 
 
@@ -273,7 +272,7 @@ def _run(text: str, *prefix: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, timeout=30, check=False)
 
 
-def _host_state(lab: Lab) -> list[str]:  # noqa: F811
+def _host_state(lab: Lab) -> list[str]:
     commands = "ip -brief link; ip -4 -brief address; ip route show table all; ip rule; ip -6 rule; nft list ruleset"
     lines = lab.hosts["client"].run("sh", "-c", commands).stdout.splitlines()
     return [line for line in lines if "fe80" not in line]  # which the kernel adds a moment after an interface came up

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import lab  # noqa: F401  # a fixture
 from tests.system.hosts import Lab
 from tests.system.network import Network
 from tests.system.product import CLIENT_TOKEN, GATEWAY_TOKEN, Product
@@ -270,7 +269,7 @@ def test_a_refused_peers_token_is_not_in_the_log_at_debug_level(portal: Program)
 
 
 @pytest.mark.namespaces
-def test_no_token_is_in_any_log_at_debug_level(lab: Lab) -> None:  # noqa: F811
+def test_no_token_is_in_any_log_at_debug_level(lab: Lab) -> None:
     network = Network(lab)
     product = Product(network, log_level="debug")
     product.start()

@@ -30,7 +30,6 @@ from firezone_tunnel.host.monitor import NetworkMonitor
 from firezone_tunnel.policy.account import Role
 from firezone_tunnel.runtime.tunnel import TunnelRuntime
 from tests.service.portal_peers import CLIENT_TOKEN, Portal, start_portal, stop_portal, until
-from tests.system.conftest import lab  # noqa: F401  # a fixture
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
 
@@ -40,7 +39,7 @@ _INTERFACE = "tun-firezone"
 
 
 @pytest.fixture
-def host(lab: Lab) -> Iterator[Host]:  # noqa: F811
+def host(lab: Lab) -> Iterator[Host]:
     """All of the test takes place on this host."""
     host = lab.host("client")
     with inside(host):
