@@ -18,8 +18,8 @@ from firezone_tunnel.messages.common import (
     RelaysPresence,
     Site,
     SnownetCapabilities,
+    fitting,
     read,
-    read_each,
     rename,
 )
 
@@ -178,10 +178,10 @@ _FROM_PORTAL: dict[str, type[Message]] = {
 }  # fmt: skip
 
 
-def parse(event: str, payload: object) -> FromPortal | None:
+def parse(event: str, payload: object, misfits: list[str] | None = None) -> FromPortal | None:
     """A portal's message to a client; None for an event we don't know, which is no error.
 
-    Resources and relays of a list that don't parse are left out one by one.
+    Resources and relays of a list that don't parse are left out one by one; why is added to `misfits`.
 
     Raises: ProtocolError.
     """
@@ -194,19 +194,15 @@ def parse(event: str, payload: object) -> FromPortal | None:
         return None
     payload = rename(payload, {"site_id": "gateway_group_id"})
     if isinstance(payload, dict):
-        payload = _with_fitting_entries(payload)
+        payload = _with_fitting_entries(payload, misfits)
     return read(kind, payload)  # type: ignore[return-value]  # the table above holds FromPortal's members
 
 
-def _with_fitting_entries(payload: dict[str, Any]) -> dict[str, Any]:
-    fitting = dict(payload)
-    if "resources" in payload and isinstance(payload["resources"], list):
-        resources = [_with_groups(entry) for entry in payload["resources"]]
-        fitting["resources"] = [entry for entry in resources if read_each(Resource, [entry])]
-    for key in ("relays", "connected"):
-        if isinstance(payload.get(key), list):
-            fitting[key] = [entry for entry in payload[key] if read_each(Relay, [entry])]
-    return fitting
+def _with_fitting_entries(payload: dict[str, Any], misfits: list[str] | None) -> dict[str, Any]:
+    those = payload | {key: fitting(Relay, payload[key], misfits) for key in ("relays", "connected") if key in payload}
+    if isinstance(payload.get("resources"), list):
+        those["resources"] = fitting(Resource, [_with_groups(entry) for entry in payload["resources"]], misfits)
+    return those
 
 
 def _with_groups(resource: object) -> object:

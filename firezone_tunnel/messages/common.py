@@ -161,17 +161,22 @@ def read(kind: type[M], payload: object) -> M:
         raise ProtocolError(f"{kind.__name__}: {error}") from error
 
 
-def read_each(kind: Any, entries: object) -> list[Any]:
-    """Validate each entry of a list by itself: what doesn't fit is left out, never fatal (spec, 2.0)."""
+def fitting(kind: Any, entries: object, misfits: list[str] | None) -> object:
+    """The entries of a list that can be read as `kind`: the others are never fatal (spec, 2.0), and why they can't is
+    added to `misfits`. What is no list is returned as it is.
+    """
     if not isinstance(entries, list):
-        return []
-    fitting = []
+        return entries
+    those = []
     for entry in entries:
         try:
-            fitting.append(msgspec.convert(entry, kind, dec_hook=_read_special, strict=True))
-        except (msgspec.ValidationError, ValueError):
-            continue
-    return fitting
+            msgspec.convert(entry, kind, dec_hook=_read_special, strict=True)
+        except (msgspec.ValidationError, ValueError) as error:
+            if misfits is not None:
+                misfits.append(str(error))
+        else:
+            those.append(entry)
+    return those
 
 
 def write(message: Record) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from firezone_tunnel.messages.common import (
     Relay,
     RelaysPresence,
     SnownetCapabilities,
+    fitting,
     read,
-    read_each,
 )
 
 TOPIC = "gateway"
@@ -166,8 +166,10 @@ _FROM_PORTAL: dict[str, type[Message]] = {
 }  # fmt: skip
 
 
-def parse(event: str, payload: object) -> FromPortal | None:
+def parse(event: str, payload: object, misfits: list[str] | None = None) -> FromPortal | None:
     """A portal's message to a gateway; None for an event we don't know, which is no error.
+
+    Relays of a list that don't parse are left out one by one; why is added to `misfits`.
 
     Raises: ProtocolError.
     """
@@ -177,8 +179,6 @@ def parse(event: str, payload: object) -> FromPortal | None:
     if kind is None:
         return None
     if isinstance(payload, dict):
-        payload = dict(payload)
-        for key in ("relays", "connected"):
-            if isinstance(payload.get(key), list):
-                payload[key] = [entry for entry in payload[key] if read_each(Relay, [entry])]
+        relays = {key: fitting(Relay, payload[key], misfits) for key in ("relays", "connected") if key in payload}
+        payload = payload | relays
     return read(kind, payload)  # type: ignore[return-value]  # the table above holds FromPortal's members

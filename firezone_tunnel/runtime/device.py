@@ -76,10 +76,10 @@ class DeviceService(Service):
         *,
         role: str,
         peer_field: str,
-        parse: Callable[[str, object], Any],
+        parse: Callable[[str, object, list[str]], Any],
     ) -> None:
-        """`role` is the portal's topic, `peer_field` what logs call the other side: "cid" or "gid"; `parse` a message's
-        event and payload.
+        """`role` is the portal's topic, `peer_field` what logs call the other side: "cid" or "gid"; `parse` reads a
+        message by its event and payload, and adds to the list what it left out.
         """
         self.worker = Worker(reactor)
         self.netlink = Netlink(self.worker)
@@ -221,14 +221,17 @@ class DeviceService(Service):
         self._runtime.settle()
 
     def _handle_message(self, event: str, payload: object) -> None:
+        misfits: list[str] = []
         try:
-            message = self._parse(event, payload)
+            message = self._parse(event, payload, misfits)
         except ProtocolError as error:
             log.warning("portal:message_malformed", event=event, reason=one_line(error))
             return
         if message is None:
             log.debug("portal:message_unknown", event=event)
             return
+        if misfits:  # of a kind that we don't know, or malformed
+            log.info("portal:entries_left_out", event=event, count=len(misfits), reasons=misfits[:5])
         self._core.handle_message(message, boottime(), utc())
 
     def _handle_event(self, event: Any) -> None:
