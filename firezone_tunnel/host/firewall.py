@@ -15,9 +15,7 @@ from firezone_tunnel.host import nftables
 from firezone_tunnel.host.sysctl import Sysctls
 from firezone_tunnel.host.worker import Worker
 from firezone_tunnel.logs import events as log
-
-CLIENTS_IPV4 = "100.64.0.0/11"  # spec/data-plane.md, 0.1
-CLIENTS_IPV6 = "fd00:2021:1111::/107"
+from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 
 
 class GatewayFirewall:
@@ -148,8 +146,8 @@ table inet {_TABLE} {{
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat; policy accept;
-        ip saddr {CLIENTS_IPV4} oifname != {name} masquerade
-        ip6 saddr {CLIENTS_IPV6} oifname != {name} masquerade
+        ip saddr {TUNNEL_IPV4} oifname != {name} masquerade
+        ip6 saddr {TUNNEL_IPV6} oifname != {name} masquerade
     }}
 }}
 """

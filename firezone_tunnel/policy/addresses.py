@@ -8,8 +8,6 @@ from collections.abc import Container
 from firezone_tunnel.messages.common import IPAddress, Network
 from firezone_tunnel.sansio import Entropy
 
-TUNNEL_IPV4 = ipaddress.IPv4Network("100.64.0.0/11")
-TUNNEL_IPV6 = ipaddress.IPv6Network("fd00:2021:1111::/107")
 RESERVED = (ipaddress.IPv4Network("100.64.0.0/10"), ipaddress.IPv6Network("fd00:2021:1111::/48"))
 """No resource and no upstream resolver may lie in these."""
 

@@ -26,12 +26,13 @@ from twisted.python.threadpool import ThreadPool
 
 from firezone_tunnel.errors import InUseError, PlatformError
 from firezone_tunnel.policy.account import Role
-from firezone_tunnel.policy.addresses import TUNNEL_IPV4, TUNNEL_IPV6, allocate
+from firezone_tunnel.policy.addresses import allocate
 from firezone_tunnel.policy.admission import AdmittedDevice, AdmittedRelay
 from firezone_tunnel.policy.changes import StoredFlow
 from firezone_tunnel.policy.devices import Device, Identity, new_id
 from firezone_tunnel.policy.flows import Flow
 from firezone_tunnel.sansio import Entropy
+from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _SECRET_BYTES = 32

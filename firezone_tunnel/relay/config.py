@@ -10,9 +10,9 @@ import attrs
 
 from firezone_tunnel.relaying.addresses import Network, PeerPolicy
 from firezone_tunnel.relaying.allocating import RelayConfig
-from firezone_tunnel.relaying.credentials import FIREZONE_REALM, Credentials, StampSecret, StaticUsers
+from firezone_tunnel.relaying.credentials import Credentials, StampSecret, StaticUsers
 from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE
-from firezone_tunnel.stun.message import FAMILY_IPV6
+from firezone_tunnel.stun.message import FAMILY_IPV6, FIREZONE_REALM
 
 DRAIN_TIME = 30.0  # decision 6
 

@@ -17,7 +17,7 @@ from firezone_tunnel.relay.config import EngineConfig
 from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
 from firezone_tunnel.relaying.addresses import PRIVATE, Network
 from firezone_tunnel.relaying.allocating import RelayConfig
-from firezone_tunnel.relaying.credentials import FIREZONE_REALM, StaticUsers
+from firezone_tunnel.relaying.credentials import StaticUsers
 from firezone_tunnel.runtime.health import HealthServer
 from firezone_tunnel.runtime.process import ApplicationService
 from firezone_tunnel.runtime.settings import (
@@ -33,6 +33,7 @@ from firezone_tunnel.runtime.settings import (
     token_path,
 )
 from firezone_tunnel.runtime.settings import Options as CommonOptions
+from firezone_tunnel.stun.message import FIREZONE_REALM
 
 MAX_WORKERS = 64
 

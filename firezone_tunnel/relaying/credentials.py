@@ -11,9 +11,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
-from firezone_tunnel.stun.message import long_term_key
+from firezone_tunnel.stun.message import FIREZONE_REALM, long_term_key
 
-FIREZONE_REALM = "firezone"
 MAX_REALM = 32
 """Bytes: a longer realm would make the answer to a stranger larger than 100 bytes."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from firezone_tunnel.datagrams import DatagramBatch
@@ -543,8 +544,4 @@ def _take(waiting: dict[str, dict[Candidate, None]]) -> Iterator[tuple[str, tupl
         cid = next(iter(waiting))
         candidates = waiting.pop(cid)
         if candidates:
-            yield cid, tuple(one.to_sdp() for one in sorted(candidates, key=_best_first))
-
-
-def _best_first(candidate: Candidate) -> int:
-    return -candidate.priority
+            yield cid, tuple(one.to_sdp() for one in sorted(candidates, key=attrgetter("priority"), reverse=True))

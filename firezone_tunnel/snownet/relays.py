@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from operator import attrgetter
 
 import attrs
 
@@ -14,8 +15,8 @@ from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.ice.candidate import Candidate, CandidateKind
 from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit
 from firezone_tunnel.snownet.deadlines import Deadlines
-from firezone_tunnel.stun.message import Message
-from firezone_tunnel.turn.allocation import FIREZONE_REALM, Allocation
+from firezone_tunnel.stun.message import FIREZONE_REALM, Message
+from firezone_tunnel.turn.allocation import Allocation
 from firezone_tunnel.turn.channel import HEADER_SIZE, encode_channel_data
 from firezone_tunnel.turn.events import AllocationCounters, CandidateFound, CandidateLost, Failed
 
@@ -118,7 +119,9 @@ class Relays:
     def candidates(self) -> list[Candidate]:
         """Reflexive and relayed candidates for a new connection, the relayed last."""
         found = [one for allocation in self._allocations.values() for one in allocation.candidates]
-        return sorted((one for one in found if one.kind is not CandidateKind.HOST), key=_best_first)
+        return sorted(
+            (one for one in found if one.kind is not CandidateKind.HOST), key=attrgetter("priority"), reverse=True
+        )
 
     def bind_channels(self, remote: Candidate, now: float) -> None:
         """Let every relay forward what comes from this remote address, before it is needed (2.4.7)."""
@@ -249,7 +252,3 @@ class Relays:
                 case CandidateLost(candidate):
                     self._by_relayed.pop(candidate.address, None)
                     self._events.append(event)
-
-
-def _best_first(candidate: Candidate) -> int:
-    return -candidate.priority

@@ -25,6 +25,7 @@ TRANSACTION_ID_SIZE = 12
 MAGIC_COOKIE = 0x2112A442  # RFC 8489, section 5
 FINGERPRINT_XOR = 0x5354554E  # RFC 8489, section 14.7
 MAX_ATTRIBUTES = 64  # bounds the work on one datagram; the longest real message has about ten
+FIREZONE_REALM = "firezone"  # spec/data-plane.md, 0.1: upstream's clients refuse any other
 UDP = 17  # REQUESTED-TRANSPORT: the protocol number of UDP
 FAMILY_IPV4 = 0x01  # RFC 8489, section 14.1
 FAMILY_IPV6 = 0x02

@@ -9,7 +9,7 @@ import msgspec
 from firezone_tunnel.messages.common import Relay
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.snownet.relays import RelayTerms
-from firezone_tunnel.turn.allocation import FIREZONE_REALM
+from firezone_tunnel.stun.message import FIREZONE_REALM
 
 
 def relay_terms(relays: Iterable[Relay]) -> list[RelayTerms]:

@@ -16,6 +16,7 @@ from firezone_tunnel.stun.message import (
     CHANNEL_NUMBER,
     ERROR_CODE,
     FAMILY_IPV6,
+    FIREZONE_REALM,
     LIFETIME,
     REQUESTED_TRANSPORT,
     SOFTWARE,
@@ -42,7 +43,6 @@ from firezone_tunnel.turn.events import (
 )
 from firezone_tunnel.turn.request import Request
 
-FIREZONE_REALM = "firezone"
 KEEPALIVE_INTERVAL = 25.0  # spec/data-plane.md, 3.6
 PROBE = (1.0,)  # spec/data-plane.md, 3.6: a proactive REFRESH is sent once and has a second to be answered
 DEFAULT_LIFETIME = 600  # RFC 8656, section 3.2; for a relay that doesn't say

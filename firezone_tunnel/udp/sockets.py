@@ -58,6 +58,19 @@ def bind(host: str, ports: Iterable[int], *, mark: int | None, reuse_port: bool 
     raise PlatformError(f"Cannot open a UDP socket on {address}: {failure.strerror if failure else 'no port given'}")
 
 
+def set_mark(one: socket.socket, mark: int) -> None:
+    """Let the host's routes keep out of the tunnel what this socket sends.
+
+    Raises: PlatformError.
+    """
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, _INT.pack(mark))  # exceeds a signed int
+    except PermissionError as error:
+        raise PlatformError(
+            "Can't mark a socket, which keeps it out of the tunnel: run as root or with CAP_NET_ADMIN"
+        ) from error
+
+
 def configure(udp: socket.socket, *, gso: bool, gro: bool) -> UdpFeatures:
     """Set every option that the transport relies on; `gso` and `gro` allow what the kernel may offer."""
     if udp.family == socket.AF_INET6:
@@ -127,7 +140,6 @@ _UDP_SEGMENT = 103  # <linux/udp.h>
 _UDP_GRO = 104
 _SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
 _SO_RCVBUFFORCE = 33
-_SO_MARK = 36
 _SO_RXQ_OVFL = 40
 
 _U16 = struct.Struct("=H")
@@ -145,7 +157,7 @@ def _bind(host: str, port: int, mark: int | None, reuse_port: bool) -> socket.so
         if family == socket.AF_INET6:
             udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if mark is not None:
-            _set_mark(udp, mark)
+            set_mark(udp, mark)
         if reuse_port:
             udp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         udp.bind((host, port))
@@ -153,15 +165,6 @@ def _bind(host: str, port: int, mark: int | None, reuse_port: bool) -> socket.so
         udp.close()
         raise
     return udp
-
-
-def _set_mark(udp: socket.socket, mark: int) -> None:
-    try:
-        udp.setsockopt(socket.SOL_SOCKET, _SO_MARK, _INT.pack(mark))  # exceeds a signed int
-    except PermissionError as error:
-        raise PlatformError(
-            "Cannot mark UDP sockets, which keeps them out of the tunnel: run as root or with CAP_NET_ADMIN"
-        ) from error
 
 
 def _enlarge(udp: socket.socket, force: int, ordinary: int, size: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import struct
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from zope.interface import implementer
 
 from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.sansio import SocketAddress
+from firezone_tunnel.udp.sockets import set_mark
 
 CONNECT_TIMEOUT = 30.0
 STAGGER = 0.25  # RFC 8305, section 8: Connection Attempt Delay
@@ -89,14 +89,13 @@ def _open(family: int, mark: int | None) -> socket.socket:
     try:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if mark is not None:
-            stream.setsockopt(socket.SOL_SOCKET, _SO_MARK, _MARK.pack(mark))
+            set_mark(stream, mark)
     except OSError as problem:
         stream.close()
-        raise PlatformError(
-            "Cannot mark TCP sockets, which keeps them out of the tunnel: run as root or with CAP_NET_ADMIN"
-            if problem.errno == errno.EPERM
-            else f"Cannot set up a TCP socket: {problem.strerror}"
-        ) from problem
+        raise PlatformError(f"Cannot set up a TCP socket: {problem.strerror}") from problem
+    except PlatformError:
+        stream.close()
+        raise
     return stream
 
 
@@ -233,7 +232,3 @@ class _Race:
         if self._timer is not None and self._timer.active():
             self._timer.cancel()
         self._timer = None
-
-
-_SO_MARK = 36  # <asm-generic/socket.h>
-_MARK = struct.Struct("=I")  # marks exceed a signed int
