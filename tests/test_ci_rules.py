@@ -22,8 +22,9 @@ def test_without():
 
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> pytest.Pytester:
-    pytester.makeconftest((Path(__file__).parent / "conftest.py").read_text())
-    pytester.makeini("[pytest]\nmarkers = namespaces")
+    tests = Path(__file__).parent
+    pytester.makeconftest((tests / "conftest.py").read_text())
+    pytester.makeini(f"[pytest]\nmarkers = namespaces\npythonpath = {tests.parent}")
     pytester.makepyfile(_SKIPPING_TESTS)
     return pytester
 
