@@ -1,7 +1,7 @@
 # `make help` lists the targets. Everything lives in .venv; nothing else on the machine is touched but the
 # system packages that tools/system-packages names (installed when root, else named).
 
-PYTHON ?= python3
+PYTHON ?= $(shell tools/choose-python)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find firezone_tunnel twisted_plugins -type f -not -name '*.pyc')
