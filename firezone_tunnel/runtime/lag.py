@@ -1,4 +1,9 @@
-"""How late the reactor comes to what is due: measured while packets flow, so that an idle process stays asleep."""
+"""How late the reactor comes to what is due: measured while packets flow, so that an idle process stays asleep.
+
+The measuring has a second use. A process that sleeps for ten milliseconds finds the processor's caches cold, and a lone
+packet's way through it takes three times as long; between the packets of a conversation, the ticks keep it awake. With
+20 ms between ticks a ping every 10 ms took 0.76 ms through the whole tunnel, with 2 ms 0.60, with 1 ms no less.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +12,13 @@ from typing import Any
 
 from firezone_tunnel.runtime.clock import BoottimeTimer, boottime
 
-PERIOD = 0.02
-BUSY_FOR = 1.0
+PERIOD = 0.002  # seconds, as all times here
+BUSY_FOR = 0.1  # after a packet
 _BUCKETS = 1000  # of a millisecond each; the last one holds all that is later
 
 
 class LoopLag:
-    """A histogram of how many milliseconds late a timer fired that was due every 20 ms of a busy time."""
+    """A histogram of how many milliseconds late a timer fired that was due every 2 ms of a busy time."""
 
     def __init__(self, reactor: Any, clock: Callable[[], float] = boottime) -> None:
         self.worst = 0.0  # seconds
