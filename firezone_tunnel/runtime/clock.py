@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
 from twisted.python.failure import Failure
@@ -19,14 +20,11 @@ from firezone_tunnel.runtime.boundary import Boundary
 _TRY_AGAIN_AFTER = 1.0
 
 
-def boottime() -> float:
-    """CLOCK_BOOTTIME in seconds: the `now` of every core."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+boottime: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+"""CLOCK_BOOTTIME in seconds: the `now` of every core."""
 
-
-def utc() -> float:
-    """Unix time in seconds: the `utc_now` of every core."""
-    return time.time()
+utc = time.time
+"""Unix time in seconds: the `utc_now` of every core."""
 
 
 @implementer(IReadDescriptor)

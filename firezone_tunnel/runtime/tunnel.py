@@ -166,18 +166,18 @@ class TunnelRuntime:
 
     def packets_received(self, packets: list[SuperPacket]) -> None:
         now = boottime()
-        self.lag.busy(now)
-        for portion in _portions(packets):
+        for portion in (packets,) if len(packets) <= _RUNS_AT_ONCE else _portions(packets):
             with self._boundary:
                 self._write(self._core.handle_packets(portion, now, utc()))
                 self.settle()
+        self.lag.busy(now)
 
     def batch_received(self, batch: DatagramBatch) -> None:
         now = boottime()
-        self.lag.busy(now)
         with self._boundary:
             self._write(self._core.handle_datagrams(batch, now, utc()))
             self.settle()
+        self.lag.busy(now)
 
     def sending_paused(self, transport: UdpTransport) -> None:
         self._blocked.append(transport)
@@ -232,9 +232,6 @@ class TunnelRuntime:
 
 def _portions(packets: list[SuperPacket]) -> Iterator[list[SuperPacket]]:
     """The packets in order, with a few super-packets in each portion."""
-    if len(packets) <= _RUNS_AT_ONCE:
-        yield packets
-        return
     first = runs = 0
     for index, packet in enumerate(packets):
         if packet.segment_size:

@@ -120,7 +120,8 @@ class Connection:
         if path is None or not (self._is_client or self._has_had_session):
             self._hold(packet)
             return True
-        awoken = self._note_activity(now)
+        self._last_activity = now
+        is_ready = self.state is not State.IDLE or self._awake(now)
         session = self.peer.sending_session(now)
         if session is None or self._waiting:
             self._hold(packet)
@@ -133,7 +134,7 @@ class Connection:
             self._send_single(packet, session, path, now)
         else:
             self._gather(packet, path, now)
-        return not awoken
+        return is_ready
 
     def flush(self, now: float) -> None:
         """Send what `encapsulate` has gathered: the packets of a turn are valid no longer than that."""
@@ -150,11 +151,12 @@ class Connection:
 
     def received(self, now: float) -> bool:
         """Packets came in. False: `settle` has something to do."""
-        return not self._note_activity(now)
+        self._last_activity = now
+        return self.state is not State.IDLE or self._awake(now)
 
     def renew(self, now: float, utc_now: float) -> None:
         """The portal names the same terms again: the other side may have lost what it knew (2.2 and 2.9)."""
-        self._note_activity(now)
+        self.received(now)
         if self.path is not None:
             self._handshake(now, utc_now)
 
@@ -250,14 +252,11 @@ class Connection:
         self._become(State.FAILED)
         self._outbox.events.append(ConnectionFailed(self.cid, reason))
 
-    def _note_activity(self, now: float) -> bool:
-        """Returns whether this woke the connection."""
-        self._last_activity = now
-        if self.state is not State.IDLE:
-            return False
+    def _awake(self, now: float) -> bool:
+        """Idle no longer. False: `settle` has something to do."""
         self._become(State.CONNECTED)
         self.agent.set_idle(False, now)
-        return True
+        return False
 
     def _follow_agent(self, now: float, utc_now: float) -> None:
         agent = self.agent

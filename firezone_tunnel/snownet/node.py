@@ -172,7 +172,8 @@ class Node:
 
         WireGuard messages may come over any path: their keys say whose they are (2.7).
         """
-        self._arena.reset()
+        if batch.length != batch.segment_size:
+            self._arena.reset()
         allocation = self._relays.at_socket(batch.source)
         if allocation is None:
             return self._handle(batch, now, utc_now)
@@ -429,8 +430,6 @@ class Node:
 
     def _handle(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
         """Take in datagrams of a peer."""
-        if batch.length == batch.segment_size:
-            return self._handle_mixed(batch, 0, 1, now, utc_now)
         receiver = batch.buffer.common_receiver(
             length=batch.length, segment_size=batch.segment_size, headroom=batch.headroom
         )

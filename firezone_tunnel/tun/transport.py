@@ -139,7 +139,7 @@ class TunTransport:
                 counters.malformed += 1
             else:
                 packets.append(packet)
-                position += _aligned(length)
+                position += length + 7 & ~7
             if position > _LAST_FRAME or perf_counter() >= deadline:
                 break
         if packets:
@@ -161,11 +161,12 @@ class TunTransport:
         return "TunTransport"
 
     def _deliver(self, packets: list[SuperPacket]) -> None:
-        self._arena.reset()
-        merged = coalesce_lone(packets, self._arena)
+        if len(packets) > 1:
+            self._arena.reset()
+            packets = coalesce_lone(packets, self._arena)
         self.counters.turns += 1
-        self.counters.received_packets += len(merged)
-        self._protocol.packetsReceived(merged)
+        self.counters.received_packets += len(packets)
+        self._protocol.packetsReceived(packets)
 
     def _read_failed(self, error: OSError) -> None:
         if error.errno == errno.EBADFD:
@@ -225,10 +226,6 @@ _LAST_FRAME = _SLAB_SIZE - _FRAME_SIZE
 _RUNS = {TCP: Offload.TCP, UDP: Offload.UDP}
 _LINK_DOWN = frozenset({errno.EIO, errno.EBADFD, errno.EBADF})  # the last two: removed, as the next read will find
 _NO_BUFFERS = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
-
-
-def _aligned(length: int) -> int:
-    return length + 7 & ~7
 
 
 def _removed(device: TunDevice) -> Failure:

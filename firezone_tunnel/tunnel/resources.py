@@ -51,9 +51,10 @@ class ActiveResource:
     rules: Rules = PERMIT_NOTHING
     used_at: float = float("-inf")
     """When a packet last went to it."""
+    id: str = attrs.field(init=False)
 
-    @property
-    def id(self) -> str:
+    @id.default
+    def _id(self) -> str:
         return self.resource.id
 
     @property

@@ -243,10 +243,10 @@ class ReceiveBuffer:
 
     def common_receiver(self, *, length: int, segment_size: int, headroom: int = 0) -> int | None:
         """The receiver index, if every datagram of the batch is a transport data message with the same one."""
-        count, last = _shape(length, segment_size)
         receiver = self.receiver(0, length=length, segment_size=segment_size, headroom=headroom)
-        if count <= 1 or receiver is None:
+        if length <= segment_size or receiver is None:
             return receiver
+        count, last = _shape(length, segment_size)
         if last < headroom + OVERHEAD:
             return None
         starts = self._received(segment_size, headroom).starts[:count].tobytes()
@@ -295,8 +295,11 @@ class ReceiveBuffer:
         packet = start + headroom + HEADER_SIZE
         end = start + length
         opened = view[packet : end - TAG_SIZE]
-        failed = open_rows(cipher, [(_NONCE.pack(counter), opened, view[packet:end])])
-        return opened, None if failed else counter
+        try:
+            cipher.decrypt_into(_NONCE.pack(counter), view[packet:end], None, opened)
+        except InvalidTag:
+            return opened, None
+        return opened, counter
 
     def open(
         self,

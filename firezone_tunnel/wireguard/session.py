@@ -130,10 +130,20 @@ class Session:
         if counter is None:
             self._counters.forged += 1
             return False
-        if self._enter(counter):
+        ahead = counter - self._last
+        if counter >= REJECT_AFTER_MESSAGES or -ahead >= WINDOW_SIZE:
+            self._counters.replayed += 1
+            return False
+        if ahead > 0:
+            self._bitmap = (self._bitmap << ahead | 1) & _WINDOW if ahead < WINDOW_SIZE else 1
+            self._last = counter
             return True
-        self._counters.replayed += 1
-        return False
+        bit = 1 << -ahead
+        if self._bitmap & bit:
+            self._counters.replayed += 1
+            return False
+        self._bitmap |= bit
+        return True
 
     def close(self) -> None:
         """Let go of the keys. The cipher objects hold the only copies; nothing can be sealed or opened afterwards."""
@@ -148,20 +158,6 @@ class Session:
         for position, (number, is_genuine) in enumerate(zip(numbers.tolist(), genuine.tolist(), strict=True)):
             fresh[position] = self.accept_lone(number if is_genuine else None)
         return fresh
-
-    def _enter(self, number: int) -> bool:
-        if number >= REJECT_AFTER_MESSAGES:
-            return False
-        ahead = number - self._last
-        if ahead > 0:
-            self._bitmap = (self._bitmap << ahead | 1) & _WINDOW if ahead < WINDOW_SIZE else 1
-            self._last = number
-            return True
-        bit = 1 << -ahead
-        if -ahead >= WINDOW_SIZE or self._bitmap & bit:
-            return False
-        self._bitmap |= bit
-        return True
 
 
 _LARGEST_TURN = 8192  # more counters than anybody takes before asking again whether the session may send
