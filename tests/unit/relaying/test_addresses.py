@@ -240,7 +240,9 @@ def test_an_ipv6_address_is_permitted_only_if_all_that_it_embeds_is(address: ipa
 
     if policy.permits(SocketAddress(str(address), 5000)):
         assert all(policy.permits(SocketAddress(str(inner), 5000)) for inner in embedded(address))
-        assert address.is_global or address in ipaddress.ip_network("64:ff9b::/96")
+        # Translators' and 6to4's own networks are judged by what is embedded; Python's versions differ about them.
+        is_judged_inside = any(address in ipaddress.ip_network(net) for net in ("64:ff9b::/96", "2002::/16"))
+        assert address.is_global or is_judged_inside
 
 
 def _policy(**options: object) -> PeerPolicy:
