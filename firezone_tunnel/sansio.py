@@ -52,7 +52,11 @@ class Timeout(NamedTuple):
 
 def earliest(timeouts: Iterable[Timeout | None]) -> Timeout | None:
     """The first of several deadlines; None where there is none."""
-    return min((timeout for timeout in timeouts if timeout is not None), default=None)
+    first = None
+    for timeout in timeouts:
+        if timeout is not None and (first is None or timeout.at < first.at):
+            first = timeout
+    return first
 
 
 class Releasable(Protocol):

@@ -78,10 +78,11 @@ class BoottimeTimer:
         except BlockingIOError:  # set anew after the reactor saw it fire
             return
         self._deadline = None
-        with self._boundary:  # the reactor would close it
+        try:
             self._callback()
-            return
-        self.set(boottime() + _TRY_AGAIN_AFTER)
+        except Exception as error:  # noqa: BLE001  # see runtime.boundary; the reactor would close it
+            self._boundary.caught(error)
+            self.set(boottime() + _TRY_AGAIN_AFTER)
 
     def connectionLost(self, reason: Failure) -> None:
         self.close()

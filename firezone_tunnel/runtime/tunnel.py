@@ -167,16 +167,20 @@ class TunnelRuntime:
     def packets_received(self, packets: list[SuperPacket]) -> None:
         now = boottime()
         for portion in (packets,) if len(packets) <= _RUNS_AT_ONCE else _portions(packets):
-            with self._boundary:
+            try:
                 self._write(self._core.handle_packets(portion, now, utc()))
                 self.settle()
+            except Exception as error:  # noqa: BLE001  # see runtime.boundary
+                self._boundary.caught(error)
         self.lag.busy(now)
 
     def batch_received(self, batch: DatagramBatch) -> None:
         now = boottime()
-        with self._boundary:
+        try:
             self._write(self._core.handle_datagrams(batch, now, utc()))
             self.settle()
+        except Exception as error:  # noqa: BLE001  # see runtime.boundary
+            self._boundary.caught(error)
         self.lag.busy(now)
 
     def sending_paused(self, transport: UdpTransport) -> None:
