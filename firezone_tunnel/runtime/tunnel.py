@@ -20,6 +20,7 @@ from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.runtime.boundary import Boundary
 from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.runtime.lag import LoopLag
+from firezone_tunnel.runtime.rehearsal import rehearse
 from firezone_tunnel.sansio import SocketAddress, Timeout, Transmit
 from firezone_tunnel.snownet.node import Node
 from firezone_tunnel.tun.device import TunDevice
@@ -76,7 +77,7 @@ class TunnelRuntime:
 
         `mark` is the firewall mark of the sockets, which keeps their datagrams out of the tunnel.
         """
-        self.lag = LoopLag(reactor)
+        self.lag = LoopLag(reactor, when_calm=self._rehearse)
         self._reactor = reactor
         self._core = core
         self._on_event = on_event
@@ -206,6 +207,10 @@ class TunnelRuntime:
 
     def _timed_out(self) -> None:
         self._core.handle_timeout(boottime(), utc())
+        self.settle()
+
+    def _rehearse(self) -> None:
+        rehearse()
         self.settle()
 
     def _log_features(self) -> None:

@@ -65,6 +65,22 @@ async def test_it_goes_on_for_as_long_as_packets_flow_and_then_sleeps() -> None:
 
 
 @pytest_twisted.ensureDeferred
+async def test_ticks_without_a_packet_between_them_are_calm() -> None:
+    now, calm = 1000.0, []
+    lag = LoopLag(reactor, lambda: now, when_calm=lambda: calm.append(now))
+
+    lag.busy(now)
+    for now in (1000.002, 1000.004, 1000.006):
+        if now == 1000.006:
+            lag.busy(now - 0.001)
+        lag._tick()
+
+    assert calm == [1000.004]
+    await _sleep(0)
+    lag.close()
+
+
+@pytest_twisted.ensureDeferred
 async def test_lateness_beyond_the_histogram_is_in_its_last_bucket() -> None:
     now = 1000.0
     lag = LoopLag(reactor, lambda: now)
