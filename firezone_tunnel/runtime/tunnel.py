@@ -210,8 +210,13 @@ class TunnelRuntime:
         self.settle()
 
     def _rehearse(self) -> None:
+        """Go the way of a packet without one; looking for some is a part of it."""
         rehearse()
         self.settle()
+        for transport in list(self._udp.values()):
+            transport.doRead()
+        if self._tun is not None and not self._blocked:
+            self._tun.doRead()
 
     def _log_features(self) -> None:
         for is_ipv6, transport in self._udp.items():

@@ -116,6 +116,8 @@ class TunTransport:
         deadline = began + self.MAX_TURN
         most = 1 if began - self._ended > self.CALM else self.MAX_FRAMES
         fd = self._fd
+        if fd == -1:
+            return
         slab = self._slab
         counters = self.counters
         packets: list[SuperPacket] = []

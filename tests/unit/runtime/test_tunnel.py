@@ -69,6 +69,34 @@ def runtime(core: StumblingCore) -> Iterator[TunnelRuntime]:
     runtime.close()
 
 
+class IdleTun:
+    """Counts how often somebody looks for packets."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def doRead(self) -> None:
+        self.looks += 1
+
+    def pauseProducing(self) -> None: ...
+
+    def resumeProducing(self) -> None: ...
+
+
+def test_a_rehearsal_looks_for_packets_unless_a_socket_is_full(
+    runtime: TunnelRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tun = IdleTun()
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "_tun", tun)
+        runtime._rehearse()
+        assert tun.looks == 1
+
+        runtime.sending_paused(object())
+        runtime._rehearse()
+        assert tun.looks == 1
+
+
 def test_a_mistake_over_one_batch_is_told_and_the_next_one_is_handled(
     core: StumblingCore, runtime: TunnelRuntime, logged: list[dict[str, Any]]
 ) -> None:

@@ -156,9 +156,11 @@ def test_closing_is_done_once_and_cleanly(end: End) -> None:
     end.transport.close()
     end.transport.close()
     end.transport.resumeProducing()
+    end.transport.doRead()
 
     assert end.lost is not None
     assert end.lost.check(ConnectionDone)
+    assert end.transport.counters.read_errors == 0
     assert (end.reading, end.transport.fileno()) == (False, -1)
 
 
