@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from traceback import format_exception
 from typing import Any, TextIO
 
 from twisted.application.service import IServiceCollection, MultiService, Service
@@ -76,11 +77,18 @@ class Process:
             self._reactor.callWhenRunning(self._reactor.stop)
 
     def fail(self, error: BaseException) -> None:
-        """End in good order because of an error, which is told on stderr in one line."""
+        """End in good order because of an error, which is told on stderr in one line; a mistake of ours has its
+        traceback in the log.
+        """
         if self._is_ending:
             return
-        self._code = error.exit_code if isinstance(error, FirezoneError) else 1
-        log.error("process:failed", reason=one_line(error), error=type(error).__name__)
+        fields = {"reason": one_line(error), "error": type(error).__name__}
+        if isinstance(error, FirezoneError):
+            self._code = error.exit_code
+        else:
+            self._code = 1
+            fields["traceback"] = "".join(format_exception(error))
+        log.error("process:failed", **fields)
         _tell(f"{self.name}: {one_line(error)}")
         self.stop()
 

@@ -35,7 +35,9 @@ def test_where_a_part_cannot_start_the_process_ends_and_the_next_is_left_alone(
     assert (first.running, second.running, application.watches) == (1, 0, False)
 
 
-def test_what_goes_wrong_later_ends_the_process(capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_goes_wrong_later_ends_the_process(
+    capfd: pytest.CaptureFixture[str], logged: list[dict[str, Any]]
+) -> None:
     application = Example(Part())
     application.startService()
     assert not application.reactor.hasStopped
@@ -43,7 +45,9 @@ def test_what_goes_wrong_later_ends_the_process(capfd: pytest.CaptureFixture[str
     application.later.errback(ValueError("a mistake"))
 
     assert application.reactor.hasStopped
-    assert "example: " in capfd.readouterr().err
+    assert capfd.readouterr().err == "example: a mistake\n"
+    (told,) = [message for message in logged if message["message_type"] == "process:failed"]
+    assert "in watch" in told["traceback"]
 
 
 def test_it_has_stopped_when_all_parts_have() -> None:
