@@ -19,6 +19,7 @@ from firezone_tunnel.host import nftables
 from firezone_tunnel.host.addresses import Uplink, host_candidates, uplinks
 from firezone_tunnel.host.instance import Instance
 from firezone_tunnel.host.kernel import Kernel
+from firezone_tunnel.host.rpfilter import is_strict
 from firezone_tunnel.host.sysctl import PROC_SYS
 from firezone_tunnel.portal_connection.url import LoginUrl
 from firezone_tunnel.tun.device import DEFAULT_NAME, Offload, open_tun
@@ -174,7 +175,7 @@ def _network(interface: str) -> Iterator[Finding]:
     else:
         yield Finding("candidates", State.MISSING, "no address that a peer could use", "give the host an address")
     for name in dict.fromkeys(uplink.interface for uplink in found if uplink is not None):
-        if _filters_strictly(name):
+        if is_strict(name, lambda setting: _read(PROC_SYS / setting)):
             yield Finding(_STRICT, State.OK, f"on {name}: the client marks answers, by nftables")
 
 
@@ -184,12 +185,6 @@ def _uplink(check: str, uplink: Uplink | None) -> Finding:
     by = f" via {uplink.next_hop}" if uplink.next_hop else ""
     source = f" from {uplink.preferred_source}" if uplink.preferred_source else ""
     return Finding(check, State.OK, f"{uplink.interface}{by}{source}")
-
-
-def _filters_strictly(interface: str) -> bool:
-    """The larger of the interface's own value and that of all of them holds; 1 is strict (RFC 3704, section 2.2)."""
-    values = [_read(PROC_SYS / f"net/ipv4/conf/{name}/rp_filter") for name in ("all", interface)]
-    return max(int(value or 0) for value in values) == 1
 
 
 def _instances() -> Iterator[Finding]:

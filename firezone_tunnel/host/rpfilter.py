@@ -6,7 +6,7 @@ marked that is the tunnel. So answers get the mark of what they answer, and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from twisted.internet.defer import Deferred
@@ -17,6 +17,15 @@ from firezone_tunnel.host.kernel import FIREZONE_MARK
 from firezone_tunnel.host.sysctl import Sysctls
 from firezone_tunnel.host.worker import Worker
 from firezone_tunnel.logs import events as log
+
+
+def is_strict(interface: str, read: Callable[[str], str | None]) -> bool:
+    """Whether an interface filters strictly, by what `read` says of settings such as "net/ipv4/conf/eth0/rp_filter".
+
+    The larger of the interface's own value and that of all of them holds.
+    """
+    values = [read(f"net/ipv4/conf/{name}/rp_filter") for name in ("all", interface)]
+    return max(int(value or 0) for value in values) == _STRICT
 
 
 class ReplyMarks:
@@ -74,7 +83,7 @@ class _FilteringHost:
         if not self._is_installed and self._sysctls.recover():
             self._is_installed = True
             self.remove()
-        strict = [uplink for uplink in uplinks if self._is_strict(uplink)]
+        strict = [uplink for uplink in uplinks if is_strict(uplink, self._sysctls.read)]
         if strict and not self._is_installed:
             self._install(strict)
         return strict
@@ -98,8 +107,3 @@ class _FilteringHost:
                 f"set net.ipv4.conf.{strict[0]}.rp_filter and net.ipv4.conf.all.rp_filter to 2 ({error})"
             ) from error
         log.info("rpfilter:reply_marks_installed", interfaces=strict)
-
-    def _is_strict(self, interface: str) -> bool:
-        """The larger of the interface's own value and that of all of them holds."""
-        values = [self._sysctls.read(f"net/ipv4/conf/{name}/rp_filter") for name in ("all", interface)]
-        return max(int(value or 0) for value in values) == _STRICT

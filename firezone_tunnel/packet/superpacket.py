@@ -343,7 +343,7 @@ def _is_of_kind(packet: SuperPacket, kind: int) -> bool:
 
 
 def _number_segment(alone: SuperPacket, index: int, segment_size: int, *, last: bool) -> None:
-    """Give a segment its IPv4 identification, sequence number and flags, as `wireguard.seal` does to all at once."""
+    """Give a segment its IPv4 identification, sequence number and flags; `packet.segmentation` does all at once."""
     data = alone.data
     if alone.version == 4 and not data[6] & 0x40:
         _U16.pack_into(data, 4, (_U16.unpack_from(data, 4)[0] + index) & 0xFFFF)
