@@ -78,6 +78,8 @@ class Terms(NamedTuple):
             return 442
         requested = message.get(stun.REQUESTED_ADDRESS_FAMILY)
         additional = message.get(stun.ADDITIONAL_ADDRESS_FAMILY)
+        if additional is None:
+            additional = message.get(stun.COTURN_ADDITIONAL_ADDRESS_FAMILY)
         even_port, token = message.get(stun.EVEN_PORT), message.get(stun.RESERVATION_TOKEN)
         if token is not None:
             alone = requested is None and additional is None and even_port is None

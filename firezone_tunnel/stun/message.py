@@ -461,6 +461,8 @@ ADDRESS_ERROR_CODE = Attribute(0x8001, "ADDRESS-ERROR-CODE", _encode_address_err
 ICMP = Attribute(0x8004, "ICMP", _encode_icmp, _decode_icmp)
 SOFTWARE = Attribute(0x8022, "SOFTWARE", *_text(_MAX_TEXT))
 ALTERNATE_SERVER = Attribute(0x8023, "ALTERNATE-SERVER", *_ADDRESS)
+COTURN_ADDITIONAL_ADDRESS_FAMILY = Attribute(0x8032, "ADDITIONAL-ADDRESS-FAMILY (coturn)", *_number("!Bxxx"))
+"""What coturn's clients say for 0x8000, up to 4.6 at least. IANA has assigned this number to nothing."""
 ICE_CONTROLLED = Attribute(0x8029, "ICE-CONTROLLED", *_number("!Q"))
 """The tie-breaker."""
 ICE_CONTROLLING = Attribute(0x802A, "ICE-CONTROLLING", *_number("!Q"))

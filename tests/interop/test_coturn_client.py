@@ -29,8 +29,7 @@ pytestmark = pytest.mark.skipif(_CLIENT is None or _PEER is None, reason="turnut
         ("-c", "-g", "-D"),  # DONT-FRAGMENT, padded channel data
         ("-c", "-y"),  # two allocations on the same relay
         ("-c", "-y", "-x"),  # the same with IPv6 relayed addresses
-        # Not "-Z": coturn 4.6 has ADDITIONAL-ADDRESS-FAMILY at 0x8032, not at IANA's 0x8000, so what it gets is one
-        # address; then it refreshes a family at random, and is rightly refused (443) where that is the other one.
+        ("-c", "-Z"),  # addresses of both families, of which it refreshes one at random
     ],
     ids=" ".join,
 )

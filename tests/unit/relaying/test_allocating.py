@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -50,10 +52,11 @@ def test_a_success_tells_relayed_address_own_address_and_lifetime(address: Socke
     assert world.open == {(relayed.port, FAMILY_IPV4)}
 
 
-def test_a_dual_stack_allocation_has_the_same_port_in_both_families() -> None:
+@pytest.mark.parametrize("asked", [DUAL, (stun.COTURN_ADDITIONAL_ADDRESS_FAMILY, FAMILY_IPV6)])
+def test_a_dual_stack_allocation_has_the_same_port_in_both_families(asked: tuple[Any, int]) -> None:
     world = World()
 
-    relayed = Client(world).allocate(DUAL).get_all(stun.XOR_RELAYED_ADDRESS)
+    relayed = Client(world).allocate(asked).get_all(stun.XOR_RELAYED_ADDRESS)
 
     assert [address.host for address in relayed] == [RELAY4, RELAY6]
     assert relayed[0].port == relayed[1].port
