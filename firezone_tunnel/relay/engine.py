@@ -115,22 +115,18 @@ class Engine:
     # What follows is called by the sockets and the timer.
 
     def client_received(self, batch: DatagramBatch) -> None:
-        try:
+        with self._boundary:
             self._server.handle_client_datagrams(batch, boottime(), utc())
             self._settle()
-        except Exception as error:  # noqa: BLE001  # see runtime.boundary
-            self._boundary.caught(error)
 
     def listening_lost(self, reason: Failure) -> None:
         if reason.check(ConnectionDone) is None:  # else: by our own `close`
             self._crashed(reason)
 
     def _peer_received(self, port: int, batch: DatagramBatch) -> None:
-        try:
+        with self._boundary:
             self._server.handle_peer_datagrams(port, batch, boottime())
             self._settle()
-        except Exception as error:  # noqa: BLE001  # see runtime.boundary
-            self._boundary.caught(error)
 
     def _timed_out(self) -> None:
         self._server.handle_timeout(boottime())

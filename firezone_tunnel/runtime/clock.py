@@ -78,11 +78,10 @@ class BoottimeTimer:
         except BlockingIOError:  # set anew after the reactor saw it fire
             return
         self._deadline = None
-        try:
+        with self._boundary:  # the reactor would close it
             self._callback()
-        except Exception as error:  # noqa: BLE001  # see runtime.boundary; the reactor would close it
-            self._boundary.caught(error)
-            self.set(boottime() + _TRY_AGAIN_AFTER)
+            return
+        self.set(boottime() + _TRY_AGAIN_AFTER)
 
     def connectionLost(self, reason: Failure) -> None:
         self.close()

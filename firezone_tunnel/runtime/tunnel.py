@@ -167,21 +167,17 @@ class TunnelRuntime:
 
     def packets_received(self, packets: list[SuperPacket]) -> None:
         now = boottime()
-        for portion in (packets,) if len(packets) <= _RUNS_AT_ONCE else _portions(packets):
-            try:
+        for portion in _portions(packets):
+            with self._boundary:
                 self._write(self._core.handle_packets(portion, now, utc()))
                 self.settle()
-            except Exception as error:  # noqa: BLE001  # see runtime.boundary
-                self._boundary.caught(error)
         self.lag.busy(now)
 
     def batch_received(self, batch: DatagramBatch) -> None:
         now = boottime()
-        try:
+        with self._boundary:
             self._write(self._core.handle_datagrams(batch, now, utc()))
             self.settle()
-        except Exception as error:  # noqa: BLE001  # see runtime.boundary
-            self._boundary.caught(error)
         self.lag.busy(now)
 
     def sending_paused(self, transport: UdpTransport) -> None:
@@ -211,8 +207,9 @@ class TunnelRuntime:
 
     def _rehearse(self) -> None:
         """Go the way of a packet without one; looking for some is a part of it."""
-        rehearse()
-        self.settle()
+        with self._boundary:
+            rehearse()
+            self.settle()
         for transport in list(self._udp.values()):
             transport.doRead()
         if self._tun is not None and not self._blocked:
@@ -246,6 +243,9 @@ class TunnelRuntime:
 
 def _portions(packets: list[SuperPacket]) -> Iterator[list[SuperPacket]]:
     """The packets in order, with a few super-packets in each portion."""
+    if len(packets) <= _RUNS_AT_ONCE:
+        yield packets
+        return
     first = runs = 0
     for index, packet in enumerate(packets):
         if packet.segment_size:
