@@ -120,8 +120,7 @@ class Connection:
         if path is None or not (self._is_client or self._has_had_session):
             self._hold(packet)
             return True
-        self._last_activity = now
-        is_ready = self.state is not State.IDLE or self._awake(now)
+        awoken = self._note_activity(now)
         session = self.peer.sending_session(now)
         if session is None or self._waiting:
             self._hold(packet)
@@ -134,7 +133,7 @@ class Connection:
             self._send_single(packet, session, path, now)
         else:
             self._gather(packet, path, now)
-        return is_ready
+        return not awoken
 
     def flush(self, now: float) -> None:
         """Send what `encapsulate` has gathered: the packets of a turn are valid no longer than that."""
@@ -151,12 +150,11 @@ class Connection:
 
     def received(self, now: float) -> bool:
         """Packets came in. False: `settle` has something to do."""
-        self._last_activity = now
-        return self.state is not State.IDLE or self._awake(now)
+        return not self._note_activity(now)
 
     def renew(self, now: float, utc_now: float) -> None:
         """The portal names the same terms again: the other side may have lost what it knew (2.2 and 2.9)."""
-        self.received(now)
+        self._note_activity(now)
         if self.path is not None:
             self._handshake(now, utc_now)
 
@@ -252,11 +250,14 @@ class Connection:
         self._become(State.FAILED)
         self._outbox.events.append(ConnectionFailed(self.cid, reason))
 
-    def _awake(self, now: float) -> bool:
-        """Idle no longer. False: `settle` has something to do."""
+    def _note_activity(self, now: float) -> bool:
+        """Returns whether this woke the connection."""
+        self._last_activity = now
+        if self.state is not State.IDLE:
+            return False
         self._become(State.CONNECTED)
         self.agent.set_idle(False, now)
-        return False
+        return True
 
     def _follow_agent(self, now: float, utc_now: float) -> None:
         agent = self.agent

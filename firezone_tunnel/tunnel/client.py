@@ -18,7 +18,7 @@ from firezone_tunnel.messages import client as messages
 from firezone_tunnel.messages.common import IceCredentials, Interface, Network, NoRelays, RelaysPresence
 from firezone_tunnel.packet.rewrite import Refusal, icmp_error
 from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, earliest
+from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
 from firezone_tunnel.snownet.events import (
     ConnectionClosed,
     ConnectionEstablished,
@@ -122,7 +122,6 @@ class ClientTunnel:
     def __init__(self, *, entropy: Entropy, now: float, slots: SlotPool) -> None:
         self.counters = ClientCounters()
         self.node = Node(role=Role.CLIENT, entropy=entropy, now=now, slots=slots)
-        self.transmits = self.node.transmits
         self._resources = ResourceTable(is_connected=lambda rid: self._gateways.serving(rid) is not None)
         self._sites = SiteStatuses()
         self._gateways = Gateways()
@@ -152,7 +151,7 @@ class ClientTunnel:
                 continue
             resource = lookup(packet.destination)
             if resource is None:
-                self._send_to_gateway_itself(packet, now, utc_now, alone=alone)
+                self._send_to_gateway_itself(packet, now, utc_now)
                 continue
             if not resource.rules.permits(packet, packet.destination_port):
                 counters.filtered += packet.segments
@@ -165,8 +164,7 @@ class ClientTunnel:
                 self._want(resource, packet, now)
             else:
                 encapsulate(gateway.id, packet, now, utc_now, alone=alone)
-        if not alone:
-            self.node.flush(now)
+        self.node.flush(now)
         self._follow_node()
         return answers
 
@@ -245,6 +243,9 @@ class ClientTunnel:
         self.node.close(now, farewell=control.encode(control.Goodbye()))
         self._follow_node()
 
+    def transmits(self) -> Iterator[Transmit]:
+        return self.node.transmits()
+
     def events(self) -> Iterator[ClientEvent]:
         """What happened, in order; of several changes of the configuration or the resources only the newest."""
         events = self._events
@@ -260,12 +261,12 @@ class ClientTunnel:
         if self._sites.handle_timeout(now):
             self._publish()
 
-    def _send_to_gateway_itself(self, packet: SuperPacket, now: float, utc_now: float, *, alone: bool) -> None:
+    def _send_to_gateway_itself(self, packet: SuperPacket, now: float, utc_now: float) -> None:
         gateway = self._gateways.at(packet.destination)
         if gateway is None:
             self.counters.without_resource += packet.segments
         else:
-            self.node.encapsulate(gateway.id, packet, now, utc_now, alone=alone)
+            self.node.encapsulate(gateway.id, packet, now, utc_now)
 
     def _want(self, resource: ActiveResource, packet: SuperPacket, now: float) -> None:
         """Keep a packet until there is a gateway for it, and ask for one, though not for every packet."""

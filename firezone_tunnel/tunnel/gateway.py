@@ -18,7 +18,7 @@ from firezone_tunnel.messages import gateway as messages
 from firezone_tunnel.messages.common import Authorization, IceCredentials, Interface, NoRelays, RelaysPresence
 from firezone_tunnel.packet.rewrite import Refusal, icmp_error, is_icmp_error
 from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, earliest
+from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
 from firezone_tunnel.snownet.events import ConnectionEvent, InvalidatedCandidates, NewCandidates, RelayNews, Role
 from firezone_tunnel.snownet.node import Node
 from firezone_tunnel.snownet.relays import RelayFailed
@@ -101,7 +101,6 @@ class GatewayTunnel:
     def __init__(self, *, entropy: Entropy, now: float, utc_now: float, slots: SlotPool) -> None:
         self.counters = GatewayCounters()
         self.node = Node(role=Role.GATEWAY, entropy=entropy, now=now, slots=slots)
-        self.transmits = self.node.transmits
         self._clients: dict[str, Client] = {}
         self._by_address: dict[bytes, Client] = {}
         self._own: tuple[bytes, ...] = ()
@@ -132,8 +131,7 @@ class GatewayTunnel:
                 encapsulate(client.id, packet, now, utc_now, alone=alone)
             else:
                 counters.filtered_answers += packet.segments
-        if not alone:
-            self.node.flush(now)
+        self.node.flush(now)
         self._follow_node()
         return []
 
@@ -213,6 +211,9 @@ class GatewayTunnel:
         """Say goodbye to every client: what `transmits` gives after this is the last."""
         self.node.close(now, farewell=control.encode(control.Goodbye()))
         self._follow_node()
+
+    def transmits(self) -> Iterator[Transmit]:
+        return self.node.transmits()
 
     def events(self) -> Iterator[GatewayEvent]:
         """What happened, in order."""

@@ -51,10 +51,9 @@ class ActiveResource:
     rules: Rules = PERMIT_NOTHING
     used_at: float = float("-inf")
     """When a packet last went to it."""
-    id: str = attrs.field(init=False)
 
-    @id.default
-    def _id(self) -> str:
+    @property
+    def id(self) -> str:
         return self.resource.id
 
     @property
