@@ -9,13 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from benchmarks.core_steps import CALLS, SEGMENTS, Case, super_packet
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.messages.common import Filter
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.snownet.node import Received
+from firezone_tunnel.snownet.inbound import Received
 from firezone_tunnel.tunnel.filter import Rules
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
 from tests.unit.relaying import world as relaying
 from tests.unit.tunnel.world import Access, Device, connected
 
@@ -117,7 +116,7 @@ class _Arriving:
             batches = []
             for transmit in sender.tunnel.transmits():
                 data = bytes(transmit.payload)
-                batch = DatagramBatch(
+                batch = DatagramBatch.received(
                     _BUFFER, len(data), transmit.segment_size, sender.addresses[0], self._receiver.addresses[0]
                 )
                 batches.append((data, batch))
@@ -129,7 +128,7 @@ class _Arriving:
         opened: list[SuperPacket] = []
         segments = 0
         for data, batch in self._sealed.popleft():
-            _BUFFER.view[: len(data)] = data
+            _BUFFER[: len(data)] = data
             opened = tunnel.handle_datagrams(batch, now, utc)
             segments += sum(one.segments for one in opened)
         assert segments == SEGMENTS
@@ -173,7 +172,7 @@ class _IdleNode:
         self.carried = 0
         self._received = received or []
 
-    def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float, *, alone: bool = False) -> None:
+    def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float) -> None:
         self.carried += 1
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
@@ -182,10 +181,10 @@ class _IdleNode:
     def flush(self, now: float) -> None: ...
 
 
-_BUFFER = ReceiveBuffer()
+_BUFFER = receive_buffer()
 
 
 def _batch(data: bytes, size: int, source: SocketAddress, local: SocketAddress) -> DatagramBatch:
-    buffer = ReceiveBuffer()
-    buffer.view[: len(data)] = data
-    return DatagramBatch(buffer, len(data), size, source, local)
+    buffer = receive_buffer()
+    buffer[: len(data)] = data
+    return DatagramBatch.received(buffer, len(data), size, source, local)

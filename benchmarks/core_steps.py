@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from firezone_tunnel.datagrams import receive_buffer
 from firezone_tunnel.packet.coalesce import Arena, coalesce, coalesce_lone
+from firezone_tunnel.packet.layout import Rows
 from firezone_tunnel.packet.superpacket import (
     SuperPacket,
     from_virtio,
@@ -17,7 +19,8 @@ from firezone_tunnel.packet.superpacket import (
     set_partial_checksum,
     virtio_header,
 )
-from firezone_tunnel.wireguard.seal import ReceiveBuffer, SlotBuffer, plan
+from firezone_tunnel.wireguard.open import Opener
+from firezone_tunnel.wireguard.seal import SealBuffer, plan, seal_pool
 
 SEGMENT_SIZE = 1228  # MTU 1280 less IPv4 and TCP headers with timestamps
 SEGMENTS = 52
@@ -55,7 +58,7 @@ def aead(encrypt_into: Callable[..., object]) -> Callable[[], object]:
 
 
 def seal_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
-    sends = [(first, count, SlotBuffer()) for first, count in plan(packet)]
+    sends = [(first, count, seal_buffer()) for first, count in plan(packet)]
 
     def seal(cipher: Any) -> None:
         for first, count, buffer in sends:
@@ -68,24 +71,25 @@ def seal_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
 def open_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
     received = []
     for first, count in plan(packet):
-        datagrams, size = SlotBuffer().seal(cipher, 1, first, packet, first_segment=first, count=count)
-        received.append((ReceiveBuffer(), bytes(datagrams), {"length": len(datagrams), "segment_size": size}))
+        datagrams, size = seal_buffer().seal(cipher, 1, first, packet, first_segment=first, count=count)
+        received.append((Rows.segments(receive_buffer(), len(datagrams), size), bytes(datagrams)))
     arena = Arena()
+    opener = Opener()
 
-    def open_all(cipher: Any) -> list[tuple[memoryview, dict[str, Any]]]:
+    def open_all(cipher: Any) -> list[Rows]:
         batches = []
-        for buffer, datagrams, shape in received:
-            buffer.view[: len(datagrams)] = datagrams
-            assert buffer.common_receiver(**shape) == 1
-            opened = buffer.open(cipher, **shape)
-            assert not opened.failed
-            batches.append((buffer.view, opened.where()))
+        for messages, datagrams in received:
+            messages.memory[: len(datagrams)] = datagrams
+            assert opener.common_receiver(messages) == 1
+            opened = opener.open(cipher, messages, 0, messages.count)
+            assert b"\0" not in opened.authentic.tobytes()
+            batches.append(opened.packets)
         return batches
 
-    def merge(batches: list[tuple[memoryview, dict[str, Any]]]) -> None:
+    def merge(batches: list[Rows]) -> None:
         arena.reset()
-        for view, where in batches:
-            assert len(coalesce(view, **where, arena=arena)) == 1
+        for packets in batches:
+            assert len(coalesce(packets, arena=arena)) == 1
 
     yield Case("open", lambda: open_all(cipher))
     yield Case("open, all but the AEAD", lambda: open_all(NoCipher))
@@ -101,7 +105,7 @@ def lone_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
         set_partial_checksum(segment)
     frames = [memoryview(bytearray(virtio_header(segment) + segment.data)) for segment in partial]
     bare = [acknowledgement(packet) for _ in range(SEGMENTS)]
-    buffer = SlotBuffer()
+    buffer = seal_buffer()
     arena = Arena()
 
     def merge(packets: list[SuperPacket]) -> None:
@@ -113,6 +117,12 @@ def lone_cases(cipher: ChaCha20Poly1305, packet: SuperPacket) -> Iterator[Case]:
     yield Case(f"{SEGMENTS} lone, full checksums: coalesce", lambda: merge(segments))
     yield Case(f"{SEGMENTS} bare ACKs: coalesce", lambda: coalesce_lone(bare, arena))
     yield Case(f"{SEGMENTS} bare ACKs: seal", lambda: buffer.seal_lone(cipher, 1, 0, bare))
+
+
+def seal_buffer() -> SealBuffer:
+    buffer = seal_pool(1).borrow()
+    assert buffer is not None
+    return buffer
 
 
 def super_packet(

@@ -31,7 +31,7 @@ from firezone_tunnel.tunnel.client import (
     TunConfig,
     TunConfigChanged,
 )
-from firezone_tunnel.wireguard.seal import SlotPool
+from firezone_tunnel.wireguard.seal import seal_pool
 
 _REFUSALS: dict[str, Callable[[str], Event]] = {
     "offline": AllGatewaysOffline,
@@ -45,7 +45,7 @@ class TunnelService(DeviceService):
     name = "tunnel"
 
     def __init__(self, reactor: Any, config: DeviceConfig, events: EventStream) -> None:
-        self._client = ClientTunnel(entropy=os.urandom, now=boottime(), slots=SlotPool())
+        self._client = ClientTunnel(entropy=os.urandom, now=boottime(), pool=seal_pool())
         super().__init__(reactor, config, self._client, role=messages.TOPIC, peer_field="gid", parse=messages.parse)
         self._events = events
         self._reply_marks = ReplyMarks(self.worker, state_directory=config.state_directory)

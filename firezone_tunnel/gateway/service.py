@@ -22,7 +22,7 @@ from firezone_tunnel.tunnel.gateway import (
     ToPortal,
 )
 from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
-from firezone_tunnel.wireguard.seal import SlotPool
+from firezone_tunnel.wireguard.seal import seal_pool
 
 
 class GatewayService(DeviceService):
@@ -34,7 +34,7 @@ class GatewayService(DeviceService):
     name = "gateway"
 
     def __init__(self, reactor: Any, config: DeviceConfig) -> None:
-        self._gateway = GatewayTunnel(entropy=os.urandom, now=boottime(), utc_now=utc(), slots=SlotPool())
+        self._gateway = GatewayTunnel(entropy=os.urandom, now=boottime(), utc_now=utc(), pool=seal_pool())
         super().__init__(reactor, config, self._gateway, role=messages.TOPIC, peer_field="cid", parse=messages.parse)
         self.ready: Deferred[None] = Deferred()
         self.failed: Deferred[FirezoneError] = Deferred()

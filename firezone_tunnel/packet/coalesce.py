@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from firezone_tunnel.packet.checksum import MODULUS, RowSums, word_sum
-from firezone_tunnel.packet.layout import Layouts, block, column
+from firezone_tunnel.packet.layout import Layouts, Rows, block, column
 from firezone_tunnel.packet.superpacket import (
     CHECKSUM_OFFSET,
     TCP,
@@ -71,46 +71,32 @@ class Arena:
 
 
 def coalesce(
-    memory: memoryview,
-    *,
-    offset: int,
-    stride: int,
-    size: int,
-    count: int,
-    last_size: int,
-    arena: Arena,
-    keep: npt.NDArray[np.bool_] | None = None,
-    udp: bool = True,
+    packets: Rows, *, arena: Arena, keep: npt.NDArray[np.bool_] | None = None, udp: bool = True
 ) -> list[SuperPacket]:
-    """Parse `count` packets in one buffer and merge what can be merged.
+    """Parse packets that lie in one buffer and merge what can be merged.
 
-    Packet i is `size` bytes at `offset + i * stride`, the last `last_size`; where `keep` is given and false it is
-    left out, as are empty ones (keepalives) and malformed ones (counted in `arena.rejected`). The order within each
-    flow is kept. Lone packets are views into `memory`, merged ones lie in `arena`, which the caller resets for each
-    batch. `udp=False` where the device can't take UDP super-packets. Hand over the same `memory` object each time:
-    the arena keeps views of it.
+    Where `keep` is given and false a packet is left out, as are empty ones (keepalives) and malformed ones (counted
+    in `arena.rejected`). The order within each flow is kept. Lone packets are views into the buffer, merged ones lie
+    in `arena`, which the caller resets for each batch. `udp=False` where the device can't take UDP super-packets.
     """
-    rows = count if last_size == size else count - 1
+    count = packets.count
+    full = count if packets.last_size == packets.size else count - 1
     if keep is not None and b"\0" not in keep.tobytes():
         keep = None
-    if keep is None and rows >= MIN_ROWS:
-        start = offset + rows * stride
-        last = memory[start : start + last_size] if rows != count else None
-        merged = _coalesce_columns(memory, _Batch(offset, stride, size, rows, last), arena, udp=udp)
+    if keep is None and full >= MIN_ROWS:
+        merged = _coalesce_columns(packets, full, arena, udp=udp)
         if merged is not None:
             return merged
-    packets: list[SuperPacket] = []
-    for row in range(count):
-        length = last_size if row == count - 1 else size
-        if not length or (keep is not None and not keep[row]):
+    lone: list[SuperPacket] = []
+    for row, data in enumerate(packets.each()):
+        if not data or (keep is not None and not keep[row]):
             continue
-        start = offset + row * stride
-        packet = parse(memory[start : start + length])
+        packet = parse(data)
         if packet is None:
             arena.rejected += 1
         else:
-            packets.append(packet)
-    return coalesce_lone(packets, arena, udp=udp)
+            lone.append(packet)
+    return coalesce_lone(lone, arena, udp=udp)
 
 
 def coalesce_lone(packets: list[SuperPacket], arena: Arena, *, udp: bool = True) -> list[SuperPacket]:
@@ -208,19 +194,13 @@ class _Run:
         return [_merged(first.with_data(data), self._size, _flags(packets[-1]))]
 
 
-class _Batch(NamedTuple):
-    """Packets of `size` bytes at `offset + i * stride`, and maybe a shorter one after them."""
+def _coalesce_columns(packets: Rows, rows: int, arena: Arena, *, udp: bool) -> list[SuperPacket] | None:
+    """Merge packets, the first `rows` of them of full size, that are, but for few, in one or a few long runs.
 
-    offset: int
-    stride: int
-    size: int
-    rows: int
-    last: memoryview | None
-
-
-def _coalesce_columns(memory: memoryview, batch: _Batch, arena: Arena, *, udp: bool) -> list[SuperPacket] | None:
-    """Merge packets that are, but for few, in one or a few long runs; None where it takes a look at each packet."""
-    offset, stride, size, rows, last = batch
+    None where it takes a look at each packet.
+    """
+    memory, offset, stride, size, count, _ = packets
+    last = packets.row(rows) if rows != count else None
     first = parse(memory[offset : offset + size])
     if first is None or len(first.data) != size or not _is_mergeable(first, udp=udp):
         return None

@@ -1,9 +1,10 @@
-"""Views of equal records in one buffer, and a bounded memory for them: making views is what costs."""
+"""Equal records in one buffer, views of their fields, and a bounded cache of such views, which are dear to make."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any, Generic, TypeVar
+from collections.abc import Hashable, Iterator
+from itertools import pairwise
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,65 @@ Buffer = bytearray | memoryview
 MAX_LAYOUTS = 16
 
 _Layout = TypeVar("_Layout")
+
+
+class Rows(NamedTuple):
+    """Records in `memory`: record i is `size` bytes at `offset + i * stride`, the last of `count` is `last_size` bytes.
+
+    `last_size` is at most `size`. Views of the columns are cached by the identity of `memory`.
+    """
+
+    memory: memoryview
+    offset: int
+    stride: int
+    size: int
+    count: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
+    last_size: int
+
+    @classmethod
+    def segments(cls, memory: memoryview, length: int, segment_size: int) -> Rows:
+        """`length` bytes from the start of `memory`, cut every `segment_size` bytes; 0 means not at all."""
+        if not 0 < segment_size < length:
+            return cls(memory, 0, length, length, 1, length)
+        count = -(-length // segment_size)
+        return cls(memory, 0, segment_size, segment_size, count, length - (count - 1) * segment_size)
+
+    @classmethod
+    def single(cls, memory: memoryview) -> Rows:
+        """All of `memory` as one record."""
+        size = len(memory)
+        return cls(memory, 0, size, size, 1, size)
+
+    def row(self, index: int) -> memoryview:
+        """One record. An index beyond `count` is not checked."""
+        start = self.offset + index * self.stride
+        return self.memory[start : start + self.size_of(index)]
+
+    def size_of(self, index: int) -> int:
+        return self.last_size if index == self.count - 1 else self.size
+
+    def shrink(self, before: int, after: int) -> Rows:
+        """The records without their first `before` and their last `after` bytes."""
+        less = before + after
+        return Rows(self.memory, self.offset + before, self.stride, self.size - less, self.count, self.last_size - less)
+
+    def part(self, first: int, count: int) -> Rows:
+        """`count` records from the one at index `first` on."""
+        last_size = self.last_size if first + count == self.count else self.size
+        return self._replace(offset=self.offset + first * self.stride, count=count, last_size=last_size)
+
+    def parts(self, most: int) -> Iterator[Rows]:
+        """Nearly equal parts of at most `most` records each."""
+        if self.count <= most:
+            yield self
+            return
+        parts = -(-self.count // most)
+        bounds = [index * self.count // parts for index in range(parts + 1)]
+        for first, after in pairwise(bounds):
+            yield self.part(first, after - first)
+
+    def each(self) -> Iterator[memoryview]:
+        return map(self.row, range(self.count))
 
 
 class Layouts(Generic[_Layout]):

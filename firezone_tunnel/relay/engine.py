@@ -13,7 +13,7 @@ from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.errors import FirezoneError, PlatformError
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.relay.config import EngineConfig, Secrets
@@ -23,7 +23,6 @@ from firezone_tunnel.relaying.server import RelayServer
 from firezone_tunnel.runtime.boundary import Boundary
 from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.udp.transport import IBatchProtocol, UdpTransport
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
 
 STATISTICS_INTERVAL = 10.0  # spec/gateway-and-relay.md, 8.4
 REPEAT_ADVICE_AFTER = 3600.0
@@ -57,7 +56,7 @@ class Engine:
             now=boottime(),
             nonce_key=secrets.nonce_key,
         )
-        self._buffer = ReceiveBuffer()
+        self._buffer = receive_buffer()
         # Datagrams must leave from the address that was told: not from whichever the route would choose.
         relayed = {family: host if is_bindable(host) else config.bind_host(family) for family, host in hosts.items()}
         self._ports = AllocationPorts(reactor, relayed, self._buffer, self._peer_received, self._crashed)

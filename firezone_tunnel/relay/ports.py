@@ -16,23 +16,18 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from firezone_tunnel.datagrams import DatagramBatch
-from firezone_tunnel.errors import is_unreachable
-from firezone_tunnel.logs import events as log
 from firezone_tunnel.relaying.outputs import RelayTransmit
 from firezone_tunnel.runtime.clock import boottime
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun.message import FAMILY_IPV6
-from firezone_tunnel.udp.sockets import ANCILLARY_SPACE, Ancillary, Arrival, configure, received, sending
-from firezone_tunnel.udp.transport import RETRY_SEGMENTATION_AFTER
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
+from firezone_tunnel.udp.segmented import SegmentedSender, SendCounters
+from firezone_tunnel.udp.sockets import ANCILLARY_SPACE, Ancillary, Arrival, configure, received, remember
 
 RESERVED_DESCRIPTORS = 64
 """Not for allocations: listening sockets, portal, health checks, logs."""
 
 _SOCKET_BUFFER = 1 << 20
-_MAX_REMEMBERED = 1024
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_SEGMENTATION_REFUSED = frozenset({errno.EMSGSIZE, errno.EINVAL, errno.EIO})
 
 
 class PortTaken(Exception):
@@ -44,16 +39,12 @@ class PortTaken(Exception):
 
 
 @attrs.define
-class PortCounters:
+class PortCounters(SendCounters):
     """Of all allocations together."""
 
     receive_errors: int = 0
     blocked: int = 0
-    """Sends dropped because the socket had no room."""
-    unreachable: int = 0
-    send_errors: int = 0
-    segmentation_refused: int = 0
-    """Batches sent again as single datagrams."""
+    """Transmits dropped, wholly or in part, because the socket had no room."""
 
 
 class AllocationPorts:
@@ -63,7 +54,7 @@ class AllocationPorts:
         self,
         reactor: IReactorFDSet,
         hosts: dict[int, str],
-        buffer: ReceiveBuffer,
+        buffer: memoryview,
         received: Callable[[int, DatagramBatch], object],
         failed: Callable[[Failure], object],
     ) -> None:
@@ -79,7 +70,10 @@ class AllocationPorts:
         self._hosts = hosts
         self._ports: dict[tuple[int, bool], AllocationPort] = {}
         self._arrivals: dict[tuple[Ancillary, ...], Arrival] = {}
-        self._ancillary: dict[tuple[bool, int, int], list[Ancillary]] = {}
+        self._senders = {
+            is_ipv6: SegmentedSender(is_ipv6=is_ipv6, gso=True, counters=self.counters, clock=boottime)
+            for is_ipv6 in (False, True)
+        }
         self._limit = _raise_descriptor_limit() - RESERVED_DESCRIPTORS
 
     def __len__(self) -> int:
@@ -122,9 +116,10 @@ class AllocationPorts:
 
     def send(self, transmit: RelayTransmit) -> None:
         """Send from the allocation's socket, or give up: a relay queues no more than a router does."""
-        port = self._ports.get((transmit.port, transmit.destination.is_ipv6))
-        if port is not None:
-            port.send(transmit)
+        is_ipv6 = transmit.destination.is_ipv6
+        port = self._ports.get((transmit.port, is_ipv6))
+        if port is not None and port.send(transmit, self._senders[is_ipv6]) is not None:
+            self.counters.blocked += 1
         transmit.release()
 
     def forget(self, port: int, *, is_ipv6: bool) -> None:
@@ -134,19 +129,9 @@ class AllocationPorts:
         """What control messages say; decoding them costs more than looking up what they said last time."""
         arrival = self._arrivals.get(ancillary)
         if arrival is None:
-            if len(self._arrivals) >= _MAX_REMEMBERED:
-                self._arrivals.clear()
-            arrival = self._arrivals[ancillary] = received(ancillary)
+            arrival = received(ancillary)
+            remember(self._arrivals, ancillary, arrival)
         return arrival
-
-    def ancillary(self, *, is_ipv6: bool, segment_size: int, ecn: int) -> list[Ancillary]:
-        key = (is_ipv6, segment_size, ecn)
-        messages = self._ancillary.get(key)
-        if messages is None:
-            if len(self._ancillary) >= _MAX_REMEMBERED:
-                self._ancillary.clear()
-            messages = self._ancillary[key] = sending(is_ipv6=is_ipv6, source=None, segment_size=segment_size, ecn=ecn)
-        return messages
 
 
 @implementer(IReadDescriptor)
@@ -156,25 +141,24 @@ class AllocationPort:
     MAX_BATCHES = 16
     MAX_TURN = 0.001
 
-    __slots__ = ("_is_ipv6", "_owner", "_port", "_single_until", "_socket")
+    __slots__ = ("_is_ipv6", "_owner", "_port", "_socket")
 
     def __init__(self, owner: AllocationPorts, udp: socket.socket, port: int, *, is_ipv6: bool) -> None:
         self._owner = owner
         self._socket: socket.socket | None = udp
         self._port = port
         self._is_ipv6 = is_ipv6
-        self._single_until = float("-inf")  # a path refused segments, perhaps not for ever (decision 2)
         owner.reactor.addReader(self)
 
-    def send(self, transmit: RelayTransmit) -> None:
+    def send(self, transmit: RelayTransmit, sender: SegmentedSender) -> int | None:
+        """Returns the byte at which the socket blocked; None if it did not."""
         udp = self._socket
         if udp is None:
-            return
-        if transmit.dont_fragment:
-            with _dont_fragment(udp, is_ipv6=self._is_ipv6):
-                self._send(udp, transmit)
-        else:
-            self._send(udp, transmit)
+            return None
+        if not transmit.dont_fragment:
+            return sender.send(udp, transmit)
+        with _dont_fragment(udp, is_ipv6=self._is_ipv6):
+            return sender.send(udp, transmit)
 
     def close(self) -> None:
         udp, self._socket = self._socket, None
@@ -186,7 +170,7 @@ class AllocationPort:
     def doRead(self) -> None:
         owner = self._owner
         buffer = owner.buffer
-        into = (buffer.view,)
+        into = (buffer,)
         deadline = perf_counter() + self.MAX_TURN
         for _ in range(self.MAX_BATCHES):
             udp = self._socket
@@ -204,7 +188,7 @@ class AllocationPort:
                 source = SocketAddress(address[0], address[1])
                 local = SocketAddress(arrival.host or "", self._port)
                 size = arrival.segment_size or length
-                owner.received(self._port, DatagramBatch(buffer, length, size, source, local, arrival.ecn))
+                owner.received(self._port, DatagramBatch.received(buffer, length, size, source, local, arrival.ecn))
             if perf_counter() >= deadline:
                 return
 
@@ -218,50 +202,6 @@ class AllocationPort:
 
     def logPrefix(self) -> str:
         return "AllocationPort"
-
-    def _send(self, udp: socket.socket, transmit: RelayTransmit) -> None:
-        payload, size = transmit.payload, transmit.segment_size
-        if not 0 < size < len(payload):
-            self._send_one(udp, transmit, payload)
-            return
-        counters = self._owner.counters
-        is_refused = False
-        if self._single_until <= boottime():
-            ancillary = self._owner.ancillary(is_ipv6=self._is_ipv6, segment_size=size, ecn=transmit.ecn)
-            try:
-                udp.sendmsg((payload,), ancillary, 0, transmit.destination)
-            except OSError as error:
-                is_refused = error.errno in _SEGMENTATION_REFUSED
-                if not is_refused:
-                    self._failed(error)
-                    return
-            else:
-                return
-        parts = [payload[start : start + size] for start in range(0, len(payload), size)]
-        sent = [self._send_one(udp, transmit, part) for part in parts]
-        # Where single datagrams fail as well, the refusal had nothing to do with segmentation.
-        if is_refused and True in sent:
-            counters.segmentation_refused += 1
-            self._single_until = boottime() + RETRY_SEGMENTATION_AFTER
-
-    def _send_one(self, udp: socket.socket, transmit: RelayTransmit, payload: bytes | memoryview) -> bool:
-        ancillary = self._owner.ancillary(is_ipv6=self._is_ipv6, segment_size=0, ecn=transmit.ecn)
-        try:
-            udp.sendmsg((payload,), ancillary, 0, transmit.destination)
-        except OSError as error:
-            self._failed(error)
-            return False
-        return True
-
-    def _failed(self, error: OSError) -> None:
-        counters = self._owner.counters
-        if isinstance(error, BlockingIOError):
-            counters.blocked += 1
-        elif is_unreachable(error):
-            counters.unreachable += 1
-        else:
-            counters.send_errors += 1
-            log.debug("relay:send_failed", port=self._port, errno=error.errno, reason=error.strerror)
 
 
 def is_bindable(host: str) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import NamedTuple
 
+from firezone_tunnel.deadlines import Deadlines
 from firezone_tunnel.relaying.allocation import Allocation
 from firezone_tunnel.relaying.outputs import ClosePort, Drained, Outbox
 from firezone_tunnel.relaying.ports import PortRange
 from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout
-from firezone_tunnel.snownet.deadlines import Deadlines
 
 RESERVATION_LIFETIME = 30.0  # RFC 8656, section 7.2: at least 30 s
 TRANSACTION_LIFETIME = 40.0  # RFC 8489, section 6.2.1: a client retransmits for 39.5 s

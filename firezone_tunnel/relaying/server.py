@@ -16,12 +16,7 @@ from firezone_tunnel.relaying.answers import Answers, unknown_attributes
 from firezone_tunnel.relaying.authentication import Authenticator, Refusal, Request
 from firezone_tunnel.relaying.budget import AnswerBudget
 from firezone_tunnel.relaying.credentials import Credentials
-from firezone_tunnel.relaying.forwarding import (
-    BufferPool,
-    Forwarder,
-    common_channel,
-    lone_channel,
-)
+from firezone_tunnel.relaying.forwarding import Forwarder, buffer_pool
 from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE, Nonces
 from firezone_tunnel.relaying.outputs import Command, Outbox, RelayCounters, RelayTransmit
 from firezone_tunnel.relaying.ports import PortRange
@@ -29,7 +24,12 @@ from firezone_tunnel.relaying.registry import Registry
 from firezone_tunnel.sansio import Entropy, Timeout
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message, Method, parse
-from firezone_tunnel.turn.channel import FIRST_CHANNEL, LAST_PARSED_CHANNEL
+from firezone_tunnel.turn.channel_data import (
+    FIRST_CHANNEL,
+    LAST_PARSED_CHANNEL,
+    common_channel_data,
+    parse_channel_data,
+)
 
 
 class RelayServer:
@@ -61,7 +61,7 @@ class RelayServer:
         budget = AnswerBudget(entropy, now, workers=config.workers)
         self._answers = Answers(credentials, nonces, budget, self._outbox)
         self._allocator = Allocator(config, credentials, self._registry, self._answers, self._outbox)
-        self._forwarder = Forwarder(self._registry, policy, self._outbox, entropy, BufferPool())
+        self._forwarder = Forwarder(self._registry, policy, self._outbox, entropy, buffer_pool())
 
     @property
     def counters(self) -> RelayCounters:
@@ -80,16 +80,15 @@ class RelayServer:
     def handle_client_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> None:
         """Take in what arrived at the listening port together."""
         self._catch_up(now)
-        data = common_channel(batch)
-        if data is not None:
-            self._forwarder.from_channel(batch.source, data, batch.ecn, now)
-            return
-        view, size, length = batch.buffer.view, batch.segment_size, batch.length
         if not batch.source.port:
             self._outbox.counters.unrecognized += batch.count
             return
-        for start in range(0, length, max(1, size)):
-            self._handle_datagram(view[start : min(start + size, length)], batch, now, utc_now)
+        data = common_channel_data(batch.rows, exact=False)
+        if data is not None:
+            self._forwarder.from_channel(batch.source, data, batch.ecn, now)
+            return
+        for index in range(batch.count):
+            self._handle_datagram(index, batch, now, utc_now)
 
     def handle_peer_datagrams(self, port: int, batch: DatagramBatch, now: float) -> None:
         """Take in what arrived together at the relayed address of an allocation, of the family of its source."""
@@ -131,17 +130,15 @@ class RelayServer:
         if due is not None and due.at <= now:
             self._registry.handle_timeout(now)
 
-    def _handle_datagram(self, datagram: memoryview, batch: DatagramBatch, now: float, utc_now: float) -> None:
-        if datagram[0] & 0xC0 == 0x40:  # RFC 8656, section 12: channel numbers begin with these bits
-            data = lone_channel(datagram)
-            if data is not None:
-                self._forwarder.from_channel(batch.source, data, batch.ecn, now)
-                return
-        else:
-            message = parse(datagram)
-            if message is not None and (not message.has_fingerprint or message.is_intact()):
-                self._handle_message(message, batch, now, utc_now)
-                return
+    def _handle_datagram(self, index: int, batch: DatagramBatch, now: float, utc_now: float) -> None:
+        data = parse_channel_data(batch.rows, index, exact=False)
+        if data is not None:
+            self._forwarder.from_channel(batch.source, data, batch.ecn, now)
+            return
+        message = parse(batch.rows.row(index))
+        if message is not None and (not message.has_fingerprint or message.is_intact()):
+            self._handle_message(message, batch, now, utc_now)
+            return
         self._outbox.counters.unrecognized += 1
 
     def _handle_message(self, message: Message, batch: DatagramBatch, now: float, utc_now: float) -> None:

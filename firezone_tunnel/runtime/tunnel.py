@@ -13,14 +13,13 @@ from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.runtime.boundary import Boundary
 from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.runtime.lag import LoopLag
-from firezone_tunnel.runtime.rehearsal import rehearse
 from firezone_tunnel.sansio import SocketAddress, Timeout, Transmit
 from firezone_tunnel.snownet.node import Node
 from firezone_tunnel.tun.device import TunDevice
@@ -28,7 +27,6 @@ from firezone_tunnel.tun.transport import IPacketProtocol, TunTransport
 from firezone_tunnel.tunnel.client import ClientCounters
 from firezone_tunnel.tunnel.gateway import GatewayCounters
 from firezone_tunnel.udp.transport import PREFERRED_PORT, IBatchProtocol, UdpTransport
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
 
 _RUNS_AT_ONCE = 3
 """So many super-packets are sealed before what they became is sent: each takes up to two of the eight slot buffers."""
@@ -77,14 +75,14 @@ class TunnelRuntime:
 
         `mark` is the firewall mark of the sockets, which keeps their datagrams out of the tunnel.
         """
-        self.lag = LoopLag(reactor, when_calm=self._rehearse)
+        self.lag = LoopLag(reactor)
         self._reactor = reactor
         self._core = core
         self._on_event = on_event
         self._on_lost = on_lost
         self._mark = mark
         self._timer = BoottimeTimer(reactor, self._timed_out)
-        self._buffer = ReceiveBuffer()
+        self._buffer = receive_buffer()
         self._tun: TunTransport | None = None
         self._udp: dict[bool, UdpTransport] = {}
         self._blocked: list[UdpTransport] = []
@@ -204,16 +202,6 @@ class TunnelRuntime:
     def _timed_out(self) -> None:
         self._core.handle_timeout(boottime(), utc())
         self.settle()
-
-    def _rehearse(self) -> None:
-        """Go the way of a packet without one; looking for some is a part of it."""
-        with self._boundary:
-            rehearse()
-            self.settle()
-        for transport in list(self._udp.values()):
-            transport.doRead()
-        if self._tun is not None and not self._blocked:
-            self._tun.doRead()
 
     def _log_features(self) -> None:
         for is_ipv6, transport in self._udp.items():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections import deque
 
+from firezone_tunnel.datagrams import BufferPool
 from firezone_tunnel.ice.agent import Agent, AgentState, Nominated
 from firezone_tunnel.ice.candidate import Candidate
 from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
+from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, earliest
 from firezone_tunnel.snownet.directory import Directory
 from firezone_tunnel.snownet.events import (
     ConnectionEstablished,
@@ -18,21 +18,19 @@ from firezone_tunnel.snownet.events import (
     Role,
     Terms,
 )
+from firezone_tunnel.snownet.outbound import Outbound
 from firezone_tunnel.snownet.paths import Path, RelayedPath, direct_path
 from firezone_tunnel.snownet.relays import Relays
 from firezone_tunnel.stun.message import Message
 from firezone_tunnel.wireguard.handshake import CookieReply, HandshakeInitiation, HandshakeResponse, StaticKey
 from firezone_tunnel.wireguard.peer import Expired, Peer
-from firezone_tunnel.wireguard.seal import SlotPool, plan, seal_message, send_limit
-from firezone_tunnel.wireguard.session import Session
+from firezone_tunnel.wireguard.seal import SealBuffer
+from firezone_tunnel.wireguard.transport_data import seal_message
 
 NO_CANDIDATES_TIMEOUT = 10.0  # spec/data-plane.md, 0.3, this one and the next two
 DISCONNECT_GRACE = 2.0
 IDLE_AFTER = 20.0
 PROACTIVE_HANDSHAKE_INTERVAL = 20.0  # spec/data-plane.md, 2.9
-MAX_WAITING = 128  # spec/data-plane.md, 2.3
-_MIN_POOLED = 4  # fewer lone packets are sealed faster into memory of their own
-_RESERVED_SLOTS = 4  # which a turn of super-packets may need
 
 
 class State(enum.Enum):
@@ -70,7 +68,7 @@ class Connection:
         key: StaticKey,
         directory: Directory,
         relays: Relays,
-        slots: SlotPool,
+        pool: BufferPool[SealBuffer],
         outbox: Outbox,
         entropy: Entropy,
         now: float,
@@ -78,7 +76,6 @@ class Connection:
         self.cid = cid
         self.terms = terms
         self.state = State.CONNECTING
-        self.path: Path | None = None
         self.peer = Peer(
             local=key,
             remote_public_key=terms.remote_public_key,
@@ -99,54 +96,35 @@ class Connection:
         )
         self._is_client = role is Role.CLIENT
         self._relays = relays
-        self._slots = slots
         self._outbox = outbox
+        self._outbound = Outbound(self.peer, may_wait=self._is_client, relays=relays, pool=pool, outbox=outbox)
         self._created_at = now
         self._last_activity = now
         self._disconnected_at: float | None = None
         self._has_had_session = False
         self._announced = False
-        self._waiting: deque[SuperPacket] = deque(maxlen=MAX_WAITING)
-        self._lone: list[SuperPacket] = []  # of one length and ECN, to leave together
-        self._lone_limit = 0
 
-    def encapsulate(self, packet: SuperPacket, now: float, *, alone: bool = False) -> bool:
-        """Send a packet, or keep it until that is possible. False: `settle` has something to do.
+    @property
+    def path(self) -> Path | None:
+        """The way to the peer, None until ICE has found one."""
+        return self._outbound.path
 
-        `alone`: no other follows in this turn, so there is nothing to gather it with.
+    def encapsulate(self, packet: SuperPacket, now: float) -> bool:
+        """Send a packet, at the latest on `flush`, or keep it until that is possible.
+
+        False: `settle` has something to do.
         """
-        path = self.path
+        outbound = self._outbound
         # A gateway never makes the first handshake: it waits for the client's (2.8).
-        if path is None or not (self._is_client or self._has_had_session):
-            self._hold(packet)
+        if outbound.path is None or not (self._is_client or self._has_had_session):
+            outbound.hold(packet)
             return True
-        awoken = self._note_activity(now)
-        session = self.peer.sending_session(now)
-        if session is None or self._waiting:
-            self._hold(packet)
-            return False
-        if packet.segment_size:
-            if self._lone:
-                self.flush(now)
-            self._send_run(packet, session, path, now)
-        elif alone:
-            self._send_single(packet, session, path, now)
-        else:
-            self._gather(packet, path, now)
-        return not awoken
+        is_awake = not self._note_activity(now)
+        return outbound.send(packet, now) and is_awake
 
     def flush(self, now: float) -> None:
         """Send what `encapsulate` has gathered: the packets of a turn are valid no longer than that."""
-        packets = self._lone
-        if not packets:
-            return
-        self._lone = []
-        session = self.peer.sending_session(now)
-        if session is None or self.path is None:
-            for packet in packets:
-                self._hold(packet)
-            return
-        self._send_lone(packets, session, self.path, now)
+        self._outbound.flush(now)
 
     def received(self, now: float) -> bool:
         """Packets came in. False: `settle` has something to do."""
@@ -199,13 +177,13 @@ class Connection:
         if path is None:
             return  # a response to the other side's handshake waits until there is one
         for datagram in self.peer.transmits():
-            self._send(path.send((datagram,), now=now), path)
+            self._outbound.transmit(path.send((datagram,), now=now))
         if self._has_had_session and not self._announced:
             self._announced = True
             event_ = ConnectionEstablished(self.cid, path.name, path.source, path.destination)
             self._outbox.events.append(event_)
-        if self._waiting:
-            self._send_waiting(now)
+        if self._outbound.has_waiting:
+            self._outbound.send_waiting(now)
 
     def next_timeout(self) -> Timeout | None:
         own = (self._failure_timeout(), self._idle_timeout())
@@ -228,15 +206,15 @@ class Connection:
 
     def close(self, now: float, farewell: bytes = b"") -> None:
         """Release everything. `farewell` is a last packet for the other side, if there is a way to it."""
-        session = self.peer.sending_session(now) if farewell and self.path is not None else None
-        if session is not None and self.path is not None:
+        path = self.path
+        session = self.peer.sending_session(now) if farewell and path is not None else None
+        if session is not None and path is not None:
             sealed = seal_message(session.seal_cipher, session.peer_index, session.take_counters(1), farewell)
-            transmit = self.path.send((sealed,), now=now)
+            transmit = path.send((sealed,), now=now)
             if transmit is not None:
                 transmit.source = None  # on the way out of a network, that address may be gone already
                 self._outbox.transmits.append(transmit)
-        self._lone.clear()
-        self._waiting.clear()
+        self._outbound.clear()
         self.peer.close()
 
     def __repr__(self) -> str:
@@ -280,17 +258,11 @@ class Connection:
             return direct_path(nominated)
         return RelayedPath(nominated.source, nominated.destination, allocation)
 
-    def _send(self, transmit: Transmit | None, path: Path) -> None:
-        if transmit is not None:
-            self._outbox.transmits.append(transmit)
-        if isinstance(path, RelayedPath) and path.allocation.has_transmits:
-            self._relays.touch(path.allocation)
-
     def _use(self, path: Path, now: float, utc_now: float) -> None:
         """Move to a path. Nothing is lost on the way: sessions and packets that wait have nothing to do with paths."""
         if path == self.path:
             return
-        self.path = path
+        self._outbound.path = path
         if self.state is State.CONNECTING:
             self._become(State.CONNECTED)
             self._last_activity = now
@@ -319,85 +291,5 @@ class Connection:
             return Timeout(self._last_activity + IDLE_AFTER, "no traffic for a while")
         return None
 
-    def _hold(self, packet: SuperPacket) -> None:
-        counters = self._outbox.counters
-        if not self._is_client:
-            counters.packets_unconnected += packet.segments
-            return
-        if len(self._waiting) == MAX_WAITING:
-            counters.packets_overwritten += 1
-        self._waiting.append(packet.copy())
-
-    def _send_waiting(self, now: float) -> None:
-        if self.peer.sending_session(now) is None:
-            return
-        packets = list(self._waiting)
-        self._waiting.clear()
-        for packet in packets:
-            self.encapsulate(packet, now)
-        self.flush(now)
-
-    def _gather(self, packet: SuperPacket, path: Path, now: float) -> None:
-        """Collect lone packets for one send, as long as they come in one size and with one ECN."""
-        lone = self._lone
-        if lone:
-            first = lone[0]
-            fits = len(packet.data) == len(first.data) and packet.ecn == first.ecn and len(lone) < self._lone_limit
-            if fits:
-                lone.append(packet)
-                return
-            self.flush(now)
-        self._lone = [packet]
-        self._lone_limit = send_limit(len(packet.data), path.headroom)
-
-    def _send_run(self, packet: SuperPacket, session: Session, path: Path, now: float) -> None:
-        headroom = path.headroom
-        sent = 0
-        for first, count in plan(packet, headroom):
-            slot = self._slots.borrow()
-            if slot is None:
-                self._outbox.counters.packets_without_slot += count
-                continue
-            payload, size = slot.seal(
-                session.seal_cipher,
-                session.peer_index,
-                session.take_counters(count),
-                packet,
-                first_segment=first,
-                count=count,
-                headroom=headroom,
-            )
-            self._send(path.send_run(payload, segment_size=size, ecn=packet.ecn, pooled=slot, now=now), path)
-            sent += count
-        if sent:
-            self.peer.sent_data(session, sent, now)
-
-    def _send_single(self, packet: SuperPacket, session: Session, path: Path, now: float) -> None:
-        sealed = _sealed(packet, session, session.take_counters(1))
-        self._send(path.send((sealed,), now=now, ecn=packet.ecn), path)
-        self.peer.sent_data(session, 1, now)
-
-    def _send_lone(self, packets: list[SuperPacket], session: Session, path: Path, now: float) -> None:
-        count = len(packets)
-        first = session.take_counters(count)
-        slot = None
-        if count >= _MIN_POOLED and self._slots.free > _RESERVED_SLOTS:
-            slot = self._slots.borrow()
-        ecn = packets[0].ecn
-        if slot is not None:
-            payload, size = slot.seal_lone(
-                session.seal_cipher, session.peer_index, first, packets, headroom=path.headroom
-            )
-            self._send(path.send_run(payload, segment_size=size, ecn=ecn, pooled=slot, now=now), path)
-        else:
-            sealed = [_sealed(packet, session, first + index) for index, packet in enumerate(packets)]
-            self._send(path.send(sealed, now=now, ecn=ecn), path)
-        self.peer.sent_data(session, count, now)
-
 
 _SETTLED = (AgentState.CONNECTED, AgentState.COMPLETED)
-
-
-def _sealed(packet: SuperPacket, session: Session, counter: int) -> bytes:
-    packet.complete()
-    return seal_message(session.seal_cipher, session.peer_index, counter, bytes(packet.data))

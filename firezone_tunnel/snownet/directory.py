@@ -11,16 +11,12 @@ from firezone_tunnel.stun.message import USERNAME, Kind, Message
 if TYPE_CHECKING:
     from firezone_tunnel.snownet.connection import Connection
 
-WORKER_BITS = 4
-"""The top bits of a session index name the worker process that has the session."""
-
 
 class Directory:
     """The connections of a node by all that datagrams call them."""
 
-    def __init__(self, entropy: Entropy, *, worker: int) -> None:
+    def __init__(self, entropy: Entropy) -> None:
         self._entropy = entropy
-        self._worker = worker << 32 - WORKER_BITS
         self._by_index: dict[int, Connection] = {}
         self._by_key: dict[bytes, Connection] = {}
         self._by_ufrag: dict[str, Connection] = {}
@@ -60,7 +56,7 @@ class Directory:
     def allocate_index(self, connection: Connection) -> int:
         """A random index that no session of this node has."""
         while True:
-            index = self._worker | int.from_bytes(self._entropy(4), "big") >> WORKER_BITS
+            index = int.from_bytes(self._entropy(4), "big")
             if index not in self._by_index:
                 self._by_index[index] = connection
                 return index

@@ -109,7 +109,7 @@ class NodeCounters:
     """Dropped because there was no path or no session yet."""
     packets_overwritten: int = 0
     """Dropped because too many were waiting for a path and a session."""
-    packets_without_slot: int = 0
+    packets_without_buffer: int = 0
     """Dropped because all buffers were waiting to be sent."""
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import BufferPool, DatagramBatch
+from firezone_tunnel.deadlines import Deadlines
 from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.ice.agent import MAX_REMOTE_ADDRESSES, Credentials
 from firezone_tunnel.ice.candidate import Candidate, CandidateKind, Identity, parse_sdp
-from firezone_tunnel.packet.coalesce import Arena, coalesce
-from firezone_tunnel.packet.rewrite import CE, mark_congestion
-from firezone_tunnel.packet.superpacket import SuperPacket, parse
-from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
+from firezone_tunnel.packet.superpacket import SuperPacket
+from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit
 from firezone_tunnel.snownet.connection import Connection, State
-from firezone_tunnel.snownet.deadlines import Deadlines
 from firezone_tunnel.snownet.directory import Directory
 from firezone_tunnel.snownet.events import (
     ConnectionClosed,
@@ -28,25 +25,14 @@ from firezone_tunnel.snownet.events import (
     Role,
     Terms,
 )
+from firezone_tunnel.snownet.inbound import TIMER_SLACK, Inbound, Received
 from firezone_tunnel.snownet.relays import RelayAllocated, Relays, RelayTerms
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.turn.allocation import Allocation
 from firezone_tunnel.turn.events import CandidateFound, CandidateLost
 from firezone_tunnel.wireguard.cookie import Doorman
 from firezone_tunnel.wireguard.handshake import HandshakeInitiation, StaticKey, open_static
-from firezone_tunnel.wireguard.seal import SlotPool
-from firezone_tunnel.wireguard.session import Session
-
-_TIMER_SLACK = 1.0
-"""Seconds after which a connection's timers are looked at when packets went through it. Packets only set timers that
-are longer, or that may be late, so this saves looking at them for every batch."""
-
-
-class Received(NamedTuple):
-    """Packets that came through one connection: authentic, new, in order, valid until the next receive."""
-
-    cid: str
-    packets: list[SuperPacket]
+from firezone_tunnel.wireguard.seal import SealBuffer
 
 
 class Node:
@@ -56,13 +42,11 @@ class Node:
     drain `transmits` and `events`.
     """
 
-    def __init__(self, *, role: Role, entropy: Entropy, now: float, slots: SlotPool, worker: int = 0) -> None:
+    def __init__(self, *, role: Role, entropy: Entropy, now: float, pool: BufferPool[SealBuffer]) -> None:
         self._role = role
         self._entropy = entropy
-        self._slots = slots
-        self._worker = worker
+        self._pool = pool
         self._outbox = Outbox()
-        self._arena = Arena()
         self._addresses: tuple[SocketAddress, ...] = ()
         self._begin()
 
@@ -168,32 +152,21 @@ class Node:
                 self._invalidated.setdefault(connection.cid, {}).update(dict.fromkeys(withdrawn.values()))
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
-        """Take in what arrived together. Returns the packets in it, by connection.
-
-        WireGuard messages may come over any path: their keys say whose they are (2.7).
-        """
-        if batch.length != batch.segment_size:
-            self._arena.reset()
-        allocation = self._relays.at_socket(batch.source)
-        if allocation is None:
-            return self._handle(batch, now, utc_now)
-        received = self._handle_from_relay(allocation, batch, now, utc_now)
-        self._follow_relays(now)
+        """Take in what arrived together. Returns the packets in it, by connection."""
+        received = self._inbound.handle(batch, now, utc_now)
+        if self._relays.has_news:
+            self._follow_relays(now)
         return received
 
-    def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float, *, alone: bool = False) -> None:
-        """Send a packet, at the latest on `flush`. While there is no way yet, a client keeps it, a gateway drops it.
-
-        `alone`: it is the only one of its turn.
-        """
+    def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float) -> None:
+        """Send a packet, at the latest on `flush`. While there is no way yet, a client keeps it, a gateway drops it."""
         connection = self._connections.get(cid)
         if connection is None:
             self.counters.packets_without_connection += packet.segments
             return
-        if not alone:
-            self._unflushed[connection] = None  # a packet that wakes a connection is gathered like any other
-        if connection.encapsulate(packet, now, alone=alone):
-            self._deadlines.no_later_than(connection, now + _TIMER_SLACK, "timers after sending")
+        self._unflushed[connection] = None  # a packet that wakes a connection is gathered like any other
+        if connection.encapsulate(packet, now):
+            self._deadlines.no_later_than(connection, now + TIMER_SLACK, "timers after sending")
         else:
             self._settle(connection, now, utc_now)
 
@@ -227,14 +200,19 @@ class Node:
             yield NewCandidates(cid, new)
 
     def next_timeout(self) -> Timeout | None:
-        return earliest((self._deadlines.first(), self._relays.next_timeout()))
+        self._relays.settle()
+        return self._deadlines.first()
 
     def handle_timeout(self, now: float, utc_now: float) -> None:
-        self._relays.handle_timeout(now)
+        due = self._deadlines.due(now)
+        for key in due:
+            if isinstance(key, Allocation):
+                self._relays.handle_timeout(key, now)
         self._follow_relays(now)
-        for connection in self._deadlines.due(now):
-            connection.handle_timeout(now, utc_now)
-            self._settle(connection, now, utc_now)
+        for key in due:
+            if isinstance(key, Connection):
+                key.handle_timeout(now, utc_now)
+                self._settle(key, now, utc_now)
 
     def reset(self, now: float, *, farewell: bytes = b"") -> None:
         """Begin anew with another key after the network has changed; all connections are closed.
@@ -258,10 +236,18 @@ class Node:
     def _begin(self) -> None:
         self._key = StaticKey.generate(self._entropy)
         self._doorman = Doorman(self._key, self._entropy, self.layers.handshakes)
-        self._directory = Directory(self._entropy, worker=self._worker)
-        self._relays = Relays(self._entropy, self.layers.turn)
+        self._directory = Directory(self._entropy)
+        self._deadlines: Deadlines[object] = Deadlines()  # of connections and allocations
+        self._relays = Relays(self._entropy, self.layers.turn, self._deadlines)
+        self._inbound = Inbound(
+            self._directory,
+            self._relays,
+            self._deadlines,
+            self.counters,
+            handle_control=self._handle_control,
+            settle=self._settle,
+        )
         self._connections: dict[str, Connection] = {}
-        self._deadlines: Deadlines[Connection] = Deadlines()
         self._unflushed: dict[Connection, None] = {}
         self._new: dict[str, dict[Candidate, None]] = {}
         self._invalidated: dict[str, dict[Candidate, None]] = {}
@@ -275,7 +261,7 @@ class Node:
             key=self._key,
             directory=self._directory,
             relays=self._relays,
-            slots=self._slots,
+            pool=self._pool,
             outbox=self._outbox,
             entropy=self._entropy,
             now=now,
@@ -354,149 +340,6 @@ class Node:
     def _announce(self, connection: Connection) -> None:
         for candidate in connection.agent.local_candidates:
             self._new.setdefault(connection.cid, {})[candidate] = None
-
-    def _open(
-        self, batch: DatagramBatch, receiver: int, first: int, count: int, now: float, utc_now: float
-    ) -> Received | None:
-        """Decrypt `count` transport messages of one session, from datagram `first` on."""
-        connection = self._directory.by_index(receiver)
-        session = None if connection is None else connection.peer.receiving_session(receiver, now)
-        if connection is None or session is None:
-            self.counters.unknown_sessions += count
-            return None
-        if count == 1:
-            packets, payload_size = self._open_lone(batch, session, first)
-        else:
-            packets, payload_size = self._open_run(batch, session, first, count)
-        if packets is None:
-            return None
-        unconfirmed = not session.confirmed
-        connection.peer.received_data(session, payload_size, now)
-        # Everything else that a batch changes can wait: only timers (see above) and counters.
-        woken = payload_size > 0 and not connection.received(now)
-        if woken or unconfirmed or not payload_size:
-            self._settle(connection, now, utc_now)
-        if not payload_size:
-            return None
-        self._deadlines.no_later_than(connection, now + _TIMER_SLACK, "timers after receiving")
-        if batch.ecn == CE:
-            for packet in packets:
-                mark_congestion(packet)
-        return Received(connection.cid, packets)
-
-    def _open_lone(self, batch: DatagramBatch, session: Session, index: int) -> tuple[list[SuperPacket] | None, int]:
-        """The packet in one datagram, and its size; None if the message is forged or a replay."""
-        start = index * batch.segment_size
-        length = min(batch.segment_size, batch.length - start)
-        data, counter = batch.buffer.open_lone(session.open_cipher, length=length, start=start, headroom=batch.headroom)
-        if not session.accept_lone(counter):
-            return None, 0
-        packet = parse(data) if data else None
-        if packet is not None:
-            return [packet], len(data)
-        if data:
-            self.counters.malformed_packets += 1
-        return [], len(data)
-
-    def _open_run(
-        self, batch: DatagramBatch, session: Session, first: int, count: int
-    ) -> tuple[list[SuperPacket] | None, int]:
-        """The packets in `count` datagrams, merged, and the size of one; None if no message is authentic and new."""
-        buffer = batch.buffer
-        opened = buffer.open(
-            session.open_cipher,
-            length=batch.length,
-            segment_size=batch.segment_size,
-            headroom=batch.headroom,
-            first=first,
-            count=count,
-        )
-        fresh = session.accept(opened.counters, opened.authentic)
-        if b"\1" not in fresh.tobytes():
-            return None, 0
-        rejected = self._arena.rejected
-        packets = coalesce(
-            buffer.view,
-            offset=opened.offset,
-            stride=opened.stride,
-            size=opened.size,
-            count=count,
-            last_size=opened.last_size,
-            arena=self._arena,
-            keep=fresh,
-        )
-        self.counters.malformed_packets += self._arena.rejected - rejected
-        return packets, opened.size
-
-    def _handle(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
-        """Take in datagrams of a peer."""
-        receiver = batch.buffer.common_receiver(
-            length=batch.length, segment_size=batch.segment_size, headroom=batch.headroom
-        )
-        if receiver is None:
-            return self._handle_mixed(batch, 0, batch.count, now, utc_now)
-        received = self._open(batch, receiver, 0, batch.count, now, utc_now)
-        return [] if received is None else [received]
-
-    def _handle_from_relay(
-        self, allocation: Allocation, batch: DatagramBatch, now: float, utc_now: float
-    ) -> list[Received]:
-        """Take in what came from a relay: mostly what peers sent, on one channel each."""
-        channel = batch.buffer.common_channel(length=batch.length, segment_size=batch.segment_size)
-        if channel is not None:
-            inner = self._relays.unwrap(allocation, batch, channel, now)
-            if inner is None:
-                self.counters.unbound_channels += batch.count
-                return []
-            return self._handle(inner, now, utc_now)
-        received: list[Received] = []
-        for index in range(batch.count):
-            channel = batch.buffer.channel(index, length=batch.length, segment_size=batch.segment_size)
-            inner = None if channel is None else self._relays.unwrap(allocation, batch, channel, now)
-            if inner is not None:
-                received += self._handle_mixed(inner, index, index + 1, now, utc_now)
-            elif channel is not None:
-                self.counters.unbound_channels += 1
-            elif not self._is_relays_answer(allocation, batch, index, now):
-                # Somebody behind the relay's address who isn't the relay (decision 4).
-                received += self._handle_mixed(batch, index, index + 1, now, utc_now)
-        return received
-
-    def _is_relays_answer(self, allocation: Allocation, batch: DatagramBatch, index: int, now: float) -> bool:
-        message = stun.parse(self._datagram(batch, index))
-        if message is None:
-            return False
-        return self._relays.handle_message(allocation, message, batch.source, batch.local, now)
-
-    def _handle_mixed(
-        self, batch: DatagramBatch, first: int, after_last: int, now: float, utc_now: float
-    ) -> list[Received]:
-        """Take in datagrams that are not all messages of one session, each run of those together."""
-        received: list[Received] = []
-        while first < after_last:
-            receiver = self._receiver(batch, first)
-            after = first + 1
-            if receiver is None:
-                self._handle_control(self._datagram(batch, first), batch, now, utc_now)
-            else:
-                while after < after_last and self._receiver(batch, after) == receiver:
-                    after += 1
-                opened = self._open(batch, receiver, first, after - first, now, utc_now)
-                if opened is not None:
-                    received.append(opened)
-            first = after
-        return received
-
-    @staticmethod
-    def _receiver(batch: DatagramBatch, index: int) -> int | None:
-        return batch.buffer.receiver(
-            index, length=batch.length, segment_size=batch.segment_size, headroom=batch.headroom
-        )
-
-    @staticmethod
-    def _datagram(batch: DatagramBatch, index: int) -> memoryview:
-        start = index * batch.segment_size
-        return batch.buffer.view[start + batch.headroom : min(start + batch.segment_size, batch.length)]
 
     def _handle_control(self, datagram: memoryview, batch: DatagramBatch, now: float, utc_now: float) -> None:
         message = stun.parse(datagram)

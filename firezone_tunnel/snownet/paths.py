@@ -9,10 +9,9 @@ import attrs
 
 from firezone_tunnel.ice.agent import Nominated
 from firezone_tunnel.ice.candidate import CandidateKind
-from firezone_tunnel.packet.layout import column
 from firezone_tunnel.sansio import Releasable, SocketAddress, Transmit
 from firezone_tunnel.turn.allocation import Allocation
-from firezone_tunnel.turn.channel import HEADER, HEADER_SIZE
+from firezone_tunnel.turn.channel_data import HEADER_SIZE, encode_channel_data, write_headers
 
 
 class Path(Protocol):
@@ -84,7 +83,7 @@ class RelayedPath:
         if channel is None or relay is None:
             return None
         size = HEADER_SIZE + len(datagrams[0]) if len(datagrams) > 1 else 0
-        payload = b"".join(HEADER.pack(channel, len(datagram)) + datagram for datagram in datagrams)
+        payload = b"".join(encode_channel_data(channel, datagram) for datagram in datagrams)
         return Transmit(relay, payload, segment_size=size, ecn=ecn)
 
     def send_run(
@@ -97,9 +96,7 @@ class RelayedPath:
             return None
         size = segment_size or len(payload)
         count = -(-len(payload) // size)
-        column(payload, ">u4", 0, size, count)[:] = channel << 16 | size - HEADER_SIZE
-        last = (count - 1) * size
-        HEADER.pack_into(payload, last, channel, len(payload) - last - HEADER_SIZE)
+        write_headers(payload, channel, size, count, len(payload))
         return Transmit(relay, payload, segment_size=segment_size, ecn=ecn, pooled=pooled)
 
 

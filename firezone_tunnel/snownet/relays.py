@@ -12,12 +12,12 @@ from operator import attrgetter
 import attrs
 
 from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.deadlines import Deadlines
 from firezone_tunnel.ice.candidate import Candidate, CandidateKind
-from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit
-from firezone_tunnel.snownet.deadlines import Deadlines
+from firezone_tunnel.sansio import Entropy, SocketAddress, Transmit
 from firezone_tunnel.stun.message import FIREZONE_REALM, Message
 from firezone_tunnel.turn.allocation import Allocation
-from firezone_tunnel.turn.channel import HEADER_SIZE, encode_channel_data
+from firezone_tunnel.turn.channel_data import ChannelData, encode_channel_data
 from firezone_tunnel.turn.events import AllocationCounters, CandidateFound, CandidateLost, Failed
 
 MAX_RELAYS = 4  # the two that the portal names, and two of before that connections may still use
@@ -59,14 +59,15 @@ RelayEvent = CandidateFound | CandidateLost | RelayFailed | RelayAllocated
 class Relays:
     """Drain `transmits` and `events` after each call that may have changed something."""
 
-    def __init__(self, entropy: Entropy, counters: AllocationCounters) -> None:
+    def __init__(self, entropy: Entropy, counters: AllocationCounters, deadlines: Deadlines[object]) -> None:
+        """Its allocations are keys of `deadlines`; whoever owns that calls `handle_timeout` for those that are due."""
         self._entropy = entropy
         self._counters = counters
         self._allocations: dict[str, Allocation] = {}
         self._terms: dict[str, RelayTerms] = {}
         self._by_socket: dict[SocketAddress, Allocation] = {}
         self._by_relayed: dict[SocketAddress, Allocation] = {}
-        self._deadlines: Deadlines[Allocation] = Deadlines()
+        self._deadlines = deadlines
         self._touched: dict[Allocation, None] = {}
         self._transmits: deque[Transmit] = deque()
         self._events: deque[RelayEvent] = deque()
@@ -149,16 +150,16 @@ class Relays:
         """Something was done to it: look at its timers and at what it wants to send."""
         self._touched[allocation] = None
 
-    def unwrap(self, allocation: Allocation, batch: DatagramBatch, channel: int, now: float) -> DatagramBatch | None:
-        """Channel data on one channel, as if it had come from the peer itself; None if that channel isn't bound."""
-        peer = allocation.peer_of(channel, now)
+    def unwrap(
+        self, allocation: Allocation, batch: DatagramBatch, data: ChannelData, now: float
+    ) -> DatagramBatch | None:
+        """Channel data, as if it had come from the peer itself; None if that channel isn't bound."""
+        peer = allocation.peer_of(data.number, now)
         self._deadlines.no_later_than(allocation, now + _TIMER_SLACK, "turn:timers after receiving")
         relayed = None if peer is None else allocation.relayed(peer.is_ipv6)
         if peer is None or relayed is None:
             return None
-        return DatagramBatch(
-            batch.buffer, batch.length, batch.segment_size, peer, relayed, batch.ecn, headroom=HEADER_SIZE
-        )
+        return DatagramBatch(data.payloads, peer, relayed, batch.ecn)
 
     def handle_message(
         self, allocation: Allocation, message: Message, source: SocketAddress, local: SocketAddress, now: float
@@ -167,22 +168,18 @@ class Relays:
         self._touched[allocation] = None
         return allocation.handle_message(message, source, local, now)
 
-    def next_timeout(self) -> Timeout | None:
-        self._settle()
-        return self._deadlines.first()
-
-    def handle_timeout(self, now: float) -> None:
-        for allocation in self._deadlines.due(now):
-            allocation.handle_timeout(now)
-            self._touched[allocation] = None
+    def handle_timeout(self, allocation: Allocation, now: float) -> None:
+        """The deadline of an allocation has come."""
+        allocation.handle_timeout(now)
+        self._touched[allocation] = None
 
     def transmits(self) -> Iterator[Transmit]:
-        self._settle()
+        self.settle()
         while self._transmits:
             yield self._transmits.popleft()
 
     def events(self) -> Iterator[RelayEvent]:
-        self._settle()
+        self.settle()
         while self._events:
             yield self._events.popleft()
 
@@ -230,7 +227,8 @@ class Relays:
             for address in [one for one, other in addresses.items() if other is allocation]:
                 del addresses[address]
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Collect what allocations that were touched have to send, to report and to wait for."""
         while self._touched:
             allocation, _ = self._touched.popitem()
             self._follow(allocation)

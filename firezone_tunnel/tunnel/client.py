@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import BufferPool, DatagramBatch
 from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.ice.agent import Credentials
 from firezone_tunnel.messages import client as messages
@@ -37,7 +37,7 @@ from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 from firezone_tunnel.tunnel.relays import relay_terms
 from firezone_tunnel.tunnel.resources import ActiveResource, ResourceTable, ResourceView, SiteStatuses
 from firezone_tunnel.tunnel.waiting import WaitingPackets
-from firezone_tunnel.wireguard.seal import SlotPool
+from firezone_tunnel.wireguard.seal import SealBuffer
 
 ASK_AGAIN_AFTER = 2.0  # spec/data-plane.md, 4.4
 RECENT_TRAFFIC = 20.0  # how recently a resource was used whose flow is asked for again after roaming (decision 3)
@@ -119,9 +119,9 @@ class ClientTunnel:
     `handle_packets` or `handle_datagrams`.
     """
 
-    def __init__(self, *, entropy: Entropy, now: float, slots: SlotPool) -> None:
+    def __init__(self, *, entropy: Entropy, now: float, pool: BufferPool[SealBuffer]) -> None:
         self.counters = ClientCounters()
-        self.node = Node(role=Role.CLIENT, entropy=entropy, now=now, slots=slots)
+        self.node = Node(role=Role.CLIENT, entropy=entropy, now=now, pool=pool)
         self._resources = ResourceTable(is_connected=lambda rid: self._gateways.serving(rid) is not None)
         self._sites = SiteStatuses()
         self._gateways = Gateways()
@@ -144,7 +144,6 @@ class ClientTunnel:
         answers: list[SuperPacket] = []
         lookup, serving = self._resources.lookup, self._gateways.serving
         encapsulate, own, counters = self.node.encapsulate, self._own, self.counters
-        alone = len(packets) == 1
         for packet in packets:
             if packet.source not in own:
                 counters.foreign_source += packet.segments
@@ -163,7 +162,7 @@ class ClientTunnel:
             if gateway is None:
                 self._want(resource, packet, now)
             else:
-                encapsulate(gateway.id, packet, now, utc_now, alone=alone)
+                encapsulate(gateway.id, packet, now, utc_now)
         self.node.flush(now)
         self._follow_node()
         return answers

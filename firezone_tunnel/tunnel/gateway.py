@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import BufferPool, DatagramBatch
 from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.ice.agent import Credentials
 from firezone_tunnel.messages import gateway as messages
@@ -25,7 +25,7 @@ from firezone_tunnel.snownet.relays import RelayFailed
 from firezone_tunnel.tunnel import control
 from firezone_tunnel.tunnel.clients import Allowed, Client, UnsupportedResource
 from firezone_tunnel.tunnel.relays import relay_terms
-from firezone_tunnel.wireguard.seal import SlotPool
+from firezone_tunnel.wireguard.seal import SealBuffer
 
 _EXPIRY_CHECK_INTERVAL = 60.0
 """Seconds between looks at expiries: they are unix times, and the wall clock may be set meanwhile."""
@@ -98,9 +98,9 @@ class GatewayTunnel:
     `handle_packets` or `handle_datagrams`. What a client is authorized for outlives its connection: it may come back.
     """
 
-    def __init__(self, *, entropy: Entropy, now: float, utc_now: float, slots: SlotPool) -> None:
+    def __init__(self, *, entropy: Entropy, now: float, utc_now: float, pool: BufferPool[SealBuffer]) -> None:
         self.counters = GatewayCounters()
-        self.node = Node(role=Role.GATEWAY, entropy=entropy, now=now, slots=slots)
+        self.node = Node(role=Role.GATEWAY, entropy=entropy, now=now, pool=pool)
         self._clients: dict[str, Client] = {}
         self._by_address: dict[bytes, Client] = {}
         self._own: tuple[bytes, ...] = ()
@@ -119,7 +119,6 @@ class GatewayTunnel:
         """The host routed these into the tunnel. Returns nothing: what may not pass is dropped silently."""
         by_address, own = self._by_address.get, self._own
         encapsulate, counters = self.node.encapsulate, self.counters
-        alone = len(packets) == 1
         for packet in packets:
             client = by_address(packet.destination)
             if client is None:
@@ -128,7 +127,7 @@ class GatewayTunnel:
             source = packet.source
             # An ICMP error may come from any router on the way.
             if client.rules(source).permits(packet, packet.source_port) or source in own or is_icmp_error(packet):
-                encapsulate(client.id, packet, now, utc_now, alone=alone)
+                encapsulate(client.id, packet, now, utc_now)
             else:
                 counters.filtered_answers += packet.segments
         self.node.flush(now)

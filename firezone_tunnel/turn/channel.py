@@ -1,50 +1,20 @@
-"""TURN channels: the four bytes in front of the data, and which number stands for which peer.
+"""The channel numbers of one allocation: which number stands for which peer.
 
 Sources: spec/data-plane.md, 3.7; RFC 8656, section 12.
 """
 
 from __future__ import annotations
 
-import struct
 from itertools import chain
-from typing import NamedTuple
 
 import attrs
 
 from firezone_tunnel.sansio import SocketAddress
-
-HEADER = struct.Struct(">HH")  # channel number, length of the data
-HEADER_SIZE = HEADER.size
-FIRST_CHANNEL = 0x4000
-LAST_CHANNEL = 0x4FFF
-LAST_PARSED_CHANNEL = 0x7FFF  # RFC 5766, section 11, allowed more than RFC 8656
+from firezone_tunnel.turn.channel_data import FIRST_CHANNEL, LAST_CHANNEL
 
 CHANNEL_LIFETIME = 600.0  # RFC 8656, section 12: since the last successful bind
 CHANNEL_REFRESH = 300.0  # spec/data-plane.md, 3.7: a channel of this age is bound again, if its peer still speaks
 CHANNEL_COOL_DOWN = 300.0  # RFC 8656, section 12: after its end, before a number may stand for another peer
-
-
-class ChannelData(NamedTuple):
-    channel: int
-    payload: memoryview
-
-
-def parse_channel_data(datagram: bytes | bytearray | memoryview) -> ChannelData | None:
-    """Read a datagram as channel data. Returns None for anything else; never raises.
-
-    The length field must count the rest of the datagram exactly: over UDP nothing is padded.
-    """
-    if len(datagram) < HEADER_SIZE:
-        return None
-    channel, length = HEADER.unpack_from(datagram)
-    if not FIRST_CHANNEL <= channel <= LAST_PARSED_CHANNEL or length != len(datagram) - HEADER_SIZE:
-        return None
-    return ChannelData(channel, memoryview(datagram)[HEADER_SIZE:])
-
-
-def encode_channel_data(channel: int, payload: bytes | memoryview) -> bytes:
-    """The datagram that carries a payload over a channel. Who has room before the payload packs `HEADER` there."""
-    return HEADER.pack(channel, len(payload)) + payload
 
 
 class ChannelBindings:

@@ -7,6 +7,7 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Iterable
+from typing import TypeVar
 
 import attrs
 
@@ -132,6 +133,18 @@ def received(messages: Iterable[Ancillary]) -> Arrival:
     return Arrival(host, segment_size, ecn, overflows)
 
 
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:
+    """Keep a value, within a bound: remote hosts choose most of these keys."""
+    if len(known) >= _MAX_REMEMBERED:
+        known.clear()
+    known[key] = value
+
+
+_MAX_REMEMBERED = 1024
 _IP_PKTINFO = 8  # <linux/in.h>
 _IP_MTU_DISCOVER = 10
 _PMTUDISC_DONT = 0

@@ -5,12 +5,11 @@ Twisted's `listenUDP` moves one datagram at a time, which costs more than a whol
 
 from __future__ import annotations
 
-import errno
 import socket
 from collections import deque
 from collections.abc import Callable
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import attrs
 from twisted.internet.error import ConnectionDone
@@ -18,16 +17,14 @@ from twisted.internet.interfaces import IReactorFDSet, IReadWriteDescriptor
 from twisted.python.failure import Failure
 from zope.interface import Interface, implementer
 
-from firezone_tunnel.datagrams import DatagramBatch
-from firezone_tunnel.errors import is_unreachable
+from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.runtime.clock import boottime
 from firezone_tunnel.sansio import SocketAddress, Transmit
-from firezone_tunnel.udp.sockets import ANCILLARY_SPACE, Ancillary, Arrival, bind, configure, received, sending
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
+from firezone_tunnel.udp.segmented import SegmentedSender, SendCounters
+from firezone_tunnel.udp.sockets import ANCILLARY_SPACE, Ancillary, Arrival, bind, configure, received, remember
 
 PREFERRED_PORT = 52625  # spec/data-plane.md, 7.4
-RETRY_SEGMENTATION_AFTER = 600.0  # seconds: a path may have changed without any sign of it here
 
 
 class IBatchProtocol(Interface):
@@ -50,7 +47,7 @@ class IBatchProtocol(Interface):
 
 
 @attrs.define
-class UdpCounters:
+class UdpCounters(SendCounters):
     """What one socket has done and seen."""
 
     received_batches: int = 0
@@ -58,16 +55,8 @@ class UdpCounters:
     received_bytes: int = 0
     receive_overflows: int = 0  # datagrams that found the receive buffer full
     receive_errors: int = 0
-    sent_batches: int = 0  # system calls
-    sent_datagrams: int = 0
-    sent_bytes: int = 0
     paused: int = 0
     queue_full: int = 0  # transmits dropped, as too many were waiting
-    unreachable: int = 0
-    forbidden: int = 0  # by a local firewall
-    no_buffers: int = 0
-    send_errors: int = 0
-    segmentation_refused: int = 0  # batches sent again as single datagrams
 
 
 @implementer(IReadWriteDescriptor)
@@ -94,7 +83,7 @@ class UdpTransport:
         fallback_port: int | None = 0,
         mark: int | None = None,
         bound: socket.socket | None = None,
-        buffer: ReceiveBuffer | None = None,
+        buffer: memoryview | None = None,
         gso: bool = True,
         gro: bool = True,
         clock: Callable[[], float] = boottime,
@@ -109,19 +98,19 @@ class UdpTransport:
         """
         self._reactor = reactor
         self._protocol = protocol
-        self._clock = clock
-        self._buffer = buffer or ReceiveBuffer()
+        self._buffer = buffer or receive_buffer()
         ports = [port] if fallback_port is None else [port, fallback_port]
         udp = bind(host, ports, mark=mark) if bound is None else bound
         self._socket: socket.socket | None = udp
         self._is_ipv6 = udp.family == socket.AF_INET6
         self.features = configure(udp, gso=gso, gro=gro)
         self.counters = UdpCounters()
+        self._sender = SegmentedSender(
+            is_ipv6=self._is_ipv6, gso=self.features.gso, counters=self.counters, clock=clock
+        )
         self._host = SocketAddress(*udp.getsockname()[:2])
         self._arrivals: dict[tuple[Ancillary, ...], tuple[Arrival, SocketAddress | None]] = {}
         self._sources: dict[tuple[Any, ...], SocketAddress] = {}
-        self._ancillary: dict[tuple[SocketAddress | None, int, int], list[Ancillary]] = {}
-        self._unsegmented: dict[SocketAddress, float] = {}  # until when
         self._queue: deque[tuple[Transmit, int]] = deque()  # and the byte from which on it has yet to leave
         self._logged: set[int] = set()
         self._ended = perf_counter()  # of the last turn
@@ -140,7 +129,7 @@ class UdpTransport:
         if self._queue or self._socket is None:
             self._enqueue(transmit, 0)
             return
-        blocked_at = self._attempt(transmit, 0)
+        blocked_at = self._sender.send(self._socket, transmit)
         if blocked_at is None:
             transmit.release()
             return
@@ -148,7 +137,7 @@ class UdpTransport:
 
     def forget_paths(self) -> None:
         """The network changed: try segmentation again wherever it had been refused."""
-        self._unsegmented.clear()
+        self._sender.forget_paths()
 
     def close(self) -> None:
         """Close the socket; what is queued is dropped. May be called more than once."""
@@ -158,7 +147,7 @@ class UdpTransport:
         began = perf_counter()
         deadline = began + self.MAX_TURN
         most = 1 if began - self._ended > self.CALM else self.MAX_BATCHES
-        into = (self._buffer.view,)
+        into = (self._buffer,)
         batch_received = self._protocol.batchReceived
         for _ in range(most):
             if self._socket is None:
@@ -180,9 +169,9 @@ class UdpTransport:
 
     def doWrite(self) -> None:
         queue = self._queue
-        while queue:
+        while queue and self._socket is not None:
             transmit, offset = queue[0]
-            blocked_at = self._attempt(transmit, offset)
+            blocked_at = self._sender.send(self._socket, transmit, offset)
             if blocked_at is not None:
                 queue[0] = (transmit, blocked_at)
                 return
@@ -216,20 +205,20 @@ class UdpTransport:
         source = self._sources.get(address)
         if source is None:
             source = SocketAddress(address[0], address[1])
-            _remember(self._sources, address, source)
+            remember(self._sources, address, source)
         segment_size = arrival.segment_size or length
         counters = self.counters
         counters.received_batches += 1
         counters.received_datagrams += -(-length // segment_size)
         counters.received_bytes += length
-        return DatagramBatch(self._buffer, length, segment_size, source, local, arrival.ecn)
+        return DatagramBatch.received(self._buffer, length, segment_size, source, local, arrival.ecn)
 
     def _decode(self, ancillary: tuple[Ancillary, ...]) -> tuple[Arrival, SocketAddress | None]:
         arrival = received(ancillary)
         if arrival.overflows is not None:
             self.counters.receive_overflows = arrival.overflows
         local = None if arrival.host is None else SocketAddress(arrival.host, self._host.port)
-        _remember(self._arrivals, ancillary, (arrival, local))
+        remember(self._arrivals, ancillary, (arrival, local))
         return arrival, local
 
     def _enqueue(self, transmit: Transmit, offset: int) -> None:
@@ -243,112 +232,7 @@ class UdpTransport:
             self._reactor.addWriter(self)
             self._protocol.sendingPaused()
 
-    def _attempt(self, transmit: Transmit, offset: int) -> int | None:
-        """Send what is left of it; where it blocked, or None if it has left or there is no point in trying again."""
-        size = transmit.segment_size
-        payload = transmit.payload
-        if size >= len(payload):
-            size = 0
-        elif size and (offset or not self._may_segment(transmit.destination)):
-            return self._send_singly(transmit, offset)
-        try:
-            self._sendmsg(transmit, payload, size)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            if size and error.errno in _SEGMENTATION_REFUSED:
-                return self._resend_singly(transmit)
-            self._send_failed(error, transmit)
-            return None
-        self.counters.sent_datagrams += -(-len(payload) // size) if size else 1
-        return None
-
-    def _sendmsg(self, transmit: Transmit, payload: bytes | memoryview, segment_size: int) -> None:
-        if self._socket is None:
-            raise OSError(errno.ENOTCONN, "the socket is closed")
-        key = (transmit.source, segment_size, transmit.ecn)
-        ancillary = self._ancillary.get(key)
-        if ancillary is None:
-            ancillary = self._sending(transmit, segment_size)
-            _remember(self._ancillary, key, ancillary)
-        destination = transmit.destination
-        if (":" in destination.host) != self._is_ipv6:
-            raise OSError(errno.EAFNOSUPPORT, "an address of the other family")
-        self._socket.sendmsg((payload,), ancillary, 0, destination)
-        self.counters.sent_batches += 1
-        self.counters.sent_bytes += len(payload)
-
-    def _sending(self, transmit: Transmit, segment_size: int) -> list[Ancillary]:
-        source = transmit.source.host if transmit.source is not None else None
-        return sending(is_ipv6=self._is_ipv6, source=source, segment_size=segment_size, ecn=transmit.ecn)
-
-    def _may_segment(self, destination: SocketAddress) -> bool:
-        if not self.features.gso:
-            return False
-        until = self._unsegmented.get(destination)
-        if until is None:
-            return True
-        if self._clock() < until:
-            return False
-        del self._unsegmented[destination]
-        return True
-
-    def _resend_singly(self, transmit: Transmit) -> int | None:
-        """The path refused a segmented send: the batch leaves at once all the same."""
-        self.counters.segmentation_refused += 1
-        before = self.counters.sent_datagrams
-        blocked_at = self._send_singly(transmit, 0)
-        # Where single datagrams fail as well, the refusal had nothing to do with segmentation.
-        if blocked_at is not None or self.counters.sent_datagrams > before:
-            _remember(self._unsegmented, transmit.destination, self._clock() + RETRY_SEGMENTATION_AFTER)
-        return blocked_at
-
-    def _send_singly(self, transmit: Transmit, offset: int) -> int | None:
-        payload = transmit.payload
-        size = transmit.segment_size
-        for start in range(offset, len(payload), size):
-            try:
-                self._sendmsg(transmit, payload[start : start + size], 0)
-            except BlockingIOError:
-                return start
-            except OSError as error:
-                self._send_failed(error, transmit)
-                return None
-            self.counters.sent_datagrams += 1
-        return None
-
-    def _send_failed(self, error: OSError, transmit: Transmit) -> None:
-        counters = self.counters
-        if is_unreachable(error):
-            counters.unreachable += 1
-            log.debug("udp:unreachable", destination=str(transmit.destination), reason=error.strerror)
-        elif isinstance(error, PermissionError):
-            counters.forbidden += 1
-            if error.errno not in self._logged:
-                self._logged.add(error.errno or 0)
-                log.info("udp:sending_forbidden", reason="a local firewall refuses some of our datagrams")
-        elif error.errno == errno.ENOBUFS:
-            counters.no_buffers += 1
-        else:
-            counters.send_errors += 1
-            self._log_once(error, "udp:send_failed")
-
     def _log_once(self, error: OSError, message_type: str) -> None:
         if error.errno not in self._logged:
             self._logged.add(error.errno or 0)
             log.warning(message_type, errno=error.errno, reason=error.strerror)
-
-
-_SEGMENTATION_REFUSED = frozenset({errno.EMSGSIZE, errno.EINVAL, errno.EIO})
-_MAX_REMEMBERED = 1024
-
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
-
-
-def _remember(known: dict[_Key, _Value], key: _Key, value: _Value) -> None:
-    """Keep it, within a bound: remote hosts choose most of these keys."""
-    if len(known) >= _MAX_REMEMBERED:
-        known.clear()
-    known[key] = value

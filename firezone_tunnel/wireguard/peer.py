@@ -25,8 +25,8 @@ from firezone_tunnel.wireguard.handshake import (
     open_initiation,
     wipe,
 )
-from firezone_tunnel.wireguard.seal import seal_message
 from firezone_tunnel.wireguard.session import REJECT_AFTER_TIME, PeerCounters, Session
+from firezone_tunnel.wireguard.transport_data import seal_message
 
 REKEY_TIMEOUT = 5.0  # whitepaper, section 6.1
 KEEPALIVE_TIMEOUT = 10.0  # whitepaper, section 6.1

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from firezone_tunnel.ice.candidate import CandidateKind
+from firezone_tunnel.packet.layout import Rows
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message, Method
 from firezone_tunnel.turn.allocation import Allocation
-from firezone_tunnel.turn.channel import encode_channel_data, parse_channel_data
+from firezone_tunnel.turn.channel_data import encode_channel_data, parse_channel_data
 from firezone_tunnel.turn.events import CandidateFound, CandidateLost, Failed, FailureReason
 from tests.polling import until
 
@@ -310,10 +311,10 @@ class Driver:
             datagram, source = self._socket.recvfrom(2048)
         except (TimeoutError, ConnectionRefusedError):
             return
-        data = parse_channel_data(datagram)
+        data = parse_channel_data(Rows.single(memoryview(datagram)), exact=True)
         if data is not None:
-            assert self.allocation.peer_of(data.channel, self.now) is not None
-            self.received.append(bytes(data.payload))
+            assert self.allocation.peer_of(data.number, self.now) is not None
+            self.received.append(bytes(data.payloads.row(0)))
             return
         message = stun.parse(datagram)
         assert message is not None

@@ -30,7 +30,7 @@ async def test_one_send_of_many_datagrams_arrives_as_one_batch(ends: Ends, host:
     alice.transport.send(Transmit(bob.address, payload, segment_size=SIZE))
     await bob.datagrams(41)
 
-    assert [(batch.count, batch.segment_size, batch.length) for batch in bob.batches] == [(41, SIZE, len(payload))]
+    assert [batch.rows[1:] for batch in bob.batches] == [(0, SIZE, SIZE, 41, 3)]
     assert bob.received == [payload[start : start + SIZE] for start in range(0, len(payload), SIZE)]
     assert (bob.batches[0].source, bob.batches[0].local) == (alice.address, bob.address)
     assert (alice.transport.counters.sent_batches, alice.transport.counters.sent_datagrams) == (1, 41)
@@ -221,8 +221,7 @@ class End:
         if self.error is not None:
             raise self.error
         self.batches.append(batch)
-        data = bytes(batch.buffer.view[: batch.length])
-        self.received += (data[start : start + batch.segment_size] for start in range(0, len(data), batch.segment_size))
+        self.received += map(bytes, batch.rows.each())
         self._check()
 
     def sendingPaused(self) -> None:

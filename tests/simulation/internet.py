@@ -9,7 +9,7 @@ import ipaddress
 from collections.abc import Callable, Iterator
 from itertools import count, pairwise
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.packet.rewrite import CE
 from firezone_tunnel.relaying.addresses import PeerPolicy
 from firezone_tunnel.relaying.allocating import RelayConfig
@@ -19,7 +19,6 @@ from firezone_tunnel.relaying.server import RelayServer
 from firezone_tunnel.sansio import SocketAddress, Transmit
 from firezone_tunnel.snownet.events import ConnectionEstablished, PathChanged, Role
 from firezone_tunnel.snownet.relays import RelayTerms
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
 from tests.simulation.nat import Nat, nats
 from tests.unit.snownet.world import LATENCY, Host, World, datagram, stream
 
@@ -41,7 +40,7 @@ class Relay:
         """What came to its listening port: segment size, payload and ECN of each batch."""
         self._number = number
         self._standard = standard
-        self._buffer = ReceiveBuffer()
+        self._buffer = receive_buffer()
         self._woken_at = float("inf")
         self.restart(f"{number:064}")
 
@@ -87,8 +86,8 @@ class Relay:
         if not self.alive:
             return
         data = b"".join(datagrams)
-        self._buffer.view[: len(data)] = data
-        batch = DatagramBatch(self._buffer, len(data), len(datagrams[0]), source, local, ecn)
+        self._buffer[: len(data)] = data
+        batch = DatagramBatch.received(self._buffer, len(data), len(datagrams[0]), source, local, ecn)
         if local in self.listening:
             self.batches.append((len(datagrams[0]), data, ecn))
             self.server.handle_client_datagrams(batch, self.internet.now, self.internet.utc)

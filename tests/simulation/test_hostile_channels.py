@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.snownet.events import ConnectionFailed, Role
-from firezone_tunnel.turn.channel import HEADER
+from firezone_tunnel.turn.channel_data import HEADER
 from tests.simulation.internet import Internet, exchange, way
 from tests.unit.snownet.world import Host, assert_no_slot_is_lost, datagram, run_of_segments
 

@@ -235,5 +235,5 @@ def test_runs_sent_while_relays_come_and_go_cost_no_slot() -> None:
         internet.run(0.1)
 
     assert_no_slot_is_lost([client, gateway])
-    assert client.node.counters.packets_without_slot == gateway.node.counters.packets_without_slot == 0
+    assert client.node.counters.packets_without_buffer == gateway.node.counters.packets_without_buffer == 0
     exchange(internet, client, gateway, within=2.0)

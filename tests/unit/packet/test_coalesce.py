@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firezone_tunnel.packet.coalesce import Arena, coalesce, coalesce_lone
+from firezone_tunnel.packet.layout import Rows
 from firezone_tunnel.packet.superpacket import SuperPacket, from_virtio, parse
 from tests.unit.packet.packets import (
     ICMP,
@@ -38,16 +39,8 @@ def merged(datagrams: Sequence[bytes | bytearray], arena: Arena | None = None, *
     for row, data in enumerate(datagrams):
         start = 16 + row * (size + GAP)
         memory[start : start + len(data)] = data
-    return coalesce(
-        memory,
-        offset=16,
-        stride=size + GAP,
-        size=size,
-        count=len(datagrams),
-        last_size=len(datagrams[-1]),
-        arena=arena or Arena(),
-        **options,
-    )
+    rows = Rows(memory, 16, size + GAP, size, len(datagrams), len(datagrams[-1]))
+    return coalesce(rows, arena=arena or Arena(), **options)
 
 
 def cut(packet: SuperPacket) -> list[bytes]:
@@ -408,16 +401,8 @@ def test_arbitrary_bytes_never_fail(data: bytes, size: int, gap: int, last_size:
     memory = memoryview(bytearray(data + bytes(200)))
     count = 1 + len(data) // (size + gap)
 
-    packets = coalesce(
-        memory,
-        offset=0,
-        stride=size + gap,
-        size=size,
-        count=count,
-        last_size=min(size, last_size),
-        arena=Arena(),
-        udp=udp,
-    )
+    rows = Rows(memory, 0, size + gap, size, count, min(size, last_size))
+    packets = coalesce(rows, arena=Arena(), udp=udp)
 
     assert sum(packet.segments for packet in packets) <= count
 

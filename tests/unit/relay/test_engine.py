@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 from twisted.internet import reactor
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.errors import FirezoneError
 from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.engine import Engine
 from firezone_tunnel.relaying.allocating import RelayConfig
 from firezone_tunnel.relaying.server import RelayServer
 from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
 
 
 def test_a_mistake_over_one_batch_is_told_and_the_relay_goes_on(
@@ -31,7 +30,9 @@ def test_a_mistake_over_one_batch_is_told_and_the_relay_goes_on(
     monkeypatch.setattr(RelayServer, "handle_client_datagrams", handle)
     config = EngineConfig(RelayConfig(public_ipv4="127.0.0.1"))
     engine = Engine(reactor, config, Secrets.new(), [], failures.append)
-    batch = DatagramBatch(ReceiveBuffer(), 20, 20, SocketAddress("127.0.0.2", 1), SocketAddress("127.0.0.1", 2))
+    batch = DatagramBatch.received(
+        receive_buffer(), 20, 20, SocketAddress("127.0.0.2", 1), SocketAddress("127.0.0.1", 2)
+    )
 
     engine.client_received(batch)
     engine.client_received(batch)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from firezone_tunnel.datagrams import receive_buffer
 from firezone_tunnel.relay import ports as relay_ports
 from firezone_tunnel.relay.ports import AllocationPort, AllocationPorts
 from firezone_tunnel.relaying.outputs import RelayTransmit
 from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.udp.transport import RETRY_SEGMENTATION_AFTER
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
+from firezone_tunnel.udp.segmented import RETRY_SEGMENTATION_AFTER
 
 PEER = SocketAddress("8.8.8.8", 1)
 
@@ -61,8 +61,8 @@ def test_a_refusal_of_everything_is_not_blamed_on_segmentation(end: End) -> None
     [
         (errno.EAGAIN, "blocked"),
         (errno.EHOSTUNREACH, "unreachable"),
-        (errno.EPERM, "send_errors"),
-        (errno.ENOBUFS, "send_errors"),
+        (errno.EPERM, "forbidden"),
+        (errno.ENOBUFS, "no_buffers"),
         (errno.ECONNREFUSED, "send_errors"),
     ],
 )
@@ -98,7 +98,7 @@ class End:
         self.refuse_segments: int | None = None
         self.refuse_all: int | None = None
         monkeypatch.setattr(relay_ports, "boottime", lambda: self.now)
-        self.ports = AllocationPorts(self, {1: "127.0.0.1"}, ReceiveBuffer(), _never, _never)
+        self.ports = AllocationPorts(self, {1: "127.0.0.1"}, receive_buffer(), _never, _never)
         self.port = AllocationPort(self.ports, self, 50_000, is_ipv6=False)
         self.ports._ports[50_000, False] = self.port
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import MAX_SEGMENTS, MAX_SEND_SIZE, DatagramBatch, send_limit
+from firezone_tunnel.packet.layout import Rows
 from firezone_tunnel.relaying.allocation import MAX_PERMISSIONS
-from firezone_tunnel.relaying.forwarding import BufferPool, Rows, common_channel, gather, lone_channel, send_limit
+from firezone_tunnel.relaying.forwarding import buffer_pool, gather
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import FAMILY_IPV4, Kind, Message, Method
-from firezone_tunnel.wireguard.seal import MAX_SEGMENTS, MAX_SEND_SIZE, ReceiveBuffer
 from tests.unit.relaying.world import (
     CLIENT4,
     CLIENT6,
@@ -458,8 +458,8 @@ def test_without_a_free_buffer_batches_are_dropped_and_counted_and_lone_datagram
     client.bind(0x4000, PEER4)
     held = []
     for _ in range(33):
-        world.buffer.view[:2600] = b"z" * 2600
-        batch = DatagramBatch(world.buffer, 2600, 1300, PEER4, SocketAddress(RELAY4, port))
+        world.buffer[:2600] = b"z" * 2600
+        batch = DatagramBatch.received(world.buffer, 2600, 1300, PEER4, SocketAddress(RELAY4, port))
         world.server.handle_peer_datagrams(port, batch, world.now)
         held += list(world.server.transmits())
 
@@ -484,24 +484,6 @@ def test_what_is_relayed_is_counted() -> None:
     assert (counters.relayed_to_peers, counters.relayed_to_clients, counters.relayed_bytes) == (2, 3, 180)
 
 
-@given(st.lists(st.binary(min_size=4, max_size=24), min_size=1, max_size=6), st.integers(1, 30))
-def test_batches_and_lone_datagrams_are_read_alike(datagrams: list[bytes], size: int) -> None:
-    """Whatever `common_channel` accepts is what `lone_channel` makes of each datagram."""
-    cut = [datagram[:size].ljust(size, b"\0") for datagram in datagrams[:-1]] + [datagrams[-1][:size]]
-    forged = b"".join(b"\x40\x00" + datagram[2:] if len(datagram) > 2 else datagram for datagram in cut)
-    buffer = ReceiveBuffer()
-    buffer.view[: len(forged)] = forged
-    batch = DatagramBatch(buffer, len(forged), size, PEER4, LISTEN4)
-
-    common = common_channel(batch)
-
-    if common is not None:
-        lone = [lone_channel(memoryview(forged[at : at + size])) for at in range(0, len(forged), size)]
-        assert [bytes(next(one.rows.each())) for one in lone if one is not None] == list(map(bytes, common.rows.each()))
-        assert {one.number for one in lone if one is not None} == {common.number}
-        assert len(lone) == common.rows.datagrams
-
-
 @given(
     st.integers(1, 64),
     st.integers(1, 40),
@@ -520,7 +502,7 @@ def test_gathering_moves_every_payload_and_nothing_else(
     if channel is not None:
         expected = [channel_data(channel, payload) for payload in expected]
 
-    gathered = gather(rows, BufferPool(1), channel)
+    gathered = gather(rows, buffer_pool(1), channel)
 
     assert gathered is not None
     assert bytes(gathered.payload) == b"".join(expected)

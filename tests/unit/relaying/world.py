@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.relaying.addresses import Network, PeerPolicy
 from firezone_tunnel.relaying.allocating import RelayConfig
 from firezone_tunnel.relaying.credentials import Credentials, StampSecret, stamp_password
@@ -16,7 +16,6 @@ from firezone_tunnel.relaying.server import RelayServer
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message, Method, long_term_key
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
 
 UTC = 1_700_000_000.0
 SECRET = "00112233445566778899aabbccddeeff" * 2
@@ -73,7 +72,7 @@ class World:
             now=self.now,
             nonce_key=nonce_key,
         )
-        self.buffer = ReceiveBuffer()
+        self.buffer = receive_buffer()
         self.open: set[tuple[int, int]] = set()
         self.occupied: Callable[[int], bool] = lambda port: False
         self.sockets = 1_000_000
@@ -123,11 +122,11 @@ class World:
     def _batch(
         self, source: SocketAddress, data: bytes, segment_size: int, local: SocketAddress, ecn: int
     ) -> DatagramBatch:
-        self.buffer.view[: len(data)] = data
-        return DatagramBatch(self.buffer, len(data), segment_size or len(data), source, local, ecn)
+        self.buffer[: len(data)] = data
+        return DatagramBatch.received(self.buffer, len(data), segment_size or len(data), source, local, ecn)
 
     def _settle(self) -> list[Sent]:
-        self.buffer.view[:] = b"\xee" * len(self.buffer.view)  # the next batch overwrites it: nothing may point there
+        self.buffer[:] = b"\xee" * len(self.buffer)  # the next batch overwrites it: nothing may point there
         for command in self.server.commands():
             self.commands.append(command)
             if isinstance(command, OpenPort):

@@ -11,13 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet import reactor
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.runtime.tunnel import TunnelRuntime
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.snownet.events import LayerCounters, NodeCounters
 from firezone_tunnel.tunnel.client import ClientCounters
-from firezone_tunnel.wireguard.seal import ReceiveBuffer
 
 PEER, OURS = SocketAddress("192.0.2.1", 1), SocketAddress("192.0.2.2", 2)
 
@@ -67,34 +66,6 @@ def runtime(core: StumblingCore) -> Iterator[TunnelRuntime]:
     runtime = _runtime(core)
     yield runtime
     runtime.close()
-
-
-class IdleTun:
-    """Counts how often somebody looks for packets."""
-
-    def __init__(self) -> None:
-        self.looks = 0
-
-    def doRead(self) -> None:
-        self.looks += 1
-
-    def pauseProducing(self) -> None: ...
-
-    def resumeProducing(self) -> None: ...
-
-
-def test_a_rehearsal_looks_for_packets_unless_a_socket_is_full(
-    runtime: TunnelRuntime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tun = IdleTun()
-    with monkeypatch.context() as patch:
-        patch.setattr(runtime, "_tun", tun)
-        runtime._rehearse()
-        assert tun.looks == 1
-
-        runtime.sending_paused(object())
-        runtime._rehearse()
-        assert tun.looks == 1
 
 
 def test_a_mistake_over_one_batch_is_told_and_the_next_one_is_handled(
@@ -155,7 +126,7 @@ def _runtime(core: StumblingCore) -> TunnelRuntime:
 
 
 def _batch() -> DatagramBatch:
-    return DatagramBatch(ReceiveBuffer(), 40, 40, PEER, OURS)
+    return DatagramBatch.received(receive_buffer(), 40, 40, PEER, OURS)
 
 
 def _packet(*, run: bool) -> SuperPacket:

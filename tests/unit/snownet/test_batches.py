@@ -73,7 +73,7 @@ def test_when_no_buffer_is_free_a_run_is_dropped_and_counted_and_later_ones_pass
 
     client.send(gateway, run_of_segments(segments=20), datagram("lone packets need none"))
     world.run(LATENCY)
-    assert client.node.counters.packets_without_slot == 20
+    assert client.node.counters.packets_without_buffer == 20
     assert gateway.texts() == ["lone packets need none"]
 
     for slot in borrowed:

@@ -6,7 +6,6 @@ from itertools import count
 from typing import Any
 
 import attrs
-import pytest
 
 from firezone_tunnel.ice.agent import Agent, Credentials
 from firezone_tunnel.ice.candidate import Candidate
@@ -21,7 +20,7 @@ _HOST = SocketAddress("10.0.0.1", 1)
 
 
 def test_a_connection_is_found_by_key_and_by_the_first_half_of_a_username() -> None:
-    directory = Directory(stream("directory"), worker=0)
+    directory = Directory(stream("directory"))
     first, second = _connection(1), _connection(2)
     directory.add(first)
     directory.add(second)
@@ -35,7 +34,7 @@ def test_a_connection_is_found_by_key_and_by_the_first_half_of_a_username() -> N
 
 
 def test_an_answer_finds_whose_check_it_answers_even_where_two_agents_share_a_prefix() -> None:
-    directory = Directory(stream("directory"), worker=0)
+    directory = Directory(stream("directory"))
     connections = [_connection(number, entropy=_numbers()) for number in (1, 2)]
     for connection in connections:
         directory.add(connection)
@@ -49,7 +48,7 @@ def test_an_answer_finds_whose_check_it_answers_even_where_two_agents_share_a_pr
 
 
 def test_what_was_removed_is_found_no_longer_and_what_replaced_it_stays() -> None:
-    directory = Directory(stream("directory"), worker=0)
+    directory = Directory(stream("directory"))
     old, new = _connection(1), _connection(1)
     directory.add(old)
     directory.add(new)
@@ -63,16 +62,14 @@ def test_what_was_removed_is_found_no_longer_and_what_replaced_it_stays() -> Non
     assert directory.by_stun(_request("loc1:rem1")) is None
 
 
-@pytest.mark.parametrize("worker", [0, 5, 15])
-def test_an_index_names_the_worker_and_is_nobody_elses(worker: int) -> None:
+def test_an_index_belongs_to_one_session() -> None:
     repeating = iter([bytes(4), bytes(4), b"\0\0\0\x10", b"\0\0\0\x20"])
-    directory = Directory(lambda size: next(repeating), worker=worker)
+    directory = Directory(lambda size: next(repeating))
     connection = _connection(1)
 
     first, second = directory.allocate_index(connection), directory.allocate_index(connection)
 
-    assert (first >> 28, second >> 28) == (worker, worker)
-    assert first != second
+    assert (first, second) == (0, 0x10)
     assert directory.by_index(first) is connection
     directory.release_index(first)
     assert directory.by_index(first) is None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from itertools import count
 from typing import Any
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.ice.agent import Credentials
 from firezone_tunnel.packet.superpacket import SuperPacket, parse
 from firezone_tunnel.sansio import Entropy, SocketAddress, Transmit
@@ -23,7 +23,7 @@ from firezone_tunnel.snownet.events import (
     Role,
 )
 from firezone_tunnel.snownet.node import Node
-from firezone_tunnel.wireguard.seal import POOL_SIZE, ReceiveBuffer, SlotPool
+from firezone_tunnel.wireguard.seal import POOL_SIZE, seal_pool
 from tests.unit.packet.packets import IP, UDP, built, super_packet, tcp
 
 UTC = 1_790_000_000.0
@@ -37,15 +37,15 @@ class Host:
     def __init__(self, world: World, name: str, role: Role, *addresses: str) -> None:
         self.world = world
         self.name = name
-        self.slots = SlotPool()
-        self.node = Node(role=role, entropy=stream(f"{name} {world.now}"), now=world.now, slots=self.slots)
+        self.slots = seal_pool()
+        self.node = Node(role=role, entropy=stream(f"{name} {world.now}"), now=world.now, pool=self.slots)
         self.addresses = tuple(SocketAddress(host, 52625) for host in addresses)
         self.node.set_local_addresses(self.addresses, world.now)
         self.events: list[tuple[float, NodeEvent]] = []
         self.packets: list[tuple[str, SuperPacket]] = []
         self.sent: list[tuple[float, bytes]] = []
         self.is_gone = False
-        self._buffer = ReceiveBuffer()
+        self._buffer = receive_buffer()
 
     def send(self, peer: Host, *packets: SuperPacket) -> None:
         """One turn of the event loop: packets in, flushed."""
@@ -103,8 +103,8 @@ class Host:
     ) -> None:
         if self.is_gone:
             return
-        self._buffer.view[: len(data)] = data
-        batch = DatagramBatch(self._buffer, len(data), segment_size, source, local, ecn)
+        self._buffer[: len(data)] = data
+        batch = DatagramBatch.received(self._buffer, len(data), segment_size, source, local, ecn)
         for received in self.node.handle_datagrams(batch, self.world.now, self.world.utc):
             self.packets += [(received.cid, packet.copy()) for packet in received.packets]
         self.drain()

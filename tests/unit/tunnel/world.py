@@ -102,8 +102,8 @@ class Device(snownet.Host):
     ) -> None:
         if self.is_gone:
             return
-        self._buffer.view[: len(data)] = data
-        batch = DatagramBatch(self._buffer, len(data), segment_size, source, local, ecn)
+        self._buffer[: len(data)] = data
+        batch = DatagramBatch.received(self._buffer, len(data), segment_size, source, local, ecn)
         packets = self.tunnel.handle_datagrams(batch, self.world.now, self.world.utc)
         self.received += [packet.copy() for packet in packets]
         self.drain()
@@ -147,7 +147,7 @@ class Client(Device):
 
     def begin(self) -> None:
         entropy = stream(f"{self.name} {self.world.now}")
-        self.tunnel = ClientTunnel(entropy=entropy, now=self.world.now, slots=self.slots)
+        self.tunnel = ClientTunnel(entropy=entropy, now=self.world.now, pool=self.slots)
         self.node = self.tunnel.node
         self.tunnel.set_local_addresses(self.addresses, self.world.now)
 
@@ -172,7 +172,7 @@ class Gateway(Device):
     def begin(self) -> None:
         world = self.world
         entropy = stream(f"{self.name} {world.now}")
-        self.tunnel = GatewayTunnel(entropy=entropy, now=world.now, utc_now=world.utc, slots=self.slots)
+        self.tunnel = GatewayTunnel(entropy=entropy, now=world.now, utc_now=world.utc, pool=self.slots)
         self.node = self.tunnel.node
         self.tunnel.set_local_addresses(self.addresses, world.now)
 

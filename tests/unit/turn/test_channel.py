@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from firezone_tunnel.packet.layout import Rows
 from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.turn.channel import (
+from firezone_tunnel.turn.channel import ChannelBindings
+from firezone_tunnel.turn.channel_data import (
     FIRST_CHANNEL,
     LAST_CHANNEL,
-    ChannelBindings,
+    ChannelData,
+    common_channel_data,
     encode_channel_data,
     parse_channel_data,
 )
@@ -27,28 +30,65 @@ class TestFraming:
 
     @given(st.integers(0x4000, 0x7FFF), st.binary(max_size=2000))
     def test_what_was_encoded_is_read_again(self, channel: int, payload: bytes) -> None:
-        data = parse_channel_data(encode_channel_data(channel, payload))
+        for exact in (True, False):
+            data = parse(encode_channel_data(channel, payload), exact=exact)
 
-        assert data is not None
-        assert (data.channel, bytes(data.payload)) == (channel, payload)
+            assert data is not None
+            assert (data.number, bytes(data.payloads.row(0))) == (channel, payload)
 
     @pytest.mark.parametrize("datagram", ["", "400000", "40000001", "4000000100ff", "4000000200", "40000000ff"])
     def test_the_length_must_be_exact(self, datagram: str) -> None:
-        assert parse_channel_data(bytes.fromhex(datagram)) is None
+        assert parse(bytes.fromhex(datagram), exact=True) is None
 
     @pytest.mark.parametrize("channel", [0x0000, 0x0001, 0x3FFF, 0x8000, 0xFFFF])
     def test_other_numbers_are_no_channels(self, channel: int) -> None:
-        assert parse_channel_data(encode_channel_data(channel, b"payload")) is None
+        assert parse(encode_channel_data(channel, b"payload"), exact=True) is None
 
     @given(st.binary(max_size=64))
     def test_any_bytes_are_either_refused_or_written_back_unchanged(self, datagram: bytes) -> None:
-        data = parse_channel_data(datagram)
+        data = parse(datagram, exact=True)
 
         if data is None:
             number, length = int.from_bytes(datagram[:2], "big"), int.from_bytes(datagram[2:4], "big")
             assert len(datagram) < 4 or not 0x4000 <= number <= 0x7FFF or length != len(datagram) - 4
         else:
-            assert encode_channel_data(*data) == datagram
+            assert encode_channel_data(data.number, data.payloads.row(0)) == datagram
+
+    def test_a_relay_ignores_padding(self) -> None:
+        data = parse(bytes.fromhex("4001000241420000"), exact=False)
+
+        assert data is not None
+        assert (data.number, bytes(data.payloads.row(0))) == (0x4001, b"AB")
+
+    @given(
+        st.lists(st.binary(max_size=3), min_size=2, max_size=4).map(b"".join) | st.binary(min_size=8, max_size=64),
+        st.integers(4, 20),
+        st.booleans(),
+    )
+    def test_the_data_of_a_batch_is_that_of_each_datagram(self, data: bytes, size: int, exact: bool) -> None:
+        rows = Rows.segments(memoryview(data), len(data), size)
+
+        common = common_channel_data(rows, exact=exact)
+
+        if common is not None:
+            each = [parse_channel_data(rows, index, exact=exact) for index in range(rows.count)]
+            assert {one.number for one in each if one is not None} == {common.number}
+            expected = [bytes(one.payloads.row(0)) for one in each if one is not None]
+            assert list(map(bytes, common.payloads.each())) == expected
+
+    @given(st.integers(0x4000, 0x7FFF), st.integers(1, 20), st.integers(1, 5), st.booleans())
+    def test_datagrams_of_one_channel_are_taken_together(self, number: int, size: int, count: int, exact: bool) -> None:
+        payloads = [bytes([index]) * size for index in range(count)] + [b"z"]
+        data = b"".join(encode_channel_data(number, payload) for payload in payloads)
+
+        common = common_channel_data(Rows.segments(memoryview(data), len(data), size + 4), exact=exact)
+
+        assert common is not None
+        assert (common.number, list(map(bytes, common.payloads.each()))) == (number, payloads)
+
+
+def parse(datagram: bytes, *, exact: bool) -> ChannelData | None:
+    return parse_channel_data(Rows.single(memoryview(datagram)), exact=exact)
 
 
 class TestNumbers:

@@ -15,11 +15,12 @@ import attrs
 import pytest
 
 from firezone_tunnel.ice.candidate import CandidateKind
+from firezone_tunnel.packet.layout import Rows
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message, Method, long_term_key
 from firezone_tunnel.turn.allocation import Allocation
-from firezone_tunnel.turn.channel import HEADER, encode_channel_data, parse_channel_data
+from firezone_tunnel.turn.channel_data import HEADER, encode_channel_data, parse_channel_data
 from firezone_tunnel.turn.events import CandidateFound
 
 _DATA = Path(__file__).parents[2] / "data" / "vectors"
@@ -91,10 +92,10 @@ def test_every_channel_data_datagram_is_read_and_written_as_it_was(age: str, pee
 
     assert len(datagrams) > 20
     for datagram in datagrams:
-        data = parse_channel_data(datagram)
+        data = parse_channel_data(Rows.single(memoryview(datagram)), exact=True)
         assert data is not None
-        assert data.channel in {0x4000, 0x4001}
-        assert encode_channel_data(*data) == datagram
+        assert data.number in {0x4000, 0x4001}
+        assert encode_channel_data(data.number, data.payloads.row(0)) == datagram
 
 
 @pytest.mark.parametrize(("age", "peer"), _SESSIONS)

@@ -16,8 +16,9 @@ from twisted.python.failure import Failure
 from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.sansio import SocketAddress, Transmit
 from firezone_tunnel.udp import transport as udp_transport
+from firezone_tunnel.udp.segmented import RETRY_SEGMENTATION_AFTER
 from firezone_tunnel.udp.sockets import UdpFeatures
-from firezone_tunnel.udp.transport import RETRY_SEGMENTATION_AFTER, UdpTransport
+from firezone_tunnel.udp.transport import UdpTransport
 
 PEER = SocketAddress("192.0.2.1", 4000)
 OTHER_PEER = SocketAddress("192.0.2.2", 4000)

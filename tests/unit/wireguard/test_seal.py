@@ -9,17 +9,13 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from firezone_tunnel.datagrams import receive_buffer, send_limit
 from firezone_tunnel.packet.coalesce import Arena, coalesce
+from firezone_tunnel.packet.layout import Rows
 from firezone_tunnel.packet.superpacket import SuperPacket, parse
-from firezone_tunnel.wireguard.seal import (
-    Opened,
-    ReceiveBuffer,
-    SlotBuffer,
-    SlotPool,
-    plan,
-    seal_message,
-    send_limit,
-)
+from firezone_tunnel.wireguard.open import Opened, Opener, open_lone, receiver_of
+from firezone_tunnel.wireguard.seal import SealBuffer, plan, seal_pool
+from firezone_tunnel.wireguard.transport_data import seal_message
 from tests.unit.packet.packets import (
     IP,
     Packet,
@@ -51,9 +47,9 @@ def decrypted(datagrams: bytes | memoryview, size: int, headroom: int = 0) -> li
     return messages
 
 
-def sealed(packet: SuperPacket, buffer: SlotBuffer | None = None, headroom: int = 0) -> list[tuple[bytes, int]]:
+def sealed(packet: SuperPacket, buffer: SealBuffer | None = None, headroom: int = 0) -> list[tuple[bytes, int]]:
     """The sends that a packet takes."""
-    buffer = buffer or SlotBuffer()
+    buffer = buffer or seal_buffer()
     sends = []
     for first, count in plan(packet, headroom):
         datagrams, size = buffer.seal(
@@ -63,16 +59,21 @@ def sealed(packet: SuperPacket, buffer: SlotBuffer | None = None, headroom: int 
     return sends
 
 
-def received(datagrams: bytes | memoryview) -> ReceiveBuffer:
-    buffer = ReceiveBuffer()
-    buffer.view[: len(datagrams)] = datagrams
+def received(datagrams: bytes | memoryview, size: int = 0, headroom: int = 0) -> Rows:
+    """The messages in a receive buffer; `size` 0 stands for a lone datagram."""
+    buffer = receive_buffer()
+    buffer[: len(datagrams)] = datagrams
+    return Rows.segments(buffer, len(datagrams), size or len(datagrams)).shrink(headroom, 0)
+
+
+def open_all(messages: Rows) -> Opened:
+    return Opener().open(CIPHER, messages, 0, messages.count)
+
+
+def seal_buffer() -> SealBuffer:
+    buffer = seal_pool().borrow()
+    assert buffer is not None
     return buffer
-
-
-def packets_in(buffer: ReceiveBuffer, opened: Opened) -> list[bytes]:
-    starts = [opened.offset + row * opened.stride for row in range(opened.packets)]
-    sizes = [opened.size] * (opened.packets - 1) + [opened.last_size]
-    return [bytes(buffer.view[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
 
 
 @st.composite
@@ -132,12 +133,12 @@ def test_what_was_sealed_is_opened_and_merged_again(version: int, layer: str, la
     parts = []
 
     for datagrams, size in sealed(packet, headroom=headroom):
-        buffer = received(datagrams)
-        shape = {"length": len(datagrams), "segment_size": size, "headroom": headroom}
-        assert buffer.common_receiver(**shape) == RECEIVER
-        opened = buffer.open(CIPHER, **shape)
-        assert opened.failed == 0
-        parts += coalesce(buffer.view, **opened.where(), arena=arena)
+        messages = received(datagrams, size, headroom)
+        opener = Opener()
+        assert opener.common_receiver(messages) == RECEIVER
+        opened = opener.open(CIPHER, messages, 0, messages.count)
+        assert opened.authentic.all()
+        parts += coalesce(opened.packets, arena=arena)
 
     assert [part.segments for part in parts] == [27, 26]
     payload = b"".join(bytes(part.data[part.header_length :]) for part in parts)
@@ -151,9 +152,7 @@ def test_opening_and_merging_undoes_sealing(packet: SuperPacket) -> None:
     arena = Arena()
     cut: list[bytes] = []
     for datagrams, size in sealed(packet):
-        buffer = received(datagrams)
-        opened = buffer.open(CIPHER, length=len(datagrams), segment_size=size or len(datagrams))
-        merged = coalesce(buffer.view, **opened.where(), arena=arena)
+        merged = coalesce(open_all(received(datagrams, size)).packets, arena=arena)
         cut += [bytes(each.segment(row).data) for each in merged for row in range(each.segments)]
 
     assert cut == [bytes(packet.segment(row).data) for row in range(packet.segments)]
@@ -181,7 +180,7 @@ def test_a_plan_covers_every_segment_once_within_the_limits(size: int, length: i
     counts = [count for _, count in sends]
     assert max(counts) - min(counts) <= 1
     if packet.segment_size:
-        assert max(counts) <= send_limit(52 + size, headroom)
+        assert max(counts) <= send_limit(headroom + 32 + 52 + size)
         assert max(counts) <= 64
         assert max(counts) * (headroom + 32 + 52 + size) <= 65_507
 
@@ -204,7 +203,7 @@ def test_a_partial_checksum_is_completed_before_it_is_sealed(layer: str) -> None
     lone = [packet for packet in packets if packet]
 
     ((alone, _),) = sealed(lone[0])
-    together, size = SlotBuffer().seal_lone(CIPHER, RECEIVER, 9, lone[1:])
+    together, size = seal_buffer().seal_lone(CIPHER, RECEIVER, 9, lone[1:])
 
     assert [message[2] for message in decrypted(alone, 0) + decrypted(together, size)] == [data] * 3
 
@@ -215,7 +214,7 @@ def test_lone_packets_of_equal_size_leave_together(headroom: int, count: int) ->
     packets = [parse(built(ip(), udp(port=port), pattern(1200))) for port in range(1, count + 1)]
     lone = [packet for packet in packets if packet]
 
-    datagrams, size = SlotBuffer().seal_lone(CIPHER, RECEIVER, 9, lone, headroom=headroom)
+    datagrams, size = seal_buffer().seal_lone(CIPHER, RECEIVER, 9, lone, headroom=headroom)
 
     assert size == (0 if count == 1 else headroom + 32 + 1228)
     expected = [(RECEIVER, 9 + row, bytes(packet.data)) for row, packet in enumerate(lone)]
@@ -223,7 +222,7 @@ def test_lone_packets_of_equal_size_leave_together(headroom: int, count: int) ->
 
 
 def test_a_buffer_serves_peers_and_layouts_in_any_order() -> None:
-    buffer = SlotBuffer()
+    buffer = seal_buffer()
     originals = [super_packet(ip(), tcp(), pattern(1000), segment_size=size) for size in range(90, 130)]
     alone = parse(built(ip(), udp(), pattern(300)))
     assert alone is not None
@@ -238,7 +237,7 @@ def test_a_buffer_serves_peers_and_layouts_in_any_order() -> None:
 
 
 def test_a_pool_lends_eight_buffers_and_takes_each_back_once() -> None:
-    pool = SlotPool()
+    pool = seal_pool()
 
     buffers = [pool.borrow() for _ in range(8)]
 
@@ -260,13 +259,11 @@ def test_forged_datagrams_are_told_from_authentic_ones() -> None:
     forged = bytearray(datagrams)
     forged[3 * size + 20] ^= 1
     forged[9 * size + 8] ^= 1
-    buffer = received(forged)
 
-    opened = buffer.open(CIPHER, length=len(forged), segment_size=size)
+    opened = open_all(received(forged, size))
 
     assert opened.authentic.tolist() == [row not in {3, 9} for row in range(10)]
-    assert opened.failed == 2
-    merged = coalesce(buffer.view, **opened.where(), keep=opened.authentic, arena=Arena())
+    merged = coalesce(opened.packets, keep=opened.authentic, arena=Arena())
     assert [each.segments for each in merged] == [3, 5]
 
 
@@ -274,7 +271,7 @@ def test_counters_are_shown_for_the_replay_check() -> None:
     packet = super_packet(ip(), tcp(), pattern(950), segment_size=100)
     ((datagrams, size),) = sealed(packet)
 
-    opened = received(datagrams).open(CIPHER, length=len(datagrams), segment_size=size)
+    opened = open_all(received(datagrams, size))
 
     assert opened.counters.tolist() == list(range(500, 510))
 
@@ -285,51 +282,51 @@ def test_some_of_a_batch_can_be_opened_with_each_key() -> None:
     other = ChaCha20Poly1305(bytes(32))
     strange = seal_message(other, 77, 1, bytes(packet.segment(0).data))
     mixed = strange + datagrams
-    buffer = received(mixed)
-    shape = {"length": len(mixed), "segment_size": size}
+    messages = received(mixed, size)
+    opener = Opener()
 
-    assert buffer.common_receiver(**shape) is None
-    assert [buffer.receiver(row, **shape) for row in range(11)] == [77] + [RECEIVER] * 10
-    first = buffer.open(other, **shape, first=0, count=1)
-    rest = buffer.open(CIPHER, **shape, first=1)
+    assert opener.common_receiver(messages) is None
+    assert [receiver_of(messages, row) for row in range(11)] == [77] + [RECEIVER] * 10
+    first = opener.open(other, messages, 0, 1)
+    assert first.authentic.all()
+    rest = opener.open(CIPHER, messages, 1, 10)
     middle = [bytes(packet.segment(row).data) for row in range(10)]
 
-    assert (first.failed, rest.failed) == (0, 0)
-    assert packets_in(buffer, first) == middle[:1]
-    assert packets_in(buffer, rest) == middle
+    assert rest.authentic.all()
+    assert list(map(bytes, first.packets.each())) == middle[:1]
+    assert list(map(bytes, rest.packets.each())) == middle
     assert rest.counters.tolist() == list(range(500, 510))
 
 
 def test_a_lone_datagram_is_opened() -> None:
     for length in range(200):
         message = seal_message(CIPHER, RECEIVER, length, bytes(length))
-        buffer = received(message)
-        shape = {"length": len(message), "segment_size": len(message)}
+        messages = received(message)
 
-        assert buffer.common_receiver(**shape) == RECEIVER
-        opened = buffer.open(CIPHER, **shape)
+        assert Opener().common_receiver(messages) == RECEIVER
+        packet, counter = open_lone(CIPHER, messages, 0)
 
-        assert (opened.failed, opened.counters.tolist()) == (0, [length])
-        assert packets_in(buffer, opened) == [bytes(length)]
+        assert (bytes(packet), counter) == (bytes(length), length)
+        opened = open_all(received(message))
+        assert (opened.authentic.tolist(), opened.counters.tolist()) == ([True], [length])
+        assert list(map(bytes, opened.packets.each())) == [bytes(length)]
 
 
 def test_a_forged_lone_datagram_is_not_authentic() -> None:
     message = bytearray(seal_message(CIPHER, RECEIVER, 1, b"hello"))
     message[-1] ^= 1
 
-    opened = received(message).open(CIPHER, length=len(message), segment_size=len(message))
-
-    assert (opened.failed, opened.authentic.tolist()) == (1, [False])
+    assert open_all(received(message)).authentic.tolist() == [False]
+    assert open_lone(CIPHER, received(message), 0)[1] is None
 
 
 def test_keepalives_in_a_row_are_opened() -> None:
     messages = b"".join(seal_message(CIPHER, RECEIVER, counter, b"") for counter in range(2000))
-    buffer = received(messages)
 
-    opened = buffer.open(CIPHER, length=len(messages), segment_size=32)
+    opened = open_all(received(messages, 32))
 
-    assert (opened.failed, opened.packets, opened.size) == (0, 2000, 0)
-    assert coalesce(buffer.view, **opened.where(), arena=Arena()) == []
+    assert (opened.authentic.all(), opened.packets.count, opened.packets.size) == (True, 2000, 0)
+    assert coalesce(opened.packets, arena=Arena()) == []
 
 
 @pytest.mark.parametrize(
@@ -345,7 +342,7 @@ def test_keepalives_in_a_row_are_opened() -> None:
     ],
 )
 def test_a_batch_that_is_not_all_of_one_session_has_no_common_receiver(datagrams: bytes, size: int) -> None:
-    assert received(datagrams).common_receiver(length=len(datagrams), segment_size=size) is None
+    assert Opener().common_receiver(received(datagrams, size)) is None
 
 
 def test_the_last_datagram_may_end_where_the_buffer_does() -> None:
@@ -353,23 +350,22 @@ def test_the_last_datagram_may_end_where_the_buffer_does() -> None:
     last = seal_message(CIPHER, RECEIVER, 2, bytes(65_536 - 49 * 1312 - 32))
     datagrams = message * 49 + last
     assert len(datagrams) == 65_536
-    buffer = received(datagrams)
 
-    opened = buffer.open(CIPHER, length=len(datagrams), segment_size=1312)
+    opened = open_all(received(datagrams, 1312))
 
-    assert (opened.failed, opened.packets, opened.last_size) == (0, 50, 1216)
+    assert (opened.authentic.all(), opened.packets.count, opened.packets.last_size) == (True, 50, 1216)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(min_size=64, max_size=300), st.integers(1, 90), st.sampled_from([0, 4]))
 def test_arbitrary_datagrams_are_never_authentic_and_never_fail(data: bytes, size: int, headroom: int) -> None:
-    shape = {"length": len(data), "segment_size": size, "headroom": headroom}
-    buffer = received(data)
-    rows = [row for row in range(-(-len(data) // size)) if buffer.receiver(row, **shape) is not None]
-    if buffer.common_receiver(**shape) is not None:
-        assert len(rows) == -(-len(data) // size)
+    messages = received(data, size, headroom)
+    opener = Opener()
+    rows = [row for row in range(messages.count) if receiver_of(messages, row) is not None]
+    if opener.common_receiver(messages) is not None:
+        assert len(rows) == messages.count
 
-    assert all(buffer.open(CIPHER, **shape, first=row, count=1).failed == 1 for row in rows)
+    assert not any(opener.open(CIPHER, messages, row, 1).authentic.any() for row in rows)
 
 
 def test_a_wrong_key_opens_nothing() -> None:

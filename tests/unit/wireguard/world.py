@@ -13,8 +13,8 @@ from firezone_tunnel.sansio import Entropy, SocketAddress
 from firezone_tunnel.wireguard.cookie import HANDSHAKES_PER_SECOND, Doorman, MacStamp
 from firezone_tunnel.wireguard.handshake import HandshakeInitiation, HandshakeResponse, StaticKey, parse
 from firezone_tunnel.wireguard.peer import Expired, Peer, SessionEstablished
-from firezone_tunnel.wireguard.seal import seal_message
 from firezone_tunnel.wireguard.session import Session
+from firezone_tunnel.wireguard.transport_data import seal_message
 
 INITIATION, RESPONSE, COOKIE, DATA = 1, 2, 3, 4
 UTC = 1_790_000_000.0

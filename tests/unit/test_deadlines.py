@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from firezone_tunnel.deadlines import Deadlines
 from firezone_tunnel.sansio import Timeout
-from firezone_tunnel.snownet.deadlines import Deadlines
 
 _keys = st.integers(0, 5)
 _times = st.integers(0, 30).map(float)
