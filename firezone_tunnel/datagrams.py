@@ -76,7 +76,7 @@ class SendBuffer:
     def release(self) -> None:
         """Give the buffer back to its pool.
 
-        Raises: RuntimeError if it was given back already: somebody else may be using it by now.
+        Raises: RuntimeError if it was given back already: another send may be using it by now.
         """
         if not self._is_lent:
             raise RuntimeError("a send buffer was released twice")

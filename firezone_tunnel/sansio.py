@@ -51,7 +51,7 @@ class Timeout(NamedTuple):
 
 
 def earliest(timeouts: Iterable[Timeout | None]) -> Timeout | None:
-    """The first of several deadlines; None where there is none."""
+    """The first of several deadlines; None if there are none."""
     first = None
     for timeout in timeouts:
         if timeout is not None and (first is None or timeout.at < first.at):

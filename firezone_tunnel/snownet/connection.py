@@ -51,12 +51,12 @@ _NEXT = {
 
 
 class Connection:
-    """What goes out is put into the node's outbox.
+    """A connection puts its output into the node's outbox.
 
-    Whatever is done to a connection but sending and receiving packets takes effect in `settle`, which whoever did
-    it calls afterwards. A connection that has failed is to be closed.
+    After any call but those that send and receive packets, the caller calls `settle`, which lets ICE and WireGuard
+    act. The caller closes a connection that has failed.
 
-    Raises: ProtocolError from the constructor if the other side's public key is worthless.
+    Raises: ProtocolError from the constructor if the peer's public key is invalid.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class Connection:
         self.settle(now, utc_now)
 
     def close(self, now: float, farewell: bytes = b"") -> None:
-        """Release everything. `farewell` is a last packet for the other side, if there is a way to it."""
+        """Release everything. `farewell` is a last packet for the peer, sent if there is a path and a session."""
         path = self.path
         session = self.peer.sending_session(now) if farewell and path is not None else None
         if session is not None and path is not None:

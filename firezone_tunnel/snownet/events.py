@@ -1,4 +1,4 @@
-"""What a node and its connections have in common: roles, terms, and what they tell."""
+"""Types that a node and its connections share: roles, terms, events and counters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Role(enum.Enum):
 
 @attrs.frozen
 class Terms:
-    """What the portal told both sides. As long as the terms are the same, so is the connection (2.2)."""
+    """The keys and credentials that the portal gave to both sides. A connection lasts as long as they do (2.2)."""
 
     remote_public_key: bytes
     preshared_key: bytes = attrs.field(repr=False)
@@ -34,7 +34,7 @@ class Terms:
 
 @attrs.frozen
 class NewCandidates:
-    """To be told to the other side, the best first."""
+    """Candidates to signal to the peer, the best first."""
 
     cid: str
     candidates: tuple[str, ...]
@@ -42,7 +42,7 @@ class NewCandidates:
 
 @attrs.frozen
 class InvalidatedCandidates:
-    """Told before, and not to be used any longer."""
+    """Candidates that were signalled before and are no longer valid."""
 
     cid: str
     candidates: tuple[str, ...]
@@ -50,7 +50,7 @@ class InvalidatedCandidates:
 
 @attrs.frozen
 class ConnectionEstablished:
-    """There is a path, and keys for it. `path` is how it leads: "direct" or "relayed"."""
+    """There is a path and a session. `path` is "direct" or "relayed"."""
 
     cid: str
     path: str
@@ -60,7 +60,7 @@ class ConnectionEstablished:
 
 @attrs.frozen
 class PathChanged:
-    """An established connection goes another way from now on."""
+    """An established connection moved to another path."""
 
     cid: str
     path: str
@@ -70,7 +70,7 @@ class PathChanged:
 
 @attrs.frozen
 class ConnectionFailed:
-    """The other side is not to be reached; the connection is gone."""
+    """The peer can't be reached. The connection is gone."""
 
     cid: str
     reason: str
@@ -78,7 +78,7 @@ class ConnectionFailed:
 
 @attrs.frozen
 class ConnectionClosed:
-    """We closed it."""
+    """We closed the connection."""
 
     cid: str
 
@@ -90,14 +90,14 @@ NodeEvent = ConnectionEvent | RelayNews | NewCandidates | InvalidatedCandidates
 
 @attrs.define
 class NodeCounters:
-    """What one node and its connections did not deliver, and why."""
+    """Datagrams and packets that a node and its connections did not deliver, by reason."""
 
     unknown_sessions: int = 0
-    """Transport messages for a session that we don't have (any longer)."""
+    """Transport data for an unknown or expired session."""
     unknown_peers: int = 0
-    """Handshakes of somebody the portal told us nothing about."""
+    """Handshakes of peers that the portal did not introduce."""
     unbound_channels: int = 0
-    """Channel data on a channel that stands for nobody."""
+    """Channel data on an unbound channel."""
     unmatched_stun: int = 0
     unrecognized: int = 0
     """Datagrams that are neither STUN nor WireGuard."""
@@ -115,7 +115,7 @@ class NodeCounters:
 
 @attrs.frozen
 class LayerCounters:
-    """What the protocols of all of a node's connections and relays have seen."""
+    """Counters of the protocols below, over all connections and relays of a node."""
 
     ice: AgentCounters = attrs.field(factory=AgentCounters)
     turn: AllocationCounters = attrs.field(factory=AllocationCounters)
@@ -125,7 +125,7 @@ class LayerCounters:
 
 @attrs.define
 class Outbox:
-    """Where the connections of a node put what leaves it."""
+    """The output of a node's connections."""
 
     transmits: deque[Transmit] = attrs.field(factory=deque)
     events: deque[ConnectionEvent | RelayNews] = attrs.field(factory=deque)

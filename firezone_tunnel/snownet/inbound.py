@@ -9,7 +9,7 @@
 7. Back in the tunnel each super-packet's source is checked, and the gateway's filter.
 8. `TunTransport.write` hands each to the host: one system call.
 
-What isn't a transport data message takes the slow path: `Node` handles STUN, handshakes and the relay's answers.
+Everything but transport data takes the slow path: `Node` handles STUN and handshakes, `Relays` a relay's answers.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Received(NamedTuple):
 
 
 class Inbound:
-    """Demultiplexes and opens what arrives at a node."""
+    """Demultiplexes and opens the batches that arrive at a node."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Inbound:
         handle_control: Callable[[memoryview, DatagramBatch, float, float], object],
         settle: Callable[[Connection, float, float], object],
     ) -> None:
-        """`handle_control(datagram, batch, now, utc_now)` takes in what a peer sent and is not a packet.
+        """`handle_control(datagram, batch, now, utc_now)` handles a peer's STUN and handshake messages.
 
         `settle(connection, now, utc_now)` lets a connection act where more than timers and counters changed.
         """
@@ -71,7 +71,7 @@ class Inbound:
         self._opener = Opener()
 
     def handle(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
-        """Take in what arrived together. Returns the packets in it, by connection.
+        """Handle a batch. Returns the packets in it, by connection.
 
         WireGuard messages may come over any path: their keys say whose they are (2.7).
         """
@@ -90,7 +90,7 @@ class Inbound:
         return [] if received is None else [received]
 
     def _from_relay(self, allocation: Allocation, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
-        """Take in what came from a relay's address: mostly the datagrams of one peer, on its channel."""
+        """Handle a batch from a relay's address: mostly the datagrams of one peer, on its channel."""
         data = common_channel_data(batch.rows, exact=True)
         if data is not None:
             return self._from_channel(allocation, batch, data, now, utc_now)
@@ -102,7 +102,7 @@ class Inbound:
                 continue
             message = stun.parse(batch.rows.row(index))
             if message is None or not self._relays.handle_message(allocation, message, batch.source, batch.local, now):
-                # Somebody behind the relay's address who isn't the relay (decision 4).
+                # A peer behind the relay's address sent it, not the relay (decision 4).
                 received += self._mixed(batch, index, index + 1, now, utc_now)
         return received
 
@@ -116,7 +116,7 @@ class Inbound:
         return self._from_peer(unwrapped, now, utc_now)
 
     def _mixed(self, batch: DatagramBatch, first: int, after_last: int, now: float, utc_now: float) -> list[Received]:
-        """Take in datagrams that are not all messages of one session, each run of messages that are together."""
+        """Handle datagrams that are not all of one session; messages of one session in a row are opened together."""
         rows = batch.rows
         received: list[Received] = []
         while first < after_last:

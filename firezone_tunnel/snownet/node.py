@@ -36,7 +36,7 @@ from firezone_tunnel.wireguard.seal import SealBuffer
 
 
 class Node:
-    """Connections to peers that the portal introduces, over datagrams that somebody else sends and receives.
+    """Connections to the peers that the portal introduces. The caller sends and receives the datagrams.
 
     After each `handle_*` and after `encapsulate`, which is followed by `flush` before the packets' memory is reused,
     drain `transmits` and `events`.
@@ -52,7 +52,7 @@ class Node:
 
     @property
     def public_key(self) -> bytes:
-        """What the portal tells our peers; another one after each `reset`."""
+        """The WireGuard key that the portal passes on to our peers. Each `reset` makes a new one."""
         return self._key.public
 
     @property
@@ -61,7 +61,7 @@ class Node:
 
     @property
     def layers(self) -> LayerCounters:
-        """What the protocols below have seen, of connections that are gone, too."""
+        """Counters of the protocols below, which include closed connections."""
         return self._outbox.layers
 
     def has_connection(self, cid: str) -> bool:
@@ -118,14 +118,14 @@ class Node:
         return is_kept
 
     def close_connection(self, cid: str, now: float, *, farewell: bytes = b"") -> None:
-        """End a connection; `farewell` is a last packet for the other side, if there is a way to it."""
+        """Close a connection. `farewell` is a last packet for the peer, sent if there is a path and a session."""
         connection = self._connections.get(cid)
         if connection is not None:
             self._drop(connection, now, farewell)
             self._outbox.events.append(ConnectionClosed(cid))
 
     def add_remote_candidate(self, cid: str, sdp: str, now: float) -> None:
-        """The portal delivered a candidate of the other side. One for no connection is dropped, as are useless ones."""
+        """The portal delivered a candidate of a peer. It is dropped if it is unusable or the connection is unknown."""
         connection = self._connections.get(cid)
         if connection is None:
             self.counters.candidates_without_connection += 1
@@ -137,7 +137,7 @@ class Node:
         self._deadlines.no_later_than(connection, now, "another remote candidate")
 
     def remove_remote_candidate(self, cid: str, sdp: str, now: float) -> None:
-        """The other side invalidated a candidate. What it never told is ignored."""
+        """A peer invalidated a candidate. An unknown candidate is ignored."""
         connection = self._connections.get(cid)
         candidate = parse_sdp(sdp)
         if connection is not None and candidate is not None:
@@ -145,21 +145,21 @@ class Node:
             self._deadlines.no_later_than(connection, now, "one remote candidate less")
 
     def announce(self) -> None:
-        """Tell every peer all our candidates again, and which we took back: the portal may have lost what we said."""
+        """Signal all candidates to every peer again, the withdrawn ones too: the portal may have lost messages."""
         for connection in self._connections.values():
             self._announce(connection)
             if withdrawn := self._withdrawn.get(connection.cid):
                 self._invalidated.setdefault(connection.cid, {}).update(dict.fromkeys(withdrawn.values()))
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
-        """Take in what arrived together. Returns the packets in it, by connection."""
+        """Handle a batch. Returns the packets in it, by connection."""
         received = self._inbound.handle(batch, now, utc_now)
         if self._relays.has_news:
             self._follow_relays(now)
         return received
 
     def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float) -> None:
-        """Send a packet, at the latest on `flush`. While there is no way yet, a client keeps it, a gateway drops it."""
+        """Send a packet, at the latest on `flush`. Before there is a path, a client keeps it and a gateway drops it."""
         connection = self._connections.get(cid)
         if connection is None:
             self.counters.packets_without_connection += packet.segments
@@ -190,7 +190,7 @@ class Node:
         return bool(self._outbox.events or self._new or self._invalidated)
 
     def events(self) -> Iterator[NodeEvent]:
-        """What has happened; the candidates for each peer come together, the best first."""
+        """Events in order. The candidates for each peer come in one event, the best first."""
         events = self._outbox.events
         while events:
             yield events.popleft()
@@ -215,9 +215,9 @@ class Node:
                 self._settle(key, now, utc_now)
 
     def reset(self, now: float, *, farewell: bytes = b"") -> None:
-        """Begin anew with another key after the network has changed; all connections are closed.
+        """Start again with a new key after the network has changed. All connections are closed.
 
-        What was to be sent is dropped: the sockets are no longer the same.
+        Queued transmits are dropped, as they belong to the old sockets.
         """
         for transmit in self.transmits():
             transmit.release()
@@ -227,7 +227,7 @@ class Node:
         self._begin()
 
     def close(self, now: float, *, farewell: bytes = b"") -> None:
-        """End all connections, and give back what relays have granted."""
+        """Close all connections and delete the allocations on relays."""
         for cid in list(self._connections):
             self.close_connection(cid, now, farewell=farewell)
         self._outbox.transmits.extend(self._relays.close())
@@ -300,7 +300,7 @@ class Node:
             self._withdrawn.get(connection.cid, {}).pop(added.identity, None)
 
     def _invalidate(self, connection: Connection, base: SocketAddress, now: float) -> None:
-        """One of our own addresses is gone, and every candidate that was sent from it."""
+        """A local address is gone: withdraw every candidate based on it."""
         for present in connection.agent.local_candidates:
             if present.base == base:
                 self._withdraw(connection, present, now)
@@ -317,7 +317,7 @@ class Node:
                     del withdrawn[next(iter(withdrawn))]
 
     def _follow_relays(self, now: float) -> None:
-        """Tell the connections what the relays found, and took away."""
+        """Pass on to the connections which candidates the relays gave and withdrew."""
         for event in self._relays.events():
             match event:
                 case CandidateFound(candidate) if candidate.kind is not CandidateKind.HOST:
@@ -329,7 +329,7 @@ class Node:
                         self._withdraw(connection, candidate, now)
                         self._deadlines.no_later_than(connection, now, "one candidate less")
                 case CandidateFound() | CandidateLost():
-                    pass  # our own addresses are the host's to tell
+                    pass  # `set_local_addresses` has our own addresses
                 case RelayAllocated():
                     for connection in self._connections.values():
                         connection.relay_allocated(now)

@@ -31,7 +31,7 @@ _RESERVED_BUFFERS = 4  # which a turn of super-packets may need
 
 
 class Outbound:
-    """The packets of one connection on their way to its peer, and those that wait until there is one."""
+    """Sends the packets of one connection, and keeps packets until there is a path and a session."""
 
     def __init__(self, peer: Peer, *, may_wait: bool, relays: Relays, pool: BufferPool[SealBuffer], outbox: Outbox):
         """Without `may_wait`, packets that can't leave are dropped: a gateway waits for its client's handshake."""

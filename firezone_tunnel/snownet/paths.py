@@ -15,11 +15,11 @@ from firezone_tunnel.turn.channel_data import HEADER_SIZE, encode_channel_data, 
 
 
 class Path(Protocol):
-    """Where datagrams go. What can't leave is dropped: the relay that the path led through is gone."""
+    """The way to a peer. Datagrams that can't leave are dropped: the relay of the path is gone."""
 
     @property
     def name(self) -> str:
-        """How it leads: "direct" or "relayed"."""
+        """Either "direct" or "relayed"."""
 
     @property
     def source(self) -> SocketAddress:

@@ -26,7 +26,7 @@ _TIMER_SLACK = 1.0
 
 @attrs.frozen
 class RelayTerms:
-    """What the portal told about a relay. A `realm` of None is for a standard TURN server, which names its own."""
+    """A relay as the portal describes it. `realm` is None for a standard TURN server, which states its own."""
 
     rid: str
     ipv4: SocketAddress | None
@@ -38,7 +38,7 @@ class RelayTerms:
 
 @attrs.frozen
 class RelayFailed:
-    """A relay is of no use. `is_last`: there is none left."""
+    """A relay can't be used. `is_last`: no other is left."""
 
     rid: str
     reason: str
@@ -60,7 +60,7 @@ class Relays:
     """Drain `transmits` and `events` after each call that may have changed something."""
 
     def __init__(self, entropy: Entropy, counters: AllocationCounters, deadlines: Deadlines[object]) -> None:
-        """Its allocations are keys of `deadlines`; whoever owns that calls `handle_timeout` for those that are due."""
+        """`deadlines` gets the allocations as keys. Its owner calls `handle_timeout` for each that is due."""
         self._entropy = entropy
         self._counters = counters
         self._allocations: dict[str, Allocation] = {}
@@ -82,7 +82,7 @@ class Relays:
         return bool(self._touched or self._transmits or self._events)
 
     def update(self, gone: Iterable[str], connected: Iterable[RelayTerms], now: float) -> None:
-        """Drop relays, then have these as well; those that stay are asked whether they still know us (2.10)."""
+        """Drop the relays in `gone`, add `connected`, and verify the allocations on those that stay (2.10)."""
         for rid in gone:
             self._drop(rid)
         present = list(self._allocations)
@@ -102,19 +102,19 @@ class Relays:
                 self._touched[allocation] = None
 
     def verify(self, now: float) -> None:
-        """No path answers any longer: perhaps because a relay was restarted and knows nothing of us."""
+        """No path answers any longer. A relay may have restarted and lost our allocation."""
         for allocation in self._allocations.values():
             allocation.verify(now)
             self._touched[allocation] = None
 
     def restart(self, now: float) -> None:
-        """The network changed: the same relays, anew."""
+        """The network changed: allocate again on the same relays."""
         for allocation in self._allocations.values():
             allocation.restart(now)
             self._touched[allocation] = None
 
     def close(self) -> list[Transmit]:
-        """Give all allocations back. Returns what tells the relays, after all that still goes through them."""
+        """Delete all allocations. Returns the requests, to send after everything that still goes through the relays."""
         return [farewell for rid in list(self._allocations) for farewell in self._give_back(rid)]
 
     def candidates(self) -> list[Candidate]:
@@ -147,7 +147,7 @@ class Relays:
         return Transmit(allocation.active_socket, encode_channel_data(channel, transmit.payload))
 
     def touch(self, allocation: Allocation) -> None:
-        """Something was done to it: look at its timers and at what it wants to send."""
+        """An allocation was used: look at its timers and its transmits on the next drain."""
         self._touched[allocation] = None
 
     def unwrap(
@@ -164,7 +164,7 @@ class Relays:
     def handle_message(
         self, allocation: Allocation, message: Message, source: SocketAddress, local: SocketAddress, now: float
     ) -> bool:
-        """A STUN message from the relay itself. False: it is nothing that we asked for."""
+        """A STUN message from the relay itself. False: it answers no request of ours."""
         self._touched[allocation] = None
         return allocation.handle_message(message, source, local, now)
 
@@ -205,13 +205,13 @@ class Relays:
         self._touched[allocation] = None
 
     def _give_back(self, rid: str) -> list[Transmit]:
-        """Drop a relay that is still there. Returns what tells it, if it has granted something."""
+        """Drop a live relay. Returns the request that deletes its allocation, if there is one."""
         farewell = self._allocations[rid].close()
         self._forget(rid)
         return [] if farewell is None else [farewell]
 
     def _drop(self, rid: str) -> None:
-        """Without a word to the relay: it is gone, or somebody else by now."""
+        """Drop a relay without a message: it is gone, or its address belongs to another relay by now."""
         allocation = self._allocations.get(rid)
         if allocation is not None:
             allocation.close()

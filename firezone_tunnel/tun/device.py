@@ -1,4 +1,4 @@
-"""TUN devices: opened with virtio headers, so that a read may return a run of segments, and a write may be one."""
+"""TUN devices, opened with virtio headers, so that a read or a write may carry a run of segments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICE_NODE = Path("/dev/net/tun")
 
 
 class Offload(enum.IntEnum):
-    """What the kernel leaves to us, each including those before it."""
+    """Offloads of the TUN device. Each value includes the lower ones."""
 
     NONE = 0
     CHECKSUM = 1  # partial checksums
@@ -106,7 +106,7 @@ def _open_node(node: Path) -> int:
             os.mknod(node, 0o666 | stat.S_IFCHR, os.makedev(10, 200))
         return os.open(node, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise PlatformError(f"There is no {node}, and it can't be created: {error.strerror}") from error
+        raise PlatformError(f"{node} does not exist and can't be created: {error.strerror}") from error
     except PermissionError as error:
         raise PlatformError(
             f"{node} can't be opened: run as root, or with CAP_NET_ADMIN and the node's group"
@@ -120,7 +120,7 @@ def _attach(fd: int, name: str, node: Path) -> None:
     try:
         offered = _INT.unpack(fcntl.ioctl(fd, _TUNGETFEATURES, bytes(4)))[0]
     except OSError as error:
-        raise PlatformError(f"{node} is no TUN device node ({error.strerror})") from error
+        raise PlatformError(f"{node} is not a TUN device node: {error.strerror}") from error
     if not offered & _IFF_VNET_HDR:
         raise PlatformError("This kernel's TUN driver has no virtio headers: Linux 2.6.27 or newer is needed")
     try:
@@ -141,7 +141,7 @@ def _adopt(fd: int, offload: Offload) -> TunDevice:
             raise PlatformError("The TUN device was created without virtio headers or with packet information")
         fcntl.ioctl(fd, _TUNSETVNETHDRSZ, _INT.pack(VIRTIO_HEADER_SIZE))
     except OSError as error:
-        raise PlatformError(f"The descriptor is no usable TUN device: {error.strerror}") from error
+        raise PlatformError(f"The descriptor is not a usable TUN device: {error.strerror}") from error
     return TunDevice(fd, name.rstrip(b"\0").decode(), _negotiate(fd, offload))
 
 

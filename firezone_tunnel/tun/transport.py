@@ -1,4 +1,4 @@
-"""A TUN device under a packet protocol: what it reads in one turn goes up as one list of super-packets."""
+"""A TUN device under a packet protocol, which gets the packets of a turn as one list of super-packets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from firezone_tunnel.tun.device import Offload, TunDevice
 
 
 class IPacketProtocol(Interface):
-    """What stands on a `TunTransport`."""
+    """The protocol on a `TunTransport`."""
 
     def makeConnection(transport: TunTransport) -> None:
         """The device is open: packets may arrive from the next turn on."""
@@ -33,7 +33,7 @@ class IPacketProtocol(Interface):
 
 @attrs.define
 class TunCounters:
-    """What one device has done and seen."""
+    """Counters of one device."""
 
     turns: int = 0
     received_frames: int = 0
@@ -55,7 +55,7 @@ class TunTransport:
 
     A turn of the reactor reads at most `MAX_FRAMES` frames, or what comes within `MAX_TURN` seconds, or as many runs
     of 64 KiB as fill the slab: sealing them is what takes the time. The first turn after a calm reads one frame only,
-    so that a lone packet doesn't wait for the answer that there is no other.
+    so that a lone packet doesn't wait for a read that finds nothing.
     """
 
     MAX_FRAMES = 64
@@ -71,7 +71,7 @@ class TunTransport:
         self.counters = TunCounters()
         self._slab = memoryview(bytearray(_SLAB_SIZE))
         self._arena = Arena(_SLAB_SIZE)
-        # Protocols whose runs the kernel does not take, and those whose it has taken.
+        # IP protocols whose super-packets the kernel refuses, and IP protocols whose it has accepted.
         self._refused = {kind for kind, needed in _RUNS.items() if device.offload < needed}
         self._taken: set[int] = set()
         self._logged: set[int] = set()
@@ -89,7 +89,7 @@ class TunTransport:
             self._reactor.addReader(self)
 
     def write(self, packet: SuperPacket) -> None:
-        """Hand a packet to the host. What the kernel does not take is dropped and counted."""
+        """Hand a packet to the host. A packet that the kernel refuses is dropped and counted."""
         if packet.segment_size and packet.protocol in self._refused:
             self._write_singly(packet)
             return
@@ -178,7 +178,7 @@ class TunTransport:
         self._log_once(error, "tun:read_failed")
 
     def _run_refused(self, packet: SuperPacket) -> None:
-        """The kernel takes no such runs; or, where it has taken others, not this one."""
+        """The kernel refuses super-packets of this protocol; or only this one, if it has accepted others."""
         self.counters.segmentation_refused += 1
         if packet.protocol not in self._taken:
             self._refused.add(packet.protocol)

@@ -22,7 +22,7 @@ RETRY_SEGMENTATION_AFTER = 600.0  # seconds: a path may have changed without any
 
 @attrs.define
 class SendCounters:
-    """What sockets have sent and could not send."""
+    """Datagrams that were sent, and sends that failed, by reason."""
 
     sent_batches: int = 0  # system calls
     sent_datagrams: int = 0

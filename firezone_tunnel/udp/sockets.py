@@ -1,4 +1,4 @@
-"""UDP sockets as the tunnel needs them: their options, what the kernel offers them, and their control messages."""
+"""UDP sockets as the tunnel needs them: options, offloads and control messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANCILLARY_SPACE = 256
 
 @attrs.frozen
 class UdpFeatures:
-    """What the kernel offers a socket."""
+    """The offloads and the buffer that the kernel gives a socket."""
 
     gso: bool
     gro: bool
@@ -34,7 +34,7 @@ class UdpFeatures:
 
 @attrs.frozen
 class Arrival:
-    """What the control messages of a received batch say."""
+    """The decoded control messages of a received batch."""
 
     host: str | None  # the address it was sent to
     segment_size: int  # 0: a datagram that came alone
@@ -60,7 +60,7 @@ def bind(host: str, ports: Iterable[int], *, mark: int | None, reuse_port: bool 
 
 
 def set_mark(one: socket.socket, mark: int) -> None:
-    """Let the host's routes keep out of the tunnel what this socket sends.
+    """Mark the packets of this socket, so that the host's rules keep them out of the tunnel.
 
     Raises: PlatformError.
     """
@@ -113,7 +113,7 @@ def sending(*, is_ipv6: bool, source: str | None, segment_size: int, ecn: int) -
 
 
 def received(messages: Iterable[Ancillary]) -> Arrival:
-    """What came with a batch."""
+    """Decode the control messages of a batch."""
     host = overflows = None
     segment_size = ecn = 0
     # The types that `configure` asked for differ from each other whatever their level is.

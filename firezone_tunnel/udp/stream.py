@@ -74,7 +74,7 @@ class RacingEndpoint:
         self._stagger = stagger
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
-        """Fails with PlatformError, or with a ConnectError that tells every address's reason."""
+        """Fails with PlatformError, or with a ConnectError that has the reason for each address."""
         race = _Race(self._reactor, self._endpoints, self._stagger, protocolFactory)
         race.start_next()
         return race.done
@@ -101,7 +101,7 @@ def _open(family: int, mark: int | None) -> socket.socket:
 
 @implementer(IWriteDescriptor)
 class _Connecting:
-    """A socket between `connect` and its outcome, which the reactor tells by calling it writable."""
+    """A socket that is connecting. The reactor reports the outcome by calling it writable."""
 
     def __init__(self, reactor: Any, stream: socket.socket, address: SocketAddress, factory: IProtocolFactory) -> None:
         self.done: Deferred[IProtocol] = Deferred(self._cancelled)
@@ -142,7 +142,7 @@ class _Connecting:
         return self._socket.fileno()
 
     def connectionLost(self, reason: Failure) -> None:
-        """How the reactor tells of a descriptor that hung up, as one does whose connection failed."""
+        """The reactor calls this when the descriptor hangs up, as it does after a failed connection."""
         if self.fileno() != -1:
             self._fail(self._outcome() or errno.ECONNABORTED)
 

@@ -28,7 +28,7 @@ PREFERRED_PORT = 52625  # spec/data-plane.md, 7.4
 
 
 class IBatchProtocol(Interface):
-    """What stands on a `UdpTransport`."""
+    """The protocol on a `UdpTransport`."""
 
     def makeConnection(transport: UdpTransport) -> None:
         """The socket is bound: batches may arrive from the next turn on."""
@@ -48,7 +48,7 @@ class IBatchProtocol(Interface):
 
 @attrs.define
 class UdpCounters(SendCounters):
-    """What one socket has done and seen."""
+    """Counters of one socket."""
 
     received_batches: int = 0
     received_datagrams: int = 0
@@ -64,8 +64,8 @@ class UdpTransport:
     """One UDP socket of one address family.
 
     A turn of the reactor hands at most `MAX_BATCHES` batches to the protocol, and no further one once `MAX_TURN`
-    seconds have passed. The first turn after a calm takes one batch only: what answers it is not to wait for the news
-    that there is no other.
+    seconds have passed. The first turn after a calm takes one batch only, so that its answer doesn't wait for a read
+    that finds nothing.
     """
 
     MAX_BATCHES = 32

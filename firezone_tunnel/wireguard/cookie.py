@@ -37,7 +37,7 @@ _NO_MAC = bytes(MAC_SIZE)
 class DoormanCounters:
     malformed: int = 0
     forged: int = 0
-    """mac1 is not for our key: sent by somebody who doesn't know it, or mangled."""
+    """Messages whose mac1 does not match our key: corrupt, or from a sender that doesn't know it."""
     cookie_replies_sent: int = 0
 
 

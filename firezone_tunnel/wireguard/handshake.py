@@ -68,7 +68,7 @@ class HandshakeResponse(NamedTuple):
 
 
 class CookieReply(NamedTuple):
-    """What a busy responder answers instead, 64 bytes (whitepaper, section 5.4.7)."""
+    """The reply of a responder under load, 64 bytes (whitepaper, section 5.4.7)."""
 
     receiver_index: int
     nonce: bytes
@@ -116,7 +116,7 @@ class StaticKey:
     def exchange(self, public_key: bytes) -> bytes:
         """The secret shared with the owner of `public_key`.
 
-        Raises: ProtocolError for a key that leads to an all-zero secret, which anybody can compute.
+        Raises: ProtocolError for a key that leads to an all-zero secret, which any observer can compute.
         """
         return _exchange(self._key, public_key)
 
@@ -137,7 +137,7 @@ class StaticKey:
 
 @attrs.frozen
 class TransportKeys:
-    """What both sides have in common after a handshake, seen from one of them."""
+    """The keys that both sides share after a handshake, from one side's view."""
 
     send: bytes = attrs.field(repr=False)
     receive: bytes = attrs.field(repr=False)

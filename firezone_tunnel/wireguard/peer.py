@@ -37,7 +37,7 @@ NO_SESSION_TIMEOUT = 3 * REJECT_AFTER_TIME
 MAX_JITTER = 0.333
 FORCED_INTERVAL = 1.0  # longer than any round trip worth waiting for
 MAX_SESSIONS = 8  # spec/data-plane.md, 2.8
-_MAX_QUEUED = 16  # messages and events that nobody drained; the oldest go
+_MAX_QUEUED = 16  # messages and events that were not drained; the oldest are dropped
 
 
 @attrs.frozen
@@ -61,7 +61,7 @@ class Peer:
     Initiations that a timer or a packet asks for are only scheduled, since they need the wall clock: `next_timeout`
     is then due at once and `handle_timeout` makes the message.
 
-    Raises: ProtocolError from the constructor if the remote public key is worthless.
+    Raises: ProtocolError from the constructor if the remote public key is invalid.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class Peer:
         return False
 
     def sending_session(self, now: float) -> Session | None:
-        """The session to seal with; None if there is no usable one: then a handshake is under way."""
+        """The session to seal with; None if none is usable, and then a handshake is scheduled."""
         session = self._current
         if session is not None and session.may_send(now):
             return session
@@ -191,7 +191,7 @@ class Peer:
         return session if session is not None and session.may_receive(now) else None
 
     def sent_data(self, session: Session, count: int, now: float) -> None:
-        """Tell that a batch of `count` messages with packets in them went out; once for each batch."""
+        """Note that a batch of `count` messages with packets in them went out; once for each batch."""
         self.counters.messages_sent += count
         self._keepalive_at = None
         if self._reply_due_at is None:
@@ -200,7 +200,7 @@ class Peer:
             self._schedule_soon(now, "session to renew")
 
     def received_data(self, session: Session, payload_bytes: int, now: float) -> None:
-        """Tell that a batch brought messages that were authentic and new; `payload_bytes` is 0 for only keepalives."""
+        """Note that a batch brought messages that were authentic and new; `payload_bytes` is 0 for only keepalives."""
         if session.receiver_index not in self._sessions:
             return
         self._reply_due_at = None
@@ -208,7 +208,7 @@ class Peer:
             session.confirmed = True
             if self._current is None or session.serial > self._current.serial:
                 self._use(session)
-        if self._attempt is not None:  # whoever is heard isn't given up, whatever became of the handshake
+        if self._attempt is not None:  # a peer that sends data is alive, even if the handshake fails
             self._attempt = attrs.evolve(self._attempt, ends_at=now + self._rekey_attempt_time)
         if payload_bytes and self._keepalive_at is None:
             self._keepalive_at = now + KEEPALIVE_TIMEOUT

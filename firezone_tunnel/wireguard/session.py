@@ -24,7 +24,7 @@ Counters = npt.NDArray[np.uint64]
 
 @attrs.define
 class PeerCounters:
-    """What happened to the messages of the peers that share this, and of all of their sessions."""
+    """Counters of the peers that share this object, over all of their sessions."""
 
     initiations_sent: int = 0
     responses_sent: int = 0
@@ -101,7 +101,7 @@ class Session:
         return first
 
     def accept(self, counters: Sequence[int] | Counters, authentic: Sequence[bool] | Mask) -> Mask:
-        """Enter the counters of a batch, in order, into the replay window; a mask of those that are new.
+        """Enter the counters of a batch, in order, into the replay window. Returns a mask of the new ones.
 
         Only authentic messages count: a forged one must not shut out the real one. The mask may be `authentic`
         itself.
@@ -124,8 +124,9 @@ class Session:
         return self._accept_each(numbers, genuine)
 
     def accept_lone(self, counter: int | None) -> bool:
-        """`accept` for the one message of a datagram that came alone, None if it was forged; without NumPy, whose code
-        is rarely warm when packets are rare: that costs ten times what it does in a batch.
+        """`accept` for a lone message; `counter` is None if it is forged.
+
+        Without NumPy, which costs ten times as much for a lone message as for one of a batch.
         """
         if counter is None:
             self._counters.forged += 1
@@ -160,7 +161,7 @@ class Session:
         return fresh
 
 
-_LARGEST_TURN = 8192  # more counters than anybody takes before asking again whether the session may send
+_LARGEST_TURN = 8192  # more counters than are taken between two calls of `may_send`
 _MAX_RUN = 64  # segments of one batch
 _WINDOW = (1 << WINDOW_SIZE) - 1
 _TRUE = np.ones(_MAX_RUN, np.bool_).tobytes()
