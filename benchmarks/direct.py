@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 
 from benchmarks import load
-from benchmarks.cases import DIRECT_CASES, Figures, names
+from benchmarks.cases import DIRECT_CASES, PING_INTERVALS, Figures, names
 from benchmarks.competitors import Competitor, Ends, running
 from benchmarks.experiment import Wanted, network
 from tests.system.network import Network
 
-_IDLE_PINGS = 200
+_IDLE_SECONDS = 2.0  # for each interval between pings
+_MIN_PINGS = 6
 _FIRST_BYTES = 5  # fresh tunnels a round
 
 
@@ -39,8 +40,10 @@ class Direct:
         if wanted.any_of("first-byte"):
             figures["first-byte"] = [self._fresh_first_byte(hosts) for _ in range(_FIRST_BYTES)]
         load.first_byte_ms(client)
-        if wanted.any_of("ping-idle"):
-            figures["ping-idle"] = [statistics.median(load.Pings(client, _IDLE_PINGS).round_trips_ms())]
+        for name, interval in PING_INTERVALS.items():
+            if wanted.any_of(case := f"ping-idle-{name}"):
+                pings = load.Pings(client, max(_MIN_PINGS, int(_IDLE_SECONDS / interval)), interval=interval)
+                figures[case] = [statistics.median(pings.round_trips_ms())]
         if wanted.any_of("tcp-1-up", "cpu-s-per-gb"):
             figures |= self._single_stream_up(hosts, seconds)
         if wanted.any_of("tcp-1-down"):

@@ -69,10 +69,10 @@ def first_byte_ms(client: Host) -> float:
 
 
 class Pings:
-    """Pings on their way, one every 10 ms."""
+    """Pings on their way, one every `interval` seconds."""
 
-    def __init__(self, client: Host, count: int) -> None:
-        command = ("ping", "-n", "-c", str(count), "-i", "0.01", "-W", "2", SERVER)
+    def __init__(self, client: Host, count: int, *, interval: float = 0.01) -> None:
+        command = ("ping", "-n", "-c", str(count), "-i", f"{interval:g}", "-W", "2", SERVER)
         self._process = subprocess.Popen(
             client.command(*command), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
