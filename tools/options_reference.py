@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from firezone_tunnel.runtime.settings import Options, Setting
+from firezone_tunnel.process.settings import Options, Setting
 
 _PACKAGE = Path(__file__).parents[1] / "firezone_tunnel"
 _HEAD = (

@@ -12,11 +12,11 @@ from firezone_tunnel.client.session import DEFAULT_STATE_DIRECTORY, IDENTITY_FIL
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.portal_connection.service import trust_from_file
 from firezone_tunnel.portal_connection.url import LoginUrl, default_name
+from firezone_tunnel.process.application import ApplicationService
+from firezone_tunnel.process.identity import load_identity
+from firezone_tunnel.process.settings import LOG_SETTINGS, MAX_PARTITION_TIME, Setting, device_settings, read_token
+from firezone_tunnel.process.settings import Options as CommonOptions
 from firezone_tunnel.runtime.device import DeviceConfig
-from firezone_tunnel.runtime.identity import load_identity
-from firezone_tunnel.runtime.process import ApplicationService
-from firezone_tunnel.runtime.settings import LOG_SETTINGS, MAX_PARTITION_TIME, Setting, device_settings, read_token
-from firezone_tunnel.runtime.settings import Options as CommonOptions
 from firezone_tunnel.tun.device import DEFAULT_NAME
 
 

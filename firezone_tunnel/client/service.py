@@ -20,7 +20,7 @@ from firezone_tunnel.host.kernel import Families
 from firezone_tunnel.host.rpfilter import ReplyMarks
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.messages import client as messages
-from firezone_tunnel.runtime.clock import boottime
+from firezone_tunnel.reactor.clock import boottime
 from firezone_tunnel.runtime.device import DeviceConfig, DeviceService
 from firezone_tunnel.tunnel.client import (
     ClientTunnel,

@@ -21,8 +21,8 @@ from firezone_tunnel.client.service import TunnelService
 from firezone_tunnel.errors import SessionClosed
 from firezone_tunnel.portal_connection.service import trust_from_file
 from firezone_tunnel.portal_connection.url import LoginUrl, default_name
+from firezone_tunnel.process.identity import load_identity
 from firezone_tunnel.runtime.device import DeviceConfig
-from firezone_tunnel.runtime.identity import load_identity
 from firezone_tunnel.tun.device import DEFAULT_NAME
 
 DEFAULT_STATE_DIRECTORY = Path("/var/lib/dev.firezone.client/config")  # upstream's, so that a device keeps its identity

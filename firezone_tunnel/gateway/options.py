@@ -7,18 +7,18 @@ from typing import Any
 from firezone_tunnel.gateway.service import GatewayService
 from firezone_tunnel.portal_connection.service import trust_from_file
 from firezone_tunnel.portal_connection.url import LoginUrl, default_name
-from firezone_tunnel.runtime.device import DeviceConfig
-from firezone_tunnel.runtime.health import HealthServer
-from firezone_tunnel.runtime.identity import load_identity
-from firezone_tunnel.runtime.process import ApplicationService
-from firezone_tunnel.runtime.settings import (
+from firezone_tunnel.process.application import ApplicationService
+from firezone_tunnel.process.health import HealthServer
+from firezone_tunnel.process.identity import load_identity
+from firezone_tunnel.process.settings import (
     HEALTH_CHECK_ADDR,
     LOG_SETTINGS,
     MAX_PARTITION_TIME,
     device_settings,
     read_token,
 )
-from firezone_tunnel.runtime.settings import Options as CommonOptions
+from firezone_tunnel.process.settings import Options as CommonOptions
+from firezone_tunnel.runtime.device import DeviceConfig
 from firezone_tunnel.tun.device import DEFAULT_NAME
 
 _IDENTITY_FILE = "gateway_id"

@@ -11,7 +11,7 @@ from firezone_tunnel.errors import FirezoneError
 from firezone_tunnel.host.firewall import GatewayFirewall
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.messages import gateway as messages
-from firezone_tunnel.runtime.clock import boottime, utc
+from firezone_tunnel.reactor.clock import boottime, utc
 from firezone_tunnel.runtime.device import DeviceConfig, DeviceService
 from firezone_tunnel.tunnel.gateway import (
     FlowAuthorized,

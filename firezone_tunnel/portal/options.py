@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from firezone_tunnel.portal.service import PortalService
-from firezone_tunnel.runtime.process import ApplicationService
-from firezone_tunnel.runtime.settings import LOG_SETTINGS, Setting
-from firezone_tunnel.runtime.settings import Options as CommonOptions
+from firezone_tunnel.process.application import ApplicationService
+from firezone_tunnel.process.settings import LOG_SETTINGS, Setting
+from firezone_tunnel.process.settings import Options as CommonOptions
 from firezone_tunnel.sansio import SocketAddress
 
 

@@ -27,7 +27,7 @@ from firezone_tunnel.portal.hub import Hub
 from firezone_tunnel.portal.state import State
 from firezone_tunnel.portal.store import Store
 from firezone_tunnel.portal.web import PortalFactory
-from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.sansio import Entropy, SocketAddress
 
 _PEM_BEGIN = "-----BEGIN CERTIFICATE-----"

@@ -41,7 +41,7 @@ from firezone_tunnel.phoenix.channel import (
 )
 from firezone_tunnel.portal_connection.protocol import PortalFactory, PortalProtocol
 from firezone_tunnel.portal_connection.url import LoginUrl
-from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.sansio import Entropy
 from firezone_tunnel.udp.stream import MarkedEndpoint, RacingEndpoint
 
@@ -56,13 +56,13 @@ Resolver = Callable[[str], "Deferred[list[str]]"]
 
 
 class EventQueue(Protocol):
-    """The queue towards the tunnel service: `firezone_tunnel.runtime.queues.BoundedQueue`."""
+    """The queue towards the tunnel service: `firezone_tunnel.reactor.queues.BoundedQueue`."""
 
     def put(self, item: Any, /) -> bool: ...
 
 
 class Timer(Protocol):
-    """`firezone_tunnel.runtime.clock.BoottimeTimer`, or a test's."""
+    """`firezone_tunnel.reactor.clock.BoottimeTimer`, or a test's."""
 
     def set(self, deadline: float | None) -> None: ...
 

@@ -16,12 +16,12 @@ from zope.interface import implementer
 from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.errors import FirezoneError, PlatformError
 from firezone_tunnel.logs import events as log
+from firezone_tunnel.reactor.boundary import Boundary
+from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.ports import AllocationPorts, PortTaken, is_bindable
 from firezone_tunnel.relaying.outputs import ClosePort, Command, Drained, OpenPort
 from firezone_tunnel.relaying.server import RelayServer
-from firezone_tunnel.runtime.boundary import Boundary
-from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.udp.transport import IBatchProtocol, UdpTransport
 
 STATISTICS_INTERVAL = 10.0  # spec/gateway-and-relay.md, 8.4

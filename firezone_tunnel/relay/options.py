@@ -13,14 +13,9 @@ from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.host.kernel import Kernel
 from firezone_tunnel.portal_connection.service import trust_from_file
 from firezone_tunnel.portal_connection.url import LoginUrl
-from firezone_tunnel.relay.config import EngineConfig
-from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
-from firezone_tunnel.relaying.addresses import PRIVATE, Network
-from firezone_tunnel.relaying.allocating import RelayConfig
-from firezone_tunnel.relaying.credentials import StaticUsers
-from firezone_tunnel.runtime.health import HealthServer
-from firezone_tunnel.runtime.process import ApplicationService
-from firezone_tunnel.runtime.settings import (
+from firezone_tunnel.process.application import ApplicationService
+from firezone_tunnel.process.health import HealthServer
+from firezone_tunnel.process.settings import (
     API_URL,
     CA_FILE,
     FIREZONE_NAME,
@@ -32,7 +27,12 @@ from firezone_tunnel.runtime.settings import (
     read_token,
     token_path,
 )
-from firezone_tunnel.runtime.settings import Options as CommonOptions
+from firezone_tunnel.process.settings import Options as CommonOptions
+from firezone_tunnel.relay.config import EngineConfig
+from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
+from firezone_tunnel.relaying.addresses import PRIVATE, Network
+from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.relaying.credentials import StaticUsers
 from firezone_tunnel.stun.message import FIREZONE_REALM
 
 MAX_WORKERS = 64

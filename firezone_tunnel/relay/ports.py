@@ -16,8 +16,8 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.reactor.clock import boottime
 from firezone_tunnel.relaying.outputs import RelayTransmit
-from firezone_tunnel.runtime.clock import boottime
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun.message import FAMILY_IPV6
 from firezone_tunnel.udp.segmented import SegmentedSender, SendCounters

@@ -16,11 +16,11 @@ from firezone_tunnel.messages import relay as messages
 from firezone_tunnel.phoenix.channel import Fatal, Joined
 from firezone_tunnel.portal_connection.service import Notice, PortalService
 from firezone_tunnel.portal_connection.url import LoginUrl
+from firezone_tunnel.reactor.queues import BoundedQueue
 from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.engine import Engine
 from firezone_tunnel.relay.listening import bind_listening
 from firezone_tunnel.relay.workers import WorkerGroup
-from firezone_tunnel.runtime.queues import BoundedQueue
 from firezone_tunnel.stun.message import FIREZONE_REALM
 
 _PORTAL_EVENTS = 16

@@ -23,6 +23,7 @@ from twisted.python.failure import Failure
 
 from firezone_tunnel.errors import FirezoneError, PlatformError
 from firezone_tunnel.logs import events as log
+from firezone_tunnel.reactor.clock import boottime
 from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.control import (
     ERRORS,
@@ -40,7 +41,6 @@ from firezone_tunnel.relay.control import (
     encode,
 )
 from firezone_tunnel.relay.listening import close_all
-from firezone_tunnel.runtime.clock import boottime
 
 FIRST_DELAY = 0.1  # seconds before a worker that died is replaced, twice as many each time
 MAX_DELAY = 30.0

@@ -22,8 +22,8 @@ from firezone_tunnel.messages.common import Generation, Message, write
 from firezone_tunnel.phoenix.channel import Fatal, Joined, Received
 from firezone_tunnel.portal_connection.service import Notice, PortalService
 from firezone_tunnel.portal_connection.url import LoginUrl
-from firezone_tunnel.runtime.clock import boottime, utc
-from firezone_tunnel.runtime.queues import BoundedQueue
+from firezone_tunnel.reactor.clock import boottime, utc
+from firezone_tunnel.reactor.queues import BoundedQueue
 from firezone_tunnel.runtime.tunnel import TunnelCore, TunnelRuntime
 from firezone_tunnel.snownet.events import (
     ConnectionClosed,

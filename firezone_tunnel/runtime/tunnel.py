@@ -17,9 +17,9 @@ from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.runtime.boundary import Boundary
-from firezone_tunnel.runtime.clock import BoottimeTimer, boottime, utc
-from firezone_tunnel.runtime.lag import LoopLag
+from firezone_tunnel.reactor.boundary import Boundary
+from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.reactor.lag import LoopLag
 from firezone_tunnel.sansio import SocketAddress, Timeout, Transmit
 from firezone_tunnel.snownet.node import Node
 from firezone_tunnel.tun.device import TunDevice

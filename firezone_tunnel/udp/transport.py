@@ -19,7 +19,7 @@ from zope.interface import Interface, implementer
 
 from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.logs import events as log
-from firezone_tunnel.runtime.clock import boottime
+from firezone_tunnel.reactor.clock import boottime
 from firezone_tunnel.sansio import SocketAddress, Transmit
 from firezone_tunnel.udp.segmented import SegmentedSender, SendCounters
 from firezone_tunnel.udp.sockets import ANCILLARY_SPACE, Ancillary, Arrival, bind, configure, received, remember

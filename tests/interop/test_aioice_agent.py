@@ -17,7 +17,7 @@ import pytest
 from firezone_tunnel.ice.agent import Agent, AgentState, Credentials
 from firezone_tunnel.ice.candidate import Candidate, CandidateKind, parse_sdp
 from firezone_tunnel.ice.checklist import DEFAULT_TIMINGS, Schedule, Timings
-from firezone_tunnel.runtime.clock import boottime
+from firezone_tunnel.reactor.clock import boottime
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun.message import parse
 

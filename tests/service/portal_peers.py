@@ -19,7 +19,7 @@ from twisted.internet.protocol import Protocol
 from twisted.internet.task import deferLater
 
 from firezone_tunnel.portal.service import PortalService
-from firezone_tunnel.runtime.clock import boottime, utc
+from firezone_tunnel.reactor.clock import boottime, utc
 from firezone_tunnel.sansio import SocketAddress
 
 CLIENT_TOKEN = "n.client-token-of-the-tests"

@@ -17,7 +17,7 @@ from firezone_tunnel.client.options import Options as ClientOptions
 from firezone_tunnel.gateway.options import Options as GatewayOptions
 from firezone_tunnel.policy.account import Role
 from firezone_tunnel.policy.seed import Outside, parse_seed
-from firezone_tunnel.runtime.settings import Options
+from firezone_tunnel.process.settings import Options
 
 yaml = pytest.importorskip("yaml")
 

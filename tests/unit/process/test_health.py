@@ -15,7 +15,7 @@ from twisted.internet.testing import MemoryReactorClock
 
 from firezone_tunnel import __version__
 from firezone_tunnel.errors import InUseError, PlatformError
-from firezone_tunnel.runtime.health import HealthServer
+from firezone_tunnel.process.health import HealthServer
 from firezone_tunnel.sansio import SocketAddress
 
 

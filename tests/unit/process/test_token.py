@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from firezone_tunnel.errors import ConfigurationError, one_line
-from firezone_tunnel.runtime.settings import read_token
+from firezone_tunnel.process.settings import read_token
 
 _SECRET = "n.a-token-that-nobody-may-see"
 

@@ -10,8 +10,8 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.task import deferLater
 
-from firezone_tunnel.runtime.clock import boottime
-from firezone_tunnel.runtime.lag import LoopLag
+from firezone_tunnel.reactor.clock import boottime
+from firezone_tunnel.reactor.lag import LoopLag
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How a process of ours begins and ends under twistd: signals, fatal errors, exit codes, word to the service manager.
+"""The start and the end of a process under twistd: signals, fatal errors, exit codes, service manager.
 
 twistd itself ends with 143 after SIGTERM, swallows a SystemExit and replaces signal handlers that a service installs
 while it starts (architecture, section 3): so all of this has one place, here.
@@ -19,16 +19,9 @@ from collections.abc import Callable
 from traceback import format_exception
 from typing import Any, TextIO
 
-from twisted.application.service import IServiceCollection, MultiService, Service
-from twisted.internet.defer import Deferred
-from twisted.logger import ILogObserver
-from twisted.python.failure import Failure
-
 from firezone_tunnel.errors import FirezoneError, one_line
 from firezone_tunnel.logs import events as log
-from firezone_tunnel.logs.file import LogFile
-from firezone_tunnel.logs.writer import LogWriter, TwistedMessages
-from firezone_tunnel.runtime.settings import Options
+from firezone_tunnel.logs.writer import LogWriter
 
 STDERR_PATIENCE = 1.0  # seconds that the end of a process waits for a pipe to be read
 
@@ -116,60 +109,11 @@ class Process:
         # holds the lock of stdout, which the interpreter would wait for.
         if are_done:
             with contextlib.suppress(OSError, ValueError):
-                _stdout().flush()
+                stdout().flush()
         os._exit(self._code)
 
 
-class ApplicationService(MultiService):
-    """The service that a twistd plugin gives to twistd, which shows it everything the process needs.
-
-    Its parts start in order, each only if those before it did; they stop at once, and the process waits for all.
-    """
-
-    def __init__(self, reactor: Any, name: str, options: Options, *parts: Service) -> None:
-        """
-        Raises: ConfigurationError.
-        """
-        super().__init__()  # type: ignore[no-untyped-call]  # Twisted has no types here
-        self.process = Process(reactor, name)
-        self._log_level = options["log-level"]
-        self._logs = [LogWriter(_stdout(), style=options["log-format"])]
-        if options["log-dir"] is not None:
-            self._logs.append(LogWriter(LogFile(options["log-dir"], name), style=options["log-format"]))
-        for part in parts:
-            part.setServiceParent(self)
-
-    def setServiceParent(self, parent: Any) -> None:
-        """twistd's application is the parent: from now on Twisted's own messages are among ours."""
-        log.set_threshold(self._log_level)
-        for one in self._logs:
-            one.open()
-        self.process.install(*self._logs)
-        if IServiceCollection(parent, None) is not None:
-            parent.setComponent(ILogObserver, TwistedMessages())
-        super().setServiceParent(parent)  # type: ignore[no-untyped-call]  # Twisted has no types here
-
-    def startService(self) -> None:
-        """Whatever goes wrong, now or later, ends the process: twistd would swallow it."""
-        running: Deferred[None] = Deferred.fromCoroutine(self._run())
-        running.addErrback(self._failed)
-
-    async def _run(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
-        await self.watch()
-
-    def _failed(self, failure: Failure) -> None:
-        error: Any = failure.value
-        self.process.fail(error)
-
-    # What follows is for subclasses.
-
-    async def watch(self) -> None:
-        """The parts have started: say when the process is ready, and raise what has to end it."""
-        raise NotImplementedError
-
-
-def _stdout() -> TextIO:
+def stdout() -> TextIO:
     """The real one: while its reactor runs, twistd has the names of stdout and stderr lead to its log."""
     return sys.__stdout__ or sys.stdout
 

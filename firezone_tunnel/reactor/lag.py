@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from firezone_tunnel.runtime.clock import BoottimeTimer, boottime
+from firezone_tunnel.reactor.clock import BoottimeTimer, boottime
 
 PERIOD = 0.002  # seconds, as all times here
 BUSY_FOR = 0.1  # after a packet

@@ -10,8 +10,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.testing import MemoryReactorClock
 
 from firezone_tunnel.errors import InUseError
-from firezone_tunnel.runtime.process import ApplicationService
-from firezone_tunnel.runtime.settings import LOG_SETTINGS, Options
+from firezone_tunnel.process.application import ApplicationService
+from firezone_tunnel.process.settings import LOG_SETTINGS, Options
 
 
 def test_parts_start_in_order() -> None:

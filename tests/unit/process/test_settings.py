@@ -14,7 +14,7 @@ from firezone_tunnel.client.options import Options as ClientOptions
 from firezone_tunnel.gateway.options import Options as GatewayOptions
 from firezone_tunnel.logs.events import DEBUG, ERROR, INFO, WARNING
 from firezone_tunnel.portal.options import Options as PortalOptions
-from firezone_tunnel.runtime.settings import (
+from firezone_tunnel.process.settings import (
     Options,
     Setting,
     parse_address,

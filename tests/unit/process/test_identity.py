@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from firezone_tunnel.errors import ConfigurationError
-from firezone_tunnel.runtime.identity import load_identity
+from firezone_tunnel.process.identity import load_identity
 
 
 def test_the_first_one_is_random_and_the_same_from_then_on(tmp_path: Path) -> None:

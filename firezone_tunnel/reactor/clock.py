@@ -15,7 +15,7 @@ from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from firezone_tunnel.runtime.boundary import Boundary
+from firezone_tunnel.reactor.boundary import Boundary
 
 _TRY_AGAIN_AFTER = 1.0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from twisted.internet.task import Clock
 
-from firezone_tunnel.runtime.queues import BoundedQueue
+from firezone_tunnel.reactor.queues import BoundedQueue
 
 
 def test_nothing_is_delivered_in_the_turn_in_which_it_was_put() -> None:
