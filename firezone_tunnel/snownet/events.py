@@ -11,7 +11,7 @@ from firezone_tunnel.ice.agent import AgentCounters, Credentials
 from firezone_tunnel.sansio import SocketAddress, Transmit
 from firezone_tunnel.snownet.relays import RelayAllocated, RelayFailed
 from firezone_tunnel.turn.events import AllocationCounters
-from firezone_tunnel.wireguard.cookie import DoormanCounters
+from firezone_tunnel.wireguard.cookie import CookieCheckerCounters
 from firezone_tunnel.wireguard.session import PeerCounters
 
 
@@ -119,7 +119,7 @@ class LayerCounters:
 
     ice: AgentCounters = attrs.field(factory=AgentCounters)
     turn: AllocationCounters = attrs.field(factory=AllocationCounters)
-    handshakes: DoormanCounters = attrs.field(factory=DoormanCounters)
+    handshakes: CookieCheckerCounters = attrs.field(factory=CookieCheckerCounters)
     wireguard: PeerCounters = attrs.field(factory=PeerCounters)
 
 

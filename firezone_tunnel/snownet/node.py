@@ -30,7 +30,7 @@ from firezone_tunnel.snownet.relays import RelayAllocated, Relays, RelayTerms
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.turn.allocation import Allocation
 from firezone_tunnel.turn.events import CandidateFound, CandidateLost
-from firezone_tunnel.wireguard.cookie import Doorman
+from firezone_tunnel.wireguard.cookie import CookieChecker
 from firezone_tunnel.wireguard.handshake import HandshakeInitiation, StaticKey, open_static
 from firezone_tunnel.wireguard.seal import SealBuffer
 
@@ -235,7 +235,7 @@ class Node:
 
     def _begin(self) -> None:
         self._key = StaticKey.generate(self._entropy)
-        self._doorman = Doorman(self._key, self._entropy, self.layers.handshakes)
+        self._cookie_checker = CookieChecker(self._key, self._entropy, self.layers.handshakes)
         self._directory = Directory(self._entropy)
         self._deadlines: Deadlines[object] = Deadlines()  # of connections and allocations
         self._relays = Relays(self._entropy, self.layers.turn, self._deadlines)
@@ -356,7 +356,7 @@ class Node:
 
     def _handle_handshake(self, datagram: memoryview, batch: DatagramBatch, now: float) -> Connection | None:
         """Take in a handshake message; returns whose it was."""
-        message = self._doorman.admit(datagram, batch.source, now)
+        message = self._cookie_checker.admit(datagram, batch.source, now)
         if message is None:
             self.counters.unrecognized += 1
             return None

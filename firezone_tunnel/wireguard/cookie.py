@@ -34,18 +34,18 @@ _NO_MAC = bytes(MAC_SIZE)
 
 
 @attrs.define
-class DoormanCounters:
+class CookieCheckerCounters:
     malformed: int = 0
     forged: int = 0
     """Messages whose mac1 does not match our key: corrupt, or from a sender that doesn't know it."""
     cookie_replies_sent: int = 0
 
 
-class Doorman:
+class CookieChecker:
     """Decides which handshake messages are worth the price of an X25519; one for all peers of a static key."""
 
-    def __init__(self, local: StaticKey, entropy: Entropy, counters: DoormanCounters | None = None) -> None:
-        self.counters = counters or DoormanCounters()
+    def __init__(self, local: StaticKey, entropy: Entropy, counters: CookieCheckerCounters | None = None) -> None:
+        self.counters = counters or CookieCheckerCounters()
         self._entropy = entropy
         self._mac1_key = _mac1_key(local.public)
         self._cookie_key = _cookie_key(local.public)

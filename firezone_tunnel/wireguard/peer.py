@@ -117,7 +117,7 @@ class Peer:
             self._send_initiation(now, utc_now, ends_at=now + self._rekey_attempt_time)
 
     def handle_initiation(self, message: HandshakeInitiation, now: float) -> bool:
-        """Answer an initiation that a `Doorman` admitted. False: forged, replayed or not from this peer.
+        """Answer an initiation that a `CookieChecker` admitted. False: forged, replayed or not from this peer.
 
         The session exists afterwards, but is used for sending only once data arrives on it.
         """

@@ -23,7 +23,7 @@ import pytest
 from scapy.layers.inet import IP, UDP
 
 from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.wireguard.cookie import Doorman
+from firezone_tunnel.wireguard.cookie import CookieChecker
 from firezone_tunnel.wireguard.handshake import (
     CookieReply,
     HandshakeInitiation,
@@ -220,7 +220,7 @@ class Driver:
         self.keepalives_received = 0
         self._outer = outer
         self._local = local
-        self._doorman = Doorman(local, os.urandom)
+        self._cookie_checker = CookieChecker(local, os.urandom)
         self._waiting: list[bytes] = []
         self._indices: set[int] = set()
         indices = count(0x01020304)
@@ -287,7 +287,7 @@ class Driver:
         if datagram[0] == 4:
             self._handle_data(datagram)
             return
-        match self._doorman.admit(datagram, SocketAddress(*self._outer.getpeername()), self.now):
+        match self._cookie_checker.admit(datagram, SocketAddress(*self._outer.getpeername()), self.now):
             case HandshakeInitiation() as message:
                 assert open_static(self._local, message) == self.peer.remote_public_key
                 self.initiations_received += 1

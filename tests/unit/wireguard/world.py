@@ -10,7 +10,7 @@ from itertools import count
 from cryptography.exceptions import InvalidTag
 
 from firezone_tunnel.sansio import Entropy, SocketAddress
-from firezone_tunnel.wireguard.cookie import HANDSHAKES_PER_SECOND, Doorman, MacStamp
+from firezone_tunnel.wireguard.cookie import HANDSHAKES_PER_SECOND, CookieChecker, MacStamp
 from firezone_tunnel.wireguard.handshake import HandshakeInitiation, HandshakeResponse, StaticKey, parse
 from firezone_tunnel.wireguard.peer import Expired, Peer, SessionEstablished
 from firezone_tunnel.wireguard.session import Session
@@ -91,7 +91,7 @@ class Host:
         self.name = name
         self.local = local
         self.entropy = stream(name)
-        self.doorman = Doorman(local, self.entropy)
+        self.checker = CookieChecker(local, self.entropy)
         self.address = SocketAddress("192.0.2.1" if name == "client" else "192.0.2.2", 52625)
         self.indices: set[int] = set()
         self.received: list[bytes] = []
@@ -144,7 +144,7 @@ class Host:
         body = b"\1\0\0\0" + bytes(112)
         stamp = MacStamp(self.local.public)
         for _ in range(HANDSHAKES_PER_SECOND):
-            self.doorman.admit(stamp.finish(body, 0.0), SocketAddress("198.51.100.1", 1), self.world.now)
+            self.checker.admit(stamp.finish(body, 0.0), SocketAddress("198.51.100.1", 1), self.world.now)
 
     def send(self, packet: bytes) -> None:
         self._waiting.append(packet)
@@ -185,7 +185,7 @@ class Host:
             self._handle_data(datagram)
             return
         other = self.world.gateway if self is self.world.client else self.world.client
-        match self.doorman.admit(datagram, other.address, self.world.now):
+        match self.checker.admit(datagram, other.address, self.world.now):
             case bytes() as reply:
                 self._replies.append(reply)
             case HandshakeInitiation() as message:
