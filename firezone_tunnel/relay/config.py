@@ -10,7 +10,7 @@ import attrs
 
 from firezone_tunnel.relaying.addresses import Network, PeerPolicy
 from firezone_tunnel.relaying.allocating import RelayConfig
-from firezone_tunnel.relaying.credentials import Credentials, StampSecret, StaticUsers
+from firezone_tunnel.relaying.credentials import CredentialSource, StampSecret, StaticUsers
 from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE
 from firezone_tunnel.stun.message import FAMILY_IPV6, FIREZONE_REALM
 
@@ -66,7 +66,7 @@ class Secrets:
     def new(cls, users: Mapping[str, str] | None = None, realm: str = FIREZONE_REALM) -> Secrets:
         return cls(os.urandom(_STAMP_SECRET_SIZE).hex(), os.urandom(NONCE_KEY_SIZE), users, realm)
 
-    def credentials(self) -> Credentials:
+    def credentials(self) -> CredentialSource:
         """
         Raises: ValueError for a realm that is empty or too long.
         """

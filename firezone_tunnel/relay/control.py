@@ -36,18 +36,18 @@ class Hurry(msgspec.Struct, tag="hurry", frozen=True):
     """To a worker: end."""
 
 
-class Serving(msgspec.Struct, tag="serving", frozen=True):
+class WorkerServing(msgspec.Struct, tag="serving", frozen=True):
     """Of a worker."""
 
 
-class Failed(msgspec.Struct, tag="failed", frozen=True):
+class WorkerFailed(msgspec.Struct, tag="failed", frozen=True):
     """Of a worker, which then ends."""
 
     reason: str
 
 
 Order = Begin | Drain | Hurry
-Report = Serving | Failed
+Report = WorkerServing | WorkerFailed
 
 
 def encode(message: Order | Report) -> bytes:

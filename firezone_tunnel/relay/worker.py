@@ -26,10 +26,10 @@ from firezone_tunnel.relay.control import (
     REPORTS,
     Begin,
     Drain,
-    Failed,
     Hurry,
     Lines,
-    Serving,
+    WorkerFailed,
+    WorkerServing,
     decode_order,
     encode,
 )
@@ -47,7 +47,7 @@ def main() -> None:
     logs = LogWriter(sys.stdout, style="json")
     logs.open()
     globalLogBeginner.beginLoggingTo([TwistedMessages()], redirectStandardIO=False, discardBuffer=True)
-    worker = Worker(reactor)
+    worker = WorkerProtocol(reactor)
     pipes: Any = StandardIO
     pipes(worker, stdin=ORDERS, stdout=REPORTS)
     running: Any = reactor
@@ -56,7 +56,7 @@ def main() -> None:
     sys.exit(worker.exit_code)
 
 
-class Worker(Protocol):
+class WorkerProtocol(Protocol):
     """Carries out its parent's orders."""
 
     def __init__(self, reactor: Any) -> None:
@@ -100,11 +100,11 @@ class Worker(Protocol):
         self._engine.start()
         gc.collect()
         gc.freeze()  # no collection looks at what start-up made
-        self.transport.write(encode(Serving()))
+        self.transport.write(encode(WorkerServing()))
 
     def _fail(self, error: BaseException) -> None:
         self.exit_code = 1
-        self.transport.write(encode(Failed(one_line(error))))
+        self.transport.write(encode(WorkerFailed(one_line(error))))
         self._end()
 
     def _end(self) -> None:

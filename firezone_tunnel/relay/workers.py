@@ -36,7 +36,7 @@ from firezone_tunnel.relay.control import (
     Hurry,
     Lines,
     Order,
-    Serving,
+    WorkerServing,
     decode_report,
     encode,
 )
@@ -78,7 +78,7 @@ class WorkerGroup:
     @property
     def is_serving(self) -> bool:
         """Whether all of them are."""
-        return all(worker.state is State.SERVING for worker in self._workers)
+        return all(worker.state is WorkerState.SERVING for worker in self._workers)
 
     def start(self) -> Deferred[None]:
         """Fires once all of them serve."""
@@ -119,13 +119,13 @@ class WorkerGroup:
         return False
 
     def worker_ended(self) -> None:
-        is_over = all(worker.state is State.ENDED for worker in self._workers)
+        is_over = all(worker.state is WorkerState.ENDED for worker in self._workers)
         if is_over and self._stopped is not None and not self._stopped.called:
             close_all(self._sockets)
             self._stopped.callback(None)
 
 
-class State(enum.Enum):
+class WorkerState(enum.Enum):
     """What a worker's place in the group is, at the moment."""
 
     STARTING = "starting"
@@ -140,7 +140,7 @@ class WorkerProcess:
     """One worker: its process, and the next one when that dies."""
 
     def __init__(self, reactor: Any, number: int, begin: Begin, sockets: list[socket.socket], group: WorkerGroup):
-        self.state = State.ENDED
+        self.state = WorkerState.ENDED
         self.number = number
         self._reactor = reactor
         self._group = group
@@ -153,7 +153,7 @@ class WorkerProcess:
         self._reason = ""  # what it says it fails of
 
     def start(self) -> None:
-        self.state = State.STARTING
+        self.state = WorkerState.STARTING
         self._reason = ""
         pipes = {ORDERS: "w", LOG: "r", ERRORS: "r", REPORTS: "r"}
         inherited = {FIRST_SOCKET + index: one.fileno() for index, one in enumerate(self._sockets)}
@@ -171,13 +171,13 @@ class WorkerProcess:
 
     def end(self, order: Order, patience: float) -> None:
         """Tell it to end; it is killed if it hasn't after `patience` seconds. May be called again."""
-        if self.state is State.ENDED:
+        if self.state is WorkerState.ENDED:
             return
         self._cancel_timer()
-        if self.state is State.RESTING or self._pipes is None:
+        if self.state is WorkerState.RESTING or self._pipes is None:
             self._ended()
             return
-        self.state = State.ENDING
+        self.state = WorkerState.ENDING
         self._pipes.tell(order)
         self._timer = self._reactor.callLater(patience, self._pipes.kill)
 
@@ -189,10 +189,10 @@ class WorkerProcess:
         except msgspec.MsgspecError as error:
             log.error("relay:worker_misunderstood", worker=self.number, reason=str(error))
             return
-        if not isinstance(report, Serving):
+        if not isinstance(report, WorkerServing):
             self._reason = report.reason
-        elif self.state is State.STARTING:
-            self.state = State.SERVING
+        elif self.state is WorkerState.STARTING:
+            self.state = WorkerState.SERVING
             self._served_since = boottime()
             self._group.worker_serves()
 
@@ -200,23 +200,23 @@ class WorkerProcess:
         """Its process has ended, or never began."""
         self._pipes = None
         self._cancel_timer()
-        if self.state is State.ENDING:
+        if self.state is WorkerState.ENDING:
             self._ended()
             return
-        if self.state is State.SERVING and boottime() - self._served_since >= STEADY_AFTER:
+        if self.state is WorkerState.SERVING and boottime() - self._served_since >= STEADY_AFTER:
             self._delay = FIRST_DELAY
-        self.state = State.RESTING
+        self.state = WorkerState.RESTING
         reason = self._reason or reason
         log.warning("relay:worker_lost", worker=self.number, reason=reason, next_after=self._delay)
         if not self._group.worker_lost(self.number, reason):
             self._ended()
-        elif self.state is State.RESTING:  # else: that made somebody end us
+        elif self.state is WorkerState.RESTING:  # else: that made somebody end us
             self._timer = self._reactor.callLater(self._delay, self.start)
             self._delay = min(MAX_DELAY, 2 * self._delay)
 
     def _ended(self) -> None:
-        if self.state is not State.ENDED:
-            self.state = State.ENDED
+        if self.state is not WorkerState.ENDED:
+            self.state = WorkerState.ENDED
             self._group.worker_ended()
 
     def _cancel_timer(self) -> None:

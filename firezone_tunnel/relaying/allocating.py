@@ -8,8 +8,8 @@ import attrs
 
 from firezone_tunnel.relaying.allocation import Allocation, Holdings
 from firezone_tunnel.relaying.answers import Answers
-from firezone_tunnel.relaying.authentication import Request
-from firezone_tunnel.relaying.credentials import Credentials
+from firezone_tunnel.relaying.authentication import AuthenticatedRequest
+from firezone_tunnel.relaying.credentials import CredentialSource
 from firezone_tunnel.relaying.outputs import OpenPort, Outbox
 from firezone_tunnel.relaying.registry import Registry, Reservation
 from firezone_tunnel.stun import message as stun
@@ -58,7 +58,7 @@ class RelayConfig:
         return -(-limit // self.workers)
 
 
-class Terms(NamedTuple):
+class AllocationTerms(NamedTuple):
     """What an Allocate request asks for."""
 
     families: tuple[int, ...]
@@ -69,7 +69,7 @@ class Terms(NamedTuple):
     token: bytes | None = None
 
     @classmethod
-    def of(cls, message: Message, served: dict[int, str]) -> Terms | int:
+    def of(cls, message: Message, served: dict[int, str]) -> AllocationTerms | int:
         """Read a request; the error code if it can't be granted by anybody, or not here."""
         transport = message.get(stun.REQUESTED_TRANSPORT)
         if transport is None:
@@ -100,8 +100,8 @@ class Terms(NamedTuple):
 class _Opening(NamedTuple):
     """An allocation whose sockets are being opened."""
 
-    request: Request
-    terms: Terms
+    request: AuthenticatedRequest
+    terms: AllocationTerms
     reserved: int | None
     """The port after it, to be reserved."""
     attempt: int
@@ -111,7 +111,7 @@ class Allocator:
     """Makes allocations. While the sockets of one are being opened, retransmissions of its request are ignored."""
 
     def __init__(
-        self, config: RelayConfig, credentials: Credentials, registry: Registry, answers: Answers, outbox: Outbox
+        self, config: RelayConfig, credentials: CredentialSource, registry: Registry, answers: Answers, outbox: Outbox
     ) -> None:
         self.holdings = Holdings(config.share(config.max_channels), config.share(config.max_permissions))
         self._config = config
@@ -124,10 +124,10 @@ class Allocator:
         self._outbox = outbox
         self._opening: dict[int, _Opening] = {}  # by port; more than one only while the shell is busy
 
-    def handle(self, request: Request, now: float) -> None:
+    def handle(self, request: AuthenticatedRequest, now: float) -> None:
         if any(opening.request.client == request.client for opening in self._opening.values()):
             return
-        terms = Terms.of(request.message, self._hosts)
+        terms = AllocationTerms.of(request.message, self._hosts)
         allocation = self._registry.by_client(request.client)
         if allocation is not None:
             if allocation.transaction_id != request.message.transaction_id or isinstance(terms, int):
@@ -188,7 +188,7 @@ class Allocator:
             return
         self._open(opening.request, opening.terms, now, attempt=opening.attempt + 1)
 
-    def _limit(self, request: Request) -> int:
+    def _limit(self, request: AuthenticatedRequest) -> int:
         """The error code if there may be no more allocations, else 0."""
         registry = self._registry
         if registry.is_draining:
@@ -201,7 +201,7 @@ class Allocator:
             return 486
         return 0
 
-    def _open(self, request: Request, terms: Terms, now: float, *, attempt: int) -> None:
+    def _open(self, request: AuthenticatedRequest, terms: AllocationTerms, now: float, *, attempt: int) -> None:
         port = self._registry.ports.take(now, even=terms.even, with_next=terms.reserve_next)
         if port is None:
             self._answers.fail(request, 508)
@@ -210,7 +210,7 @@ class Allocator:
         self._opening[port] = _Opening(request, terms, reserved, attempt)
         self._outbox.commands.append(OpenPort(port, terms.families))
 
-    def _open_reserved(self, request: Request, terms: Terms, token: bytes) -> None:
+    def _open_reserved(self, request: AuthenticatedRequest, terms: AllocationTerms, token: bytes) -> None:
         reservation = self._registry.claim(token)
         if reservation is None:
             self._answers.fail(request, 508)
@@ -219,7 +219,9 @@ class Allocator:
         self._opening[reservation.port] = _Opening(request, terms, None, 1)
         self._outbox.commands.append(OpenPort(reservation.port, terms.families))
 
-    def _succeed(self, request: Request, allocation: Allocation, terms: Terms, now: float) -> None:
+    def _succeed(
+        self, request: AuthenticatedRequest, allocation: Allocation, terms: AllocationTerms, now: float
+    ) -> None:
         """Also the answer to a retransmission, which tells the time that is left (RFC 8656, section 7.2)."""
         relayed = allocation.relayed.values()
         left = max(0, round(min(allocation.expires_at.values()) - now))

@@ -27,7 +27,7 @@ class Holdings:
     permissions: int = 0
 
 
-class Channel:
+class ChannelBinding:
     """A number that stands for one peer. Bound until a time, then reserved for another five minutes."""
 
     __slots__ = ("bound_until", "is_relayed", "number", "peer")
@@ -85,8 +85,8 @@ class Allocation:
         self.transaction_id = transaction_id
         self.token = token
         self.holdings = holdings
-        self.channels: dict[int, Channel] = {}
-        self.channels_by_peer: dict[SocketAddress, Channel] = {}
+        self.channels: dict[int, ChannelBinding] = {}
+        self.channels_by_peer: dict[SocketAddress, ChannelBinding] = {}
         self.permissions: dict[str, float] = {}
         self.wants_indications = False
 
@@ -103,7 +103,7 @@ class Allocation:
         if channel is None:
             if len(self.channels) >= MAX_CHANNELS or self.holdings.channels >= self.holdings.max_channels:
                 return 508
-            channel = Channel(number, peer, is_relayed=is_relayed)
+            channel = ChannelBinding(number, peer, is_relayed=is_relayed)
             self.channels[number] = self.channels_by_peer[peer] = channel
             self.holdings.channels += 1
         channel.bound_until = now + CHANNEL_LIFETIME
@@ -162,7 +162,7 @@ class Allocation:
     def __repr__(self) -> str:
         return f"<Allocation {self.port} of {self.client} with {len(self.channels)} channels>"
 
-    def _keep(self, channels: list[Channel], permissions: dict[str, float]) -> None:
+    def _keep(self, channels: list[ChannelBinding], permissions: dict[str, float]) -> None:
         self.holdings.channels += len(channels) - len(self.channels)
         self.holdings.permissions += len(permissions) - len(self.permissions)
         if len(channels) != len(self.channels):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from firezone_tunnel.relaying.authentication import Refusal, Request
+from firezone_tunnel.relaying.authentication import AuthenticatedRequest, AuthenticationRefusal
 from firezone_tunnel.relaying.budget import MAX_ANSWER, AnswerBudget
-from firezone_tunnel.relaying.credentials import Credentials
+from firezone_tunnel.relaying.credentials import CredentialSource
 from firezone_tunnel.relaying.nonce import Nonces
 from firezone_tunnel.relaying.outputs import Outbox, RelayTransmit
 from firezone_tunnel.sansio import SocketAddress
@@ -21,20 +21,20 @@ _MAX_NAMED = 16  # of the unknown attributes: an answer stays below 100 bytes
 class Answers:
     """Writes responses. They bear no SOFTWARE and no reason, and a FINGERPRINT if the request had one."""
 
-    def __init__(self, credentials: Credentials, nonces: Nonces, budget: AnswerBudget, outbox: Outbox) -> None:
+    def __init__(self, credentials: CredentialSource, nonces: Nonces, budget: AnswerBudget, outbox: Outbox) -> None:
         self._credentials = credentials
         self._nonces = nonces
         self._budget = budget
         self._outbox = outbox
 
-    def succeed(self, request: Request, *attributes: tuple[Attribute[Any], Any]) -> None:
+    def succeed(self, request: AuthenticatedRequest, *attributes: tuple[Attribute[Any], Any]) -> None:
         self._answer(request, Kind.SUCCESS, attributes, 0)
 
-    def fail(self, request: Request, code: int, *attributes: tuple[Attribute[Any], Any]) -> None:
+    def fail(self, request: AuthenticatedRequest, code: int, *attributes: tuple[Attribute[Any], Any]) -> None:
         self._answer(request, Kind.ERROR, ((stun.ERROR_CODE, ErrorCode(code)), *attributes), code)
 
     def refuse(
-        self, refusal: Refusal, message: Message, client: SocketAddress, local: SocketAddress, now: float
+        self, refusal: AuthenticationRefusal, message: Message, client: SocketAddress, local: SocketAddress, now: float
     ) -> None:
         """Turn a stranger away, with what they need to come back as a user if that may help."""
         attributes: Attributes = ((stun.ERROR_CODE, ErrorCode(refusal.code)),)
@@ -59,7 +59,7 @@ class Answers:
         response = _response(message, kind, attributes, None)
         self._to_stranger(response, message, client, local, 420 if unknown else 0, now, proven=proven)
 
-    def _answer(self, request: Request, kind: Kind, attributes: Attributes, code: int) -> None:
+    def _answer(self, request: AuthenticatedRequest, kind: Kind, attributes: Attributes, code: int) -> None:
         response = _response(request.message, kind, attributes, request.key)
         self._send(response, request.message, request.client, request.local, code)
 

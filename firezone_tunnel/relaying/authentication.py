@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from firezone_tunnel.relaying.credentials import Credentials
+from firezone_tunnel.relaying.credentials import CredentialSource
 from firezone_tunnel.relaying.nonce import Nonces
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Message
 
 
-class Request(NamedTuple):
+class AuthenticatedRequest(NamedTuple):
     """A request whose sender is known. Answers to it are signed with `key`."""
 
     message: Message
@@ -25,7 +25,7 @@ class Request(NamedTuple):
     key: bytes
 
 
-class Refusal(NamedTuple):
+class AuthenticationRefusal(NamedTuple):
     """What to answer to a stranger. With the `key` of whoever they claim to be, if that is a possible name."""
 
     code: int
@@ -33,24 +33,24 @@ class Refusal(NamedTuple):
 
 
 class Authenticator:
-    def __init__(self, credentials: Credentials, nonces: Nonces) -> None:
+    def __init__(self, credentials: CredentialSource, nonces: Nonces) -> None:
         self._credentials = credentials
         self._nonces = nonces
 
     def authenticate(
         self, message: Message, client: SocketAddress, local: SocketAddress, now: float, utc_now: float
-    ) -> Request | Refusal:
+    ) -> AuthenticatedRequest | AuthenticationRefusal:
         username = message.get(stun.USERNAME)
         key = None if username is None else self._credentials.key(username)
         if not message.has_integrity:
-            return Refusal(401, key)
+            return AuthenticationRefusal(401, key)
         if username is None or message.get(stun.REALM) is None:
-            return Refusal(400, key)
+            return AuthenticationRefusal(400, key)
         nonce = message.get(stun.NONCE)
         if nonce is None:
-            return Refusal(401, key)
+            return AuthenticationRefusal(401, key)
         if not self._nonces.is_valid(nonce, client, now):
-            return Refusal(438, key)
+            return AuthenticationRefusal(438, key)
         if key is None or not self._credentials.is_current(username, utc_now) or not message.is_authentic(key):
-            return Refusal(401, key)
-        return Request(message, client, local, username, key)
+            return AuthenticationRefusal(401, key)
+        return AuthenticatedRequest(message, client, local, username, key)

@@ -20,7 +20,7 @@ _MAX_EXPIRY = (1 << 64) - 1
 _MAX_EXPIRY_DIGITS = 20
 
 
-class Credentials(Protocol):
+class CredentialSource(Protocol):
     """Where the keys of users come from."""
 
     @property

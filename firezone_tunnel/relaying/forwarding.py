@@ -12,7 +12,7 @@ from typing import NamedTuple
 from firezone_tunnel.datagrams import MAX_SEND_SIZE, BufferPool, DatagramBatch, SendBuffer, send_limit
 from firezone_tunnel.packet.layout import Rows, block
 from firezone_tunnel.relaying.addresses import PeerPolicy
-from firezone_tunnel.relaying.allocation import Allocation, Channel, family_of
+from firezone_tunnel.relaying.allocation import Allocation, ChannelBinding, family_of
 from firezone_tunnel.relaying.outputs import Outbox, RelayTransmit
 from firezone_tunnel.relaying.registry import Registry
 from firezone_tunnel.sansio import Entropy, SocketAddress
@@ -172,7 +172,7 @@ class Forwarder:
         else:
             self._outbox.counters.without_channel += rows.count
 
-    def _to_channel(self, allocation: Allocation, channel: Channel, rows: Rows, ecn: int) -> None:
+    def _to_channel(self, allocation: Allocation, channel: ChannelBinding, rows: Rows, ecn: int) -> None:
         counters = self._outbox.counters
         for part in rows.parts(send_limit(HEADER_SIZE + rows.size)):
             gathered = gather(part, self._pool, channel.number)

@@ -13,9 +13,9 @@ from firezone_tunnel.relaying.addresses import PeerPolicy
 from firezone_tunnel.relaying.allocating import Allocator, RelayConfig, granted_lifetime
 from firezone_tunnel.relaying.allocation import CHANNEL_LIFETIME, PERMISSION_LIFETIME, Allocation, family_of
 from firezone_tunnel.relaying.answers import Answers, unknown_attributes
-from firezone_tunnel.relaying.authentication import Authenticator, Refusal, Request
+from firezone_tunnel.relaying.authentication import AuthenticatedRequest, AuthenticationRefusal, Authenticator
 from firezone_tunnel.relaying.budget import AnswerBudget
-from firezone_tunnel.relaying.credentials import Credentials
+from firezone_tunnel.relaying.credentials import CredentialSource
 from firezone_tunnel.relaying.forwarding import Forwarder, buffer_pool
 from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE, Nonces
 from firezone_tunnel.relaying.outputs import Command, Outbox, RelayCounters, RelayTransmit
@@ -42,7 +42,7 @@ class RelayServer:
         self,
         config: RelayConfig,
         *,
-        credentials: Credentials,
+        credentials: CredentialSource,
         policy: PeerPolicy,
         entropy: Entropy,
         now: float,
@@ -153,12 +153,12 @@ class RelayServer:
             self._answers.mirror(message, source, local, now, proven=self._registry.by_client(source) is not None)
             return
         sender = self._authenticator.authenticate(message, source, local, now, utc_now)
-        if isinstance(sender, Refusal):
+        if isinstance(sender, AuthenticationRefusal):
             self._answers.refuse(sender, message, source, local, now)
             return
         self._handle_request(sender, now)
 
-    def _handle_request(self, request: Request, now: float) -> None:
+    def _handle_request(self, request: AuthenticatedRequest, now: float) -> None:
         message = request.message
         unknown = unknown_attributes(message)
         if unknown is not None:
@@ -182,14 +182,14 @@ class RelayServer:
         else:
             self._bind_channel(request, allocation, now)
 
-    def _handle_without_allocation(self, request: Request, now: float) -> None:
+    def _handle_without_allocation(self, request: AuthenticatedRequest, now: float) -> None:
         message = request.message
         if self._registry.was_deleted_by(request.client, message.transaction_id, now):
             self._answers.succeed(request, (stun.LIFETIME, 0))
             return
         self._answers.fail(request, 437)
 
-    def _refresh(self, request: Request, allocation: Allocation, now: float) -> None:
+    def _refresh(self, request: AuthenticatedRequest, allocation: Allocation, now: float) -> None:
         """RFC 8656, section 8.2."""
         message = request.message
         requested = message.get(stun.REQUESTED_ADDRESS_FAMILY)
@@ -207,7 +207,7 @@ class RelayServer:
         self._registry.changed(allocation, now + lifetime)
         self._answers.succeed(request, (stun.LIFETIME, lifetime))
 
-    def _create_permission(self, request: Request, allocation: Allocation, now: float) -> None:
+    def _create_permission(self, request: AuthenticatedRequest, allocation: Allocation, now: float) -> None:
         """RFC 8656, section 10.2: all of the permissions, or none."""
         hosts = [peer.host for peer in request.message.get_all(stun.XOR_PEER_ADDRESS)]
         if not hosts:
@@ -229,7 +229,7 @@ class RelayServer:
         self._registry.changed(allocation, now + PERMISSION_LIFETIME)
         self._answers.succeed(request)
 
-    def _bind_channel(self, request: Request, allocation: Allocation, now: float) -> None:
+    def _bind_channel(self, request: AuthenticatedRequest, allocation: Allocation, now: float) -> None:
         """RFC 8656, section 12.2."""
         number = request.message.get(stun.CHANNEL_NUMBER)
         peer = request.message.get(stun.XOR_PEER_ADDRESS)

@@ -12,11 +12,11 @@ from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.control import (
     Begin,
     Drain,
-    Failed,
     Hurry,
     Lines,
     Order,
-    Serving,
+    WorkerFailed,
+    WorkerServing,
     decode_order,
     decode_report,
     encode,
@@ -72,7 +72,7 @@ def test_orders_arrive_as_they_were_given(order: Order) -> None:
     assert decode_order(line) == order
 
 
-@pytest.mark.parametrize("report", [Serving(), Failed("it broke")])
+@pytest.mark.parametrize("report", [WorkerServing(), WorkerFailed("it broke")])
 def test_reports_arrive_as_they_were_made(report: control.Report) -> None:
     assert decode_report(encode(report)) == report
 

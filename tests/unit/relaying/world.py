@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.relaying.addresses import Network, PeerPolicy
 from firezone_tunnel.relaying.allocating import RelayConfig
-from firezone_tunnel.relaying.credentials import Credentials, StampSecret, stamp_password
+from firezone_tunnel.relaying.credentials import CredentialSource, StampSecret, stamp_password
 from firezone_tunnel.relaying.outputs import ClosePort, Command, OpenPort
 from firezone_tunnel.relaying.server import RelayServer
 from firezone_tunnel.sansio import SocketAddress
@@ -46,7 +46,7 @@ class World:
     def __init__(
         self,
         *,
-        credentials: Credentials | None = None,
+        credentials: CredentialSource | None = None,
         allow: Iterable[Network] = (),
         own_hosts: Iterable[str] = (),
         public_ipv4: str | None = RELAY4,
