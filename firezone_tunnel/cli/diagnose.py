@@ -29,7 +29,7 @@ ROLES = ("client", "gateway")
 _PORTAL_TIMEOUT = 5.0
 
 
-class State(enum.Enum):
+class CheckState(enum.Enum):
     """Whether what was looked at does its part; a limit makes the tunnel slower or narrower, but not impossible."""
 
     OK = "ok"
@@ -42,7 +42,7 @@ class Finding:
     """What was found, and what to do about it. `needed_by` names the roles that can't work where it is missing."""
 
     check: str
-    state: State
+    state: CheckState
     found: str
     advice: str = ""
     needed_by: tuple[str, ...] = ROLES
@@ -63,7 +63,7 @@ def diagnose(interface: str = DEFAULT_NAME, api_url: str | None = None, ca_file:
 
 def is_usable(findings: list[Finding], role: str) -> bool:
     """Whether nothing is missing that a client, or a gateway, needs."""
-    return not any(one.state is State.MISSING and role in one.needed_by for one in findings)
+    return not any(one.state is CheckState.MISSING and role in one.needed_by for one in findings)
 
 
 _CAP_NET_ADMIN = 12  # <linux/capability.h>
@@ -79,11 +79,11 @@ _OFFLOADS = {
 
 def _privileges() -> Finding:
     if os.geteuid() == 0 and _has_net_admin():
-        return Finding("privileges", State.OK, "root, with CAP_NET_ADMIN")
+        return Finding("privileges", CheckState.OK, "root, with CAP_NET_ADMIN")
     if _has_net_admin():
-        return Finding("privileges", State.OK, "CAP_NET_ADMIN")
+        return Finding("privileges", CheckState.OK, "CAP_NET_ADMIN")
     who = "root, but without CAP_NET_ADMIN" if os.geteuid() == 0 else "neither root nor CAP_NET_ADMIN"
-    return Finding("privileges", State.MISSING, who, "run as root; in a container add the capability NET_ADMIN")
+    return Finding("privileges", CheckState.MISSING, who, "run as root; in a container add the capability NET_ADMIN")
 
 
 def _has_net_admin() -> bool:
@@ -99,14 +99,14 @@ def _tun() -> Iterator[Finding]:
     try:
         device = open_tun("fz-diagnose%d")  # the kernel puts the first free number there
     except PlatformError as error:
-        yield Finding("tun", State.MISSING, str(error), "modprobe tun; in a container pass on /dev/net/tun")
+        yield Finding("tun", CheckState.MISSING, str(error), "modprobe tun; in a container pass on /dev/net/tun")
         return
     device.close()
-    yield Finding("tun", State.OK, "a TUN device can be made")
+    yield Finding("tun", CheckState.OK, "a TUN device can be made")
     is_best = device.offload is Offload.UDP
     yield Finding(
         "tun offloads",
-        State.OK if is_best else State.LIMIT,
+        CheckState.OK if is_best else CheckState.LIMIT,
         _OFFLOADS[device.offload],
         "" if is_best else f"works, but more slowly: {_BEST}",
     )
@@ -117,12 +117,12 @@ def _udp() -> Iterator[Finding]:
         with sockets.bind("0.0.0.0", [0], mark=None) as udp:
             features = sockets.configure(udp, gso=True, gro=True)
     except PlatformError as error:
-        yield Finding("udp", State.MISSING, one_line(error), "allow UDP sockets")
+        yield Finding("udp", CheckState.MISSING, one_line(error), "allow UDP sockets")
         return
     lacking = [name for name, has in (("GSO", features.gso), ("GRO", features.gro)) if not has]
     yield Finding(
         "udp offloads",
-        State.LIMIT if lacking else State.OK,
+        CheckState.LIMIT if lacking else CheckState.OK,
         f"without {' and '.join(lacking)}" if lacking else "GSO and GRO",
         f"works, but more slowly: {_BEST}" if lacking else "",
     )
@@ -130,7 +130,7 @@ def _udp() -> Iterator[Finding]:
     is_large = kept >= sockets.RECEIVE_BUFFER
     yield Finding(
         "udp buffer",
-        State.OK if is_large else State.LIMIT,
+        CheckState.OK if is_large else CheckState.LIMIT,
         f"{kept >> 10} KiB for what arrives",
         "" if is_large else f"run as root, or set net.core.rmem_max to {sockets.RECEIVE_BUFFER}",
     )
@@ -140,18 +140,18 @@ def _nft(needed_by: tuple[str, ...]) -> Finding:
     try:
         nftables.rules()
     except PlatformError as error:
-        return Finding("nftables", State.MISSING, str(error), "install nftables; run as root", needed_by)
-    return Finding("nftables", State.OK, "rules can be read", "", needed_by)
+        return Finding("nftables", CheckState.MISSING, str(error), "install nftables; run as root", needed_by)
+    return Finding("nftables", CheckState.OK, "rules can be read", "", needed_by)
 
 
 def _forwarding() -> Finding:
     path = PROC_SYS / "net/ipv4/ip_forward"
     if _read(path) == "1":
-        return Finding("forwarding", State.OK, "IPv4 is forwarded", needed_by=("gateway",))
+        return Finding("forwarding", CheckState.OK, "IPv4 is forwarded", needed_by=("gateway",))
     if os.access(path, os.W_OK):
-        return Finding("forwarding", State.OK, "is off; a gateway switches it on", needed_by=("gateway",))
+        return Finding("forwarding", CheckState.OK, "is off; a gateway switches it on", needed_by=("gateway",))
     return Finding(
-        *("forwarding", State.MISSING, "is off, and can't be switched on from here"),
+        *("forwarding", CheckState.MISSING, "is off, and can't be switched on from here"),
         "set net.ipv4.ip_forward=1 (docker: --sysctl)",
         needed_by=("gateway",),
     )
@@ -162,7 +162,7 @@ def _network(interface: str) -> Iterator[Finding]:
     try:
         snapshot = kernel.snapshot()
     except (PlatformError, OSError) as error:
-        yield Finding("network", State.MISSING, one_line(error), "allow netlink sockets")
+        yield Finding("network", CheckState.MISSING, one_line(error), "allow netlink sockets")
         return
     finally:
         kernel.close()
@@ -171,20 +171,22 @@ def _network(interface: str) -> Iterator[Finding]:
         yield _uplink(f"{family} uplink", uplink)
     hosts = host_candidates(snapshot, own_link=interface)
     if hosts:
-        yield Finding("candidates", State.OK, ", ".join(hosts))
+        yield Finding("candidates", CheckState.OK, ", ".join(hosts))
     else:
-        yield Finding("candidates", State.MISSING, "no address that a peer could use", "give the host an address")
+        yield Finding("candidates", CheckState.MISSING, "no address that a peer could use", "give the host an address")
     for name in dict.fromkeys(uplink.interface for uplink in found if uplink is not None):
         if is_strict(name, lambda setting: _read(PROC_SYS / setting)):
-            yield Finding(_STRICT, State.OK, f"on {name}: the client marks answers, by nftables")
+            yield Finding(_STRICT, CheckState.OK, f"on {name}: the client marks answers, by nftables")
 
 
 def _uplink(check: str, uplink: Uplink | None) -> Finding:
     if uplink is None:
-        return Finding(check, State.LIMIT, "no default route", "needed only for peers beyond the host's own networks")
+        return Finding(
+            check, CheckState.LIMIT, "no default route", "needed only for peers beyond the host's own networks"
+        )
     by = f" via {uplink.next_hop}" if uplink.next_hop else ""
     source = f" from {uplink.preferred_source}" if uplink.preferred_source else ""
-    return Finding(check, State.OK, f"{uplink.interface}{by}{source}")
+    return Finding(check, CheckState.OK, f"{uplink.interface}{by}{source}")
 
 
 def _instances() -> Iterator[Finding]:
@@ -193,11 +195,15 @@ def _instances() -> Iterator[Finding]:
             Instance(role).close()
         except InUseError:
             advice = f"stop it before you start another {role}"
-            yield Finding(f"{role} running", State.LIMIT, f"a {role} of ours runs in this network namespace", advice)
+            yield Finding(
+                f"{role} running", CheckState.LIMIT, f"a {role} of ours runs in this network namespace", advice
+            )
         except PlatformError as error:
-            yield Finding(f"{role} running", State.MISSING, one_line(error), "allow Unix sockets", needed_by=(role,))
+            yield Finding(
+                f"{role} running", CheckState.MISSING, one_line(error), "allow Unix sockets", needed_by=(role,)
+            )
         else:
-            yield Finding(f"{role} running", State.OK, "none")
+            yield Finding(f"{role} running", CheckState.OK, "none")
 
 
 def _portal(api_url: str, ca_file: Path | None) -> Finding:
@@ -210,14 +216,14 @@ def _portal(api_url: str, ca_file: Path | None) -> Finding:
                 context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
                 context.wrap_socket(connection, server_hostname=portal.host).close()
     except ConfigurationError as error:
-        return Finding("portal", State.MISSING, one_line(error), "check --api-url")
+        return Finding("portal", CheckState.MISSING, one_line(error), "check --api-url")
     except ssl.SSLCertVerificationError as error:
         advice = "check the portal's certificate, or name its CA with --ca-file"
-        return Finding("portal", State.MISSING, f"{portal} is not trusted: {error.verify_message}", advice)
+        return Finding("portal", CheckState.MISSING, f"{portal} is not trusted: {error.verify_message}", advice)
     except OSError as error:
         advice = "check --api-url, name resolution and the firewall"
-        return Finding("portal", State.MISSING, f"{portal} does not answer: {_reason(error)}", advice)
-    return Finding("portal", State.OK, f"{portal} answers at {address}")
+        return Finding("portal", CheckState.MISSING, f"{portal} does not answer: {_reason(error)}", advice)
+    return Finding("portal", CheckState.OK, f"{portal} answers at {address}")
 
 
 def _reason(error: OSError) -> str:

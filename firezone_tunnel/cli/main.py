@@ -13,13 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from firezone_tunnel import __version__
-from firezone_tunnel.cli.diagnose import ROLES, Finding, State, is_usable
+from firezone_tunnel.cli.diagnose import ROLES, CheckState, Finding, is_usable
 from firezone_tunnel.cli.diagnose import diagnose as look_at_host
 from firezone_tunnel.policy.account import token_hash
 from firezone_tunnel.tun.device import DEFAULT_NAME
 
 _TOKEN_BYTES = 32
-_COLOURS = {State.OK: "green", State.LIMIT: "yellow", State.MISSING: "red"}
+_COLOURS = {CheckState.OK: "green", CheckState.LIMIT: "yellow", CheckState.MISSING: "red"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

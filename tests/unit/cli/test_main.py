@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from firezone_tunnel import __version__
-from firezone_tunnel.cli.diagnose import Finding, State, is_usable
+from firezone_tunnel.cli.diagnose import CheckState, Finding, is_usable
 from firezone_tunnel.cli.main import main
 
 _ROOT = Path(__file__).parents[3]
@@ -65,7 +65,7 @@ def test_the_table_and_the_object_say_the_same(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_limit_keeps_nothing_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    findings = [Finding("udp offloads", State.LIMIT, "without GSO", "a newer kernel")]
+    findings = [Finding("udp offloads", CheckState.LIMIT, "without GSO", "a newer kernel")]
     monkeypatch.setattr("firezone_tunnel.cli.main.look_at_host", lambda *_: findings)
 
     assert is_usable(findings, "client")
@@ -109,8 +109,8 @@ def test_it_loads_no_reactor() -> None:
 
 
 _FINDINGS = [
-    Finding("privileges", State.OK, "root"),
-    Finding("nftables", State.MISSING, "no [nft]", "install it", needed_by=("gateway",)),
+    Finding("privileges", CheckState.OK, "root"),
+    Finding("nftables", CheckState.MISSING, "no [nft]", "install it", needed_by=("gateway",)),
 ]
 
 
