@@ -11,8 +11,8 @@ from firezone_tunnel.messages.common import (
     IceCredentials,
     Interface,
     Key,
-    Message,
     NoRelays,
+    PortalMessage,
     Record,
     Relay,
     RelaysPresence,
@@ -57,7 +57,7 @@ class InternetResource(Record, frozen=True, kw_only=True, tag_field="type", tag=
 Resource = DnsResource | CidrResource | InternetResource
 
 
-class Init(Message, frozen=True, kw_only=True):
+class Init(PortalMessage, frozen=True, kw_only=True):
     """After each join, authoritative: what is not listed is gone."""
 
     EVENTS = ("init",)
@@ -69,13 +69,13 @@ class Init(Message, frozen=True, kw_only=True):
     flow_logs: FlowLogs = FlowLogs()
 
 
-class ConfigChanged(Message, frozen=True, kw_only=True):
+class ConfigChanged(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("config_changed",)
 
     interface: Interface
 
 
-class ResourceChanged(Message, frozen=True, kw_only=True):
+class ResourceChanged(PortalMessage, frozen=True, kw_only=True):
     """On the wire the payload is the bare resource."""
 
     EVENTS = ("resource_created_or_updated",)
@@ -83,7 +83,7 @@ class ResourceChanged(Message, frozen=True, kw_only=True):
     resource: Resource
 
 
-class ResourceDeleted(Message, frozen=True, kw_only=True):
+class ResourceDeleted(PortalMessage, frozen=True, kw_only=True):
     """On the wire the payload is the bare id."""
 
     EVENTS = ("resource_deleted",)
@@ -91,7 +91,7 @@ class ResourceDeleted(Message, frozen=True, kw_only=True):
     id: str
 
 
-class FlowCreated(Message, frozen=True, kw_only=True):
+class FlowCreated(PortalMessage, frozen=True, kw_only=True):
     """The gateway admitted us: connect to it. The answer to `CreateFlow`, matched by the resource."""
 
     EVENTS = ("flow_created", "authorization_created")
@@ -109,7 +109,7 @@ class FlowCreated(Message, frozen=True, kw_only=True):
     flow_logs_ingest_token: str = ""
 
 
-class FlowCreationFailed(Message, frozen=True, kw_only=True):
+class FlowCreationFailed(PortalMessage, frozen=True, kw_only=True):
     """`reason`: not_found, offline, forbidden, version_mismatch, …; unknown ones are only logged."""
 
     EVENTS = ("flow_creation_failed", "authorization_creation_failed")
@@ -119,21 +119,21 @@ class FlowCreationFailed(Message, frozen=True, kw_only=True):
     violated_properties: list[str] = []
 
 
-class IceCandidates(Message, frozen=True, kw_only=True):
+class IceCandidates(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("ice_candidates", "gateway_ice_candidates", "ice_candidates")
 
     gateway_id: str
     candidates: list[str]
 
 
-class InvalidateIceCandidates(Message, frozen=True, kw_only=True):
+class InvalidateIceCandidates(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("invalidate_ice_candidates", "invalidate_gateway_ice_candidates", "invalidate_ice_candidates")
 
     gateway_id: str
     candidates: list[str]
 
 
-class CreateFlow(Message, frozen=True, kw_only=True):
+class CreateFlow(PortalMessage, frozen=True, kw_only=True):
     """A packet wants this resource; the gateways are a hint for stickiness."""
 
     EVENTS = ("create_flow", "request_authorization")
@@ -142,14 +142,14 @@ class CreateFlow(Message, frozen=True, kw_only=True):
     connected_gateway_ids: list[str]
 
 
-class BroadcastIceCandidates(Message, frozen=True, kw_only=True):
+class BroadcastIceCandidates(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("broadcast_ice_candidates",)
 
     gateway_ids: list[str]
     candidates: list[str]
 
 
-class BroadcastInvalidatedIceCandidates(Message, frozen=True, kw_only=True):
+class BroadcastInvalidatedIceCandidates(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("broadcast_invalidated_ice_candidates",)
 
     gateway_ids: list[str]
@@ -169,7 +169,7 @@ FromPortal = (
 )
 ToPortal = CreateFlow | BroadcastIceCandidates | BroadcastInvalidatedIceCandidates | NoRelays | SnownetCapabilities
 
-_FROM_PORTAL: dict[str, type[Message]] = {
+_FROM_PORTAL: dict[str, type[PortalMessage]] = {
     event: kind
     for kind in (
         Init, ConfigChanged, RelaysPresence, FlowCreated, FlowCreationFailed, IceCandidates, InvalidateIceCandidates,

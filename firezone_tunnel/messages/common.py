@@ -32,7 +32,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """A JSON object; unknown keys are ignored."""
 
 
-class Message(Record, frozen=True, kw_only=True):
+class PortalMessage(Record, frozen=True, kw_only=True):
     """A payload with the names of its event, the seed's first, today's last."""
 
     EVENTS: ClassVar[tuple[str, ...]]
@@ -124,7 +124,7 @@ class Authorization(Record, frozen=True, kw_only=True):
     expires_at: int | None = None
 
 
-class RelaysPresence(Message, frozen=True, kw_only=True):
+class RelaysPresence(PortalMessage, frozen=True, kw_only=True):
     """Drop the listed relays, then upsert the connected ones; relays in neither list stay."""
 
     EVENTS = ("relays_presence",)
@@ -133,13 +133,13 @@ class RelaysPresence(Message, frozen=True, kw_only=True):
     connected: list[Relay]
 
 
-class NoRelays(Message, frozen=True, kw_only=True):
+class NoRelays(PortalMessage, frozen=True, kw_only=True):
     """We must connect and know no relay; the portal answers with `RelaysPresence`."""
 
     EVENTS = ("no_relays",)
 
 
-class SnownetCapabilities(Message, frozen=True, kw_only=True):
+class SnownetCapabilities(PortalMessage, frozen=True, kw_only=True):
     """Today's peers announce what they can do after each join; we never announce iceless."""
 
     EVENTS = ("set_snownet_capabilities",)

@@ -9,8 +9,8 @@ from firezone_tunnel.messages.common import (
     IceCredentials,
     Interface,
     Key,
-    Message,
     NoRelays,
+    PortalMessage,
     Record,
     Relay,
     RelaysPresence,
@@ -50,7 +50,7 @@ class Config(Record, frozen=True, kw_only=True):
     ipv6_masquerade_enabled: bool = True
 
 
-class Init(Message, frozen=True, kw_only=True):
+class Init(PortalMessage, frozen=True, kw_only=True):
     """After each join; everything the authorizations don't list is revoked."""
 
     EVENTS = ("init",)
@@ -63,7 +63,7 @@ class Init(Message, frozen=True, kw_only=True):
     flow_logs: FlowLogs = FlowLogs()
 
 
-class Peer(Record, frozen=True, kw_only=True):
+class AuthorizedClient(Record, frozen=True, kw_only=True):
     """The client that an authorization is for."""
 
     id: str
@@ -73,14 +73,14 @@ class Peer(Record, frozen=True, kw_only=True):
     ipv6: str
 
 
-class AuthorizeFlow(Message, frozen=True, kw_only=True):
+class AuthorizeFlow(PortalMessage, frozen=True, kw_only=True):
     """Admit this client to this resource, then answer `FlowAuthorized` with the opaque `ref`."""
 
     EVENTS = ("authorize_flow", "create_authorization")
 
     ref: str
     resource: Resource
-    client: Peer
+    client: AuthorizedClient
     client_ice_credentials: IceCredentials
     gateway_ice_credentials: IceCredentials
     expires_at: int | None
@@ -88,14 +88,14 @@ class AuthorizeFlow(Message, frozen=True, kw_only=True):
     flow_logs_ingest_token: str = ""
 
 
-class RejectAccess(Message, frozen=True, kw_only=True):
+class RejectAccess(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("reject_access",)
 
     client_id: str
     resource_id: str
 
 
-class ExpiryUpdated(Message, frozen=True, kw_only=True):
+class ExpiryUpdated(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("access_authorization_expiry_updated",)
 
     client_id: str
@@ -103,7 +103,7 @@ class ExpiryUpdated(Message, frozen=True, kw_only=True):
     expires_at: int | None
 
 
-class ResourceUpdated(Message, frozen=True, kw_only=True):
+class ResourceUpdated(PortalMessage, frozen=True, kw_only=True):
     """On the wire the payload is the bare resource; only its filters matter."""
 
     EVENTS = ("resource_updated",)
@@ -111,34 +111,34 @@ class ResourceUpdated(Message, frozen=True, kw_only=True):
     resource: Resource
 
 
-class IceCandidates(Message, frozen=True, kw_only=True):
+class IceCandidates(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("ice_candidates",)
 
     client_id: str
     candidates: list[str]
 
 
-class InvalidateIceCandidates(Message, frozen=True, kw_only=True):
+class InvalidateIceCandidates(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("invalidate_ice_candidates",)
 
     client_id: str
     candidates: list[str]
 
 
-class FlowAuthorized(Message, frozen=True, kw_only=True):
+class FlowAuthorized(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("flow_authorized", "authorization_created")
 
     ref: str
 
 
-class BroadcastIceCandidates(Message, frozen=True, kw_only=True):
+class BroadcastIceCandidates(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("broadcast_ice_candidates",)
 
     client_ids: list[str]
     candidates: list[str]
 
 
-class BroadcastInvalidatedIceCandidates(Message, frozen=True, kw_only=True):
+class BroadcastInvalidatedIceCandidates(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("broadcast_invalidated_ice_candidates",)
 
     client_ids: list[str]
@@ -157,7 +157,7 @@ FromPortal = (
 )
 ToPortal = FlowAuthorized | BroadcastIceCandidates | BroadcastInvalidatedIceCandidates | NoRelays | SnownetCapabilities
 
-_FROM_PORTAL: dict[str, type[Message]] = {
+_FROM_PORTAL: dict[str, type[PortalMessage]] = {
     event: kind
     for kind in (
         Init, AuthorizeFlow, RejectAccess, ExpiryUpdated, RelaysPresence, IceCandidates, InvalidateIceCandidates,

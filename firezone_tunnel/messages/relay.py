@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from firezone_tunnel.messages.common import Message
+from firezone_tunnel.messages.common import PortalMessage
 
 TOPIC = "relay"
 
 
-class Join(Message, frozen=True, kw_only=True):
+class Join(PortalMessage, frozen=True, kw_only=True):
     """The payload of a relay's `phx_join`: credentials for it are derived from this secret."""
 
     EVENTS = ("phx_join",)
@@ -15,5 +15,5 @@ class Join(Message, frozen=True, kw_only=True):
     stamp_secret: str
 
 
-class Init(Message, frozen=True, kw_only=True):
+class Init(PortalMessage, frozen=True, kw_only=True):
     EVENTS = ("init",)

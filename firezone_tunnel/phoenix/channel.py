@@ -39,7 +39,7 @@ BACKOFF_MAX = 60.0
 RETRY_AFTER_MAX = 3600.0  # a portal's mistake shall not keep us away for longer
 
 
-class State(enum.Enum):
+class ChannelState(enum.Enum):
     IDLE = "idle"
     DIALING = "dialing"
     JOINING = "joining"
@@ -48,19 +48,20 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
-TRANSITIONS: Mapping[State, tuple[State, ...]] = {
-    State.IDLE: (State.DIALING,),
-    State.DIALING: (State.JOINING, State.WAITING, State.FAILED, State.DIALING, State.IDLE),
-    State.JOINING: (State.JOINED, State.WAITING, State.FAILED, State.DIALING, State.IDLE),
-    State.JOINED: (State.JOINING, State.WAITING, State.FAILED, State.DIALING, State.IDLE),
-    State.WAITING: (State.DIALING, State.IDLE),
-    State.FAILED: (State.DIALING, State.IDLE),
+_ENDS = (ChannelState.WAITING, ChannelState.FAILED, ChannelState.DIALING, ChannelState.IDLE)
+TRANSITIONS: Mapping[ChannelState, tuple[ChannelState, ...]] = {
+    ChannelState.IDLE: (ChannelState.DIALING,),
+    ChannelState.DIALING: (ChannelState.JOINING, *_ENDS),
+    ChannelState.JOINING: (ChannelState.JOINED, *_ENDS),
+    ChannelState.JOINED: (ChannelState.JOINING, *_ENDS),
+    ChannelState.WAITING: (ChannelState.DIALING, ChannelState.IDLE),
+    ChannelState.FAILED: (ChannelState.DIALING, ChannelState.IDLE),
 }
 """Every change of state that there is; the diagram in the documentation is made of it."""
 
 
 @attrs.frozen
-class Refusal:
+class UpgradeRefused:
     """What the portal answered to the upgrade instead of 101."""
 
     status: int
@@ -93,7 +94,7 @@ class Joined:
 
 
 @attrs.frozen
-class Received:
+class PushReceived:
     """A message on the topic, its payload as decoded JSON."""
 
     event: str
@@ -124,7 +125,7 @@ class Fatal:
     error: PortalError
 
 
-Event = Dial | HangUp | Joined | Received | ChannelLost | Lost | Fatal
+Event = Dial | HangUp | Joined | PushReceived | ChannelLost | Lost | Fatal
 
 
 @attrs.define
@@ -159,7 +160,7 @@ class Channel:
         self._topic = topic
         self._join_payload = join_payload
         self._backoff = _Backoff(entropy, max_partition_time)
-        self._state = State.IDLE
+        self._state = ChannelState.IDLE
         self._attempt = 0
         self._deadline: float | None = None  # what it is for follows from the state
         self._joined_at: float | None = None
@@ -168,7 +169,7 @@ class Channel:
         self._events: deque[Event] = deque()
 
     @property
-    def state(self) -> State:
+    def state(self) -> ChannelState:
         return self._state
 
     def connect(self, now: float) -> None:
@@ -181,12 +182,12 @@ class Channel:
 
     def close(self) -> None:
         """Want no connection any more. The shell closes the WebSocket, if any, in its own way."""
-        if self._state is not State.IDLE:
-            self._enter(State.IDLE)
+        if self._state is not ChannelState.IDLE:
+            self._enter(ChannelState.IDLE)
 
     def handle_open(self, now: float) -> None:
         """The WebSocket is open: join."""
-        if self._state is not State.DIALING:
+        if self._state is not ChannelState.DIALING:
             return
         self._link = _Link(heartbeat_at=now + HEARTBEAT_INTERVAL)
         self._join(now)
@@ -215,9 +216,9 @@ class Channel:
         if self._state in _ONLINE:
             self._lose(reason, now)
 
-    def handle_refused(self, refusal: Refusal, now: float) -> None:
+    def handle_refused(self, refusal: UpgradeRefused, now: float) -> None:
         """The portal answered the upgrade with something else. Only 401 is for good."""
-        if self._state is not State.DIALING:
+        if self._state is not ChannelState.DIALING:
             return
         if refusal.status != 401:
             self._lose(str(refusal), now, retry_after=refusal.retry_after)
@@ -248,7 +249,7 @@ class Channel:
         """Text frames to send, in order. The caller may stop early: what it didn't take stays queued."""
         while self._link.urgent:
             yield self._link.urgent.popleft()
-        while self._queue and self._state is State.JOINED:
+        while self._queue and self._state is ChannelState.JOINED:
             event, payload = next(iter(self._queue))
             del self._queue[event, payload]
             self.counters.sent += 1
@@ -274,21 +275,21 @@ class Channel:
             self._beat(now)
 
     def _handle_deadline(self, now: float) -> None:
-        if self._state is State.WAITING:
+        if self._state is ChannelState.WAITING:
             self._dial(now)
-        elif self._state is State.DIALING:
+        elif self._state is ChannelState.DIALING:
             self._lose(f"no connection within {DIAL_TIMEOUT:.0f} s", now)
         else:
             self._lose(f"no answer to the join within {JOIN_TIMEOUT:.0f} s", now)
 
     def _dial(self, now: float) -> None:
-        self._enter(State.DIALING)
+        self._enter(ChannelState.DIALING)
         self._attempt += 1
         self._deadline = now + DIAL_TIMEOUT
         self._events.append(Dial(self._attempt))
 
     def _join(self, now: float) -> None:
-        self._enter(State.JOINING)
+        self._enter(ChannelState.JOINING)
         self._deadline = now + JOIN_TIMEOUT
         self._link.join_ref = self._link.next_ref
         self._link.urgent.append(self._encode(self._topic, "phx_join", self._join_payload))
@@ -311,13 +312,13 @@ class Channel:
             del link.unanswered[: link.unanswered.index(frame.ref) + 1]
             return
         status, reason = _read_reply(frame.payload)
-        if self._state is State.JOINING and frame.ref == link.join_ref and frame.topic == self._topic:
+        if self._state is ChannelState.JOINING and frame.ref == link.join_ref and frame.topic == self._topic:
             self._handle_join_reply(status, reason, now)
         elif status == "ok":
             return
         elif status == "error" and isinstance(frame.ref, int):
             self.counters.errors += 1
-            is_ours = frame.topic == self._topic and self._state is State.JOINED and frame.ref > link.join_ref
+            is_ours = frame.topic == self._topic and self._state is ChannelState.JOINED and frame.ref > link.join_ref
             if reason == "unmatched topic" and is_ours:
                 self._rejoin(reason, now)
         else:
@@ -326,7 +327,7 @@ class Channel:
     def _handle_join_reply(self, status: str | None, reason: str, now: float) -> None:
         # Upstream completes a join with an empty response only; that of a later portal may say more.
         if status == "ok":
-            self._enter(State.JOINED)
+            self._enter(ChannelState.JOINED)
             self._joined_at = now
             self._attempt = 0
             self._backoff.reset()
@@ -344,7 +345,7 @@ class Channel:
         elif frame.event.startswith("phx_"):
             self.counters.unknown += 1
         else:
-            self._events.append(Received(frame.event, frame.payload))
+            self._events.append(PushReceived(frame.event, frame.payload))
 
     def _handle_disconnect(self, payload: object) -> None:
         if not isinstance(payload, dict) or payload.get("reason") != "token_expired":
@@ -353,7 +354,7 @@ class Channel:
         self._fail(AuthenticationError("The token has expired: sign in again", requires_sign_in=True))
 
     def _rejoin(self, reason: str, now: float) -> None:
-        if self._state is not State.JOINED:  # a join is under way already, and has its own time limit
+        if self._state is not ChannelState.JOINED:  # a join is under way already, and has its own time limit
             return
         if self._joined_at is not None and now < self._joined_at + REJOIN_INTERVAL:
             self._lose(reason, now)
@@ -366,18 +367,18 @@ class Channel:
         if delay is None:
             self._fail(PortalError(f"Gave up reaching the portal after {self._attempt} attempts: {reason}"))
             return
-        was_joined = self._state is State.JOINED
-        self._enter(State.WAITING)
+        was_joined = self._state is ChannelState.JOINED
+        self._enter(ChannelState.WAITING)
         self._deadline = now + delay
         self._events.append(HangUp(reason))
         self._events.append(Lost(reason, self._attempt, delay, was_joined))
 
     def _fail(self, error: PortalError) -> None:
-        self._enter(State.FAILED)
+        self._enter(ChannelState.FAILED)
         self._events.append(HangUp(str(error)))
         self._events.append(Fatal(error))
 
-    def _enter(self, state: State) -> None:
+    def _enter(self, state: ChannelState) -> None:
         assert state in TRANSITIONS[self._state], f"{self._state} does not lead to {state}"
         self._state = state
         self._deadline = None
@@ -436,5 +437,5 @@ def _read_reply(payload: object) -> tuple[str | None, str]:
     return status if isinstance(status, str) else None, reason if isinstance(reason, str) else ""
 
 
-_OPEN = (State.JOINING, State.JOINED)
-_ONLINE = (State.DIALING, *_OPEN)
+_OPEN = (ChannelState.JOINING, ChannelState.JOINED)
+_ONLINE = (ChannelState.DIALING, *_OPEN)

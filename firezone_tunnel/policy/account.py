@@ -14,7 +14,7 @@ from firezone_tunnel.policy.conditions import Condition
 from firezone_tunnel.sansio import SocketAddress
 
 
-class Role(enum.Enum):
+class PeerRole(enum.Enum):
     """What a token admits, and what connects with it; the value is the Phoenix topic."""
 
     CLIENT = "client"
@@ -50,7 +50,7 @@ class Token:
     """Admits devices of one role; `owner` is the id of an actor (client), of a site (gateway) or the account's."""
 
     id: str
-    role: Role
+    role: PeerRole
     hash: str
     owner: str
     expires_at: int | None
@@ -129,11 +129,11 @@ class Account:
     policies: tuple[Policy, ...]
     turn_servers: Mapping[str, TurnServer] = attrs.field(factory=dict)
 
-    def token(self, role: Role, text: str, utc_now: float) -> Token | None:
+    def token(self, role: PeerRole, text: str, utc_now: float) -> Token | None:
         """The token of this text, if it admits this role and has not expired."""
         return self.live_token(role, token_hash(text), utc_now)
 
-    def live_token(self, role: Role, hash_: str, utc_now: float) -> Token | None:
+    def live_token(self, role: PeerRole, hash_: str, utc_now: float) -> Token | None:
         token = self.tokens.get(hash_)
         if token is None or token.role is not role or token.is_expired(utc_now):
             return None

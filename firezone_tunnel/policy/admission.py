@@ -11,17 +11,17 @@ import attrs
 
 from firezone_tunnel.messages.common import Generation
 from firezone_tunnel.phoenix.codec import Form
-from firezone_tunnel.policy.account import Account, Role, Token
+from firezone_tunnel.policy.account import Account, PeerRole, Token
 from firezone_tunnel.policy.devices import Identity
-from firezone_tunnel.policy.versions import Agent, parse_agent
+from firezone_tunnel.policy.versions import UserAgent, parse_user_agent
 from firezone_tunnel.sansio import SocketAddress
 
 _PATHS = {
-    "/client/websocket": (Role.CLIENT, Generation.SEED),
-    "/client/v2/websocket": (Role.CLIENT, Generation.TODAY),
-    "/gateway/websocket": (Role.GATEWAY, Generation.SEED),
-    "/gateway/v2/websocket": (Role.GATEWAY, Generation.TODAY),
-    "/relay/websocket": (Role.RELAY, Generation.SEED),
+    "/client/websocket": (PeerRole.CLIENT, Generation.SEED),
+    "/client/v2/websocket": (PeerRole.CLIENT, Generation.TODAY),
+    "/gateway/websocket": (PeerRole.GATEWAY, Generation.SEED),
+    "/gateway/v2/websocket": (PeerRole.GATEWAY, Generation.TODAY),
+    "/relay/websocket": (PeerRole.RELAY, Generation.SEED),
 }
 _FORMS = {"1.0.0": Form.OBJECT, "2.0.0": Form.ARRAY}
 _RELAY_PORT = 3478
@@ -40,7 +40,7 @@ class Refused(Exception):
 
 
 @attrs.frozen
-class Request:
+class UpgradeRequest:
     """An upgrade request. `headers` have lower-case names; `parameters` are the decoded query."""
 
     path: str
@@ -57,11 +57,11 @@ class Request:
 class Admitted:
     """What every admitted socket has. `name` is None where the peer gave none."""
 
-    role: Role
+    role: PeerRole
     generation: Generation
     form: Form
     token: Token
-    agent: Agent
+    agent: UserAgent
     user_agent: str
     remote_ip: str
     name: str | None
@@ -80,7 +80,7 @@ class AdmittedRelay(Admitted):
     addresses: tuple[SocketAddress, ...]
 
 
-def admit(account: Account, request: Request, utc_now: float) -> AdmittedDevice | AdmittedRelay:
+def admit(account: Account, request: UpgradeRequest, utc_now: float) -> AdmittedDevice | AdmittedRelay:
     """Decide about an upgrade request.
 
     Raises: Refused.
@@ -94,14 +94,14 @@ def admit(account: Account, request: Request, utc_now: float) -> AdmittedDevice 
     token = _token(account, request, role, utc_now)
     user_agent = request.headers.get("user-agent", "")
     invalid = _Invalid(generation)
-    agent = parse_agent(user_agent)
+    agent = parse_user_agent(user_agent)
     if agent is None:
         raise invalid("The User-Agent names no known component and version.")
     name = request.parameter("name")
     if name is not None and len(name) > _NAME_LENGTH:
         raise invalid(f"The name is longer than {_NAME_LENGTH} characters.")
     base = (role, generation, form, token, agent, user_agent, request.remote_ip, name)
-    if role is Role.RELAY:
+    if role is PeerRole.RELAY:
         return AdmittedRelay(*base, addresses=_relay_addresses(request, invalid))
     external_id = request.parameter("external_id", "firezone_id")
     if not external_id or len(external_id) > _NAME_LENGTH:
@@ -120,7 +120,7 @@ class _Invalid:
         return Refused(self._status, "invalid_connect_params", detail)
 
 
-def _token(account: Account, request: Request, role: Role, utc_now: float) -> Token:
+def _token(account: Account, request: UpgradeRequest, role: PeerRole, utc_now: float) -> Token:
     """The header comes first, then the query; whitespace in either is no part of the token."""
     scheme, _, header = request.headers.get("x-authorization", "").strip().partition(" ")
     text = "".join((header if scheme.lower() == "bearer" else "").split()) or request.parameter("token")
@@ -132,7 +132,7 @@ def _token(account: Account, request: Request, role: Role, utc_now: float) -> To
     return token
 
 
-def _public_key(request: Request, invalid: _Invalid) -> str:
+def _public_key(request: UpgradeRequest, invalid: _Invalid) -> str:
     text = request.parameter("public_key") or ""
     try:
         raw = base64.b64decode(text, validate=True)
@@ -143,7 +143,7 @@ def _public_key(request: Request, invalid: _Invalid) -> str:
     return base64.b64encode(raw).decode()
 
 
-def _relay_addresses(request: Request, invalid: _Invalid) -> tuple[SocketAddress, ...]:
+def _relay_addresses(request: UpgradeRequest, invalid: _Invalid) -> tuple[SocketAddress, ...]:
     port = request.parameter("port") or str(_RELAY_PORT)
     if not (port.isascii() and port.isdigit() and 0 < int(port) <= 0xFFFF):
         raise invalid("The port is none.")

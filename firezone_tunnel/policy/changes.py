@@ -9,9 +9,9 @@ import attrs
 
 from firezone_tunnel.messages.common import RelaysPresence
 from firezone_tunnel.policy import views
-from firezone_tunnel.policy.account import Account, Resource, Role
+from firezone_tunnel.policy.account import Account, PeerRole, Resource
 from firezone_tunnel.policy.conditions import Circumstances
-from firezone_tunnel.policy.devices import Session
+from firezone_tunnel.policy.devices import DeviceSession
 from firezone_tunnel.policy.flows import Flow, Grant, earlier, grant, visible_resources
 
 
@@ -28,7 +28,7 @@ class StoredFlow:
 def judge(account: Account, stored: StoredFlow, utc_now: float) -> Flow | None:
     """The flow as it stands under this configuration: unchanged, under another policy, shorter, or None, ended."""
     flow = stored.flow
-    token = account.live_token(Role.CLIENT, flow.token_hash, utc_now)
+    token = account.live_token(PeerRole.CLIENT, flow.token_hash, utc_now)
     resource = account.resources.get(flow.resource_id)
     actor = account.actors.get(stored.actor_id)
     if token is None or resource is None or actor is None or token.owner != actor.id:
@@ -44,7 +44,7 @@ def judge(account: Account, stored: StoredFlow, utc_now: float) -> Flow | None:
     return attrs.evolve(flow, policy_id=granted.policy_id, expires_at=expires_at)
 
 
-def tell_turn_servers(old: Account, new: Account, session: Session) -> None:
+def tell_turn_servers(old: Account, new: Account, session: DeviceSession) -> None:
     """Push which TURN servers are gone, and those that are there now."""
     if old.turn_servers == new.turn_servers or not session.agent.is_ours:
         return
@@ -52,14 +52,14 @@ def tell_turn_servers(old: Account, new: Account, session: Session) -> None:
     views.push_relays(session, RelaysPresence(disconnected_ids=gone, connected=views.turn_servers(new, session)))
 
 
-def tell_client(old: Account, new: Account, session: Session, utc_now: float) -> None:
+def tell_client(old: Account, new: Account, session: DeviceSession, utc_now: float) -> None:
     """Push what differs from what this client was told."""
     if old.dns != new.dns:
         session.outlet.push("config_changed", {"interface": views.client_interface(session.device, new.dns)})
     tell_client_of_resources(new, session, utc_now)
 
 
-def tell_client_of_resources(account: Account, session: Session, utc_now: float) -> None:
+def tell_client_of_resources(account: Account, session: DeviceSession, utc_now: float) -> None:
     """Push the resources that it gained, lost or that changed; time alone can do that too."""
     known, visible = session.resources, visible_resources(account, session, utc_now)
     session.resources = visible
@@ -71,7 +71,7 @@ def tell_client_of_resources(account: Account, session: Session, utc_now: float)
             session.outlet.push("resource_created_or_updated", view)
 
 
-def tell_gateway(old: Account, new: Account, session: Session) -> None:
+def tell_gateway(old: Account, new: Account, session: DeviceSession) -> None:
     """Push resources of the gateway's site whose filters (or name) changed; a new address ended their flows."""
     for resource in _changed_in_place(old, new):
         if session.device.identity.owner in resource.sites:

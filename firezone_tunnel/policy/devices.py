@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import attrs
 
 from firezone_tunnel.messages.common import Generation
-from firezone_tunnel.policy.account import Role, Token
+from firezone_tunnel.policy.account import PeerRole, Token
 from firezone_tunnel.policy.credentials import Party
-from firezone_tunnel.policy.versions import Agent
+from firezone_tunnel.policy.versions import UserAgent
 from firezone_tunnel.sansio import Entropy
 
 
@@ -19,7 +19,7 @@ from firezone_tunnel.sansio import Entropy
 class Identity:
     """What makes a device the same one again: its owner (an actor or a site) and its own id."""
 
-    role: Role
+    role: PeerRole
     owner: str
     external_id: str
 
@@ -56,12 +56,12 @@ class Outlet(Protocol):
 
 
 @attrs.define(eq=False)
-class Session:
+class DeviceSession:
     """One connection of a client or gateway."""
 
     device: Device
     generation: Generation
-    agent: Agent
+    agent: UserAgent
     token: Token
     outlet: Outlet
     is_joined: bool = False
@@ -71,7 +71,7 @@ class Session:
     """A client's: what it was told, by id."""
 
     @property
-    def role(self) -> Role:
+    def role(self) -> PeerRole:
         return self.device.identity.role
 
 

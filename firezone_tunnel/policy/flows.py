@@ -26,7 +26,7 @@ from firezone_tunnel.policy.credentials import (
     preshared_key,
     sign_reference,
 )
-from firezone_tunnel.policy.devices import Session
+from firezone_tunnel.policy.devices import DeviceSession
 from firezone_tunnel.policy.presence import Presence
 from firezone_tunnel.policy.versions import is_compatible
 from firezone_tunnel.sansio import Entropy, Timeout, earliest
@@ -72,8 +72,8 @@ class PendingFlow:
 
     flow: Flow
     resource: Resource
-    client: Session
-    gateway: Session
+    client: DeviceSession
+    gateway: DeviceSession
     deadline: float
 
 
@@ -96,7 +96,7 @@ def grant(
     return Failure("forbidden" if violated else "not_found", tuple(violated))
 
 
-def visible_resources(account: Account, session: Session, utc_now: float) -> dict[str, Mapping[str, Any]]:
+def visible_resources(account: Account, session: DeviceSession, utc_now: float) -> dict[str, Mapping[str, Any]]:
     """What a client is told of: each resource that some policy gives it now, as its version reads it, by id."""
     actor = account.actors.get(session.device.identity.owner)
     circumstances = Circumstances(session.device.remote_ip, utc_now)
@@ -123,7 +123,7 @@ class FlowBook:
         self,
         account: Account,
         presence: Presence,
-        session: Session,
+        session: DeviceSession,
         message: client.CreateFlow,
         *,
         new_id: str,
@@ -186,7 +186,7 @@ class FlowBook:
         event = "authorize_flow" if gateway.generation is Generation.SEED else "create_authorization"
         gateway.outlet.push(event, payload)
 
-    def answered(self, gateway: Session, reference: str) -> PendingFlow | Literal["invalid_ref"] | None:
+    def answered(self, gateway: DeviceSession, reference: str) -> PendingFlow | Literal["invalid_ref"] | None:
         """The gateway let the client in. None: too late, or asked for anew in the meantime."""
         contents = open_reference(reference, self._reference_key)
         if contents is None or contents["gateway"] != gateway.device.id:
@@ -216,7 +216,7 @@ class FlowBook:
         )
         views.push_to_client(pending.client, message)
 
-    def forget(self, session: Session) -> None:
+    def forget(self, session: DeviceSession) -> None:
         """This connection is gone: what it asked for needs no answer. What waits for it as a gateway times out."""
         self._pending = {key: one for key, one in self._pending.items() if one.client is not session}
 
@@ -237,8 +237,8 @@ class FlowBook:
                 yield pending
 
     def _choose_gateway(
-        self, online: Sequence[Session], session: Session, connected: Sequence[str]
-    ) -> Session | Failure:
+        self, online: Sequence[DeviceSession], session: DeviceSession, connected: Sequence[str]
+    ) -> DeviceSession | Failure:
         """One that the client is connected to, if it qualifies; else any, at random."""
         if not online:
             return Failure("offline")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from firezone_tunnel.policy.account import Role
-from firezone_tunnel.policy.devices import Session
+from firezone_tunnel.policy.account import PeerRole
+from firezone_tunnel.policy.devices import DeviceSession
 
 SWAP_WINDOW = 60.0
 SWAPS_TOLERATED = 3  # more than these within the window: two hosts share an identity
@@ -32,9 +32,9 @@ class Presence:
     """Connected clients and gateways by device id; the newest connection of a device wins, for every role."""
 
     def __init__(self) -> None:
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, DeviceSession] = {}
 
-    def arrive(self, session: Session) -> Session | None:
+    def arrive(self, session: DeviceSession) -> DeviceSession | None:
         """Returns the older connection of the same device, to be closed."""
         displaced = self._sessions.get(session.device.id)
         self._sessions[session.device.id] = session
@@ -42,7 +42,7 @@ class Presence:
             displaced.is_joined = False
         return displaced
 
-    def leave(self, session: Session) -> bool:
+    def leave(self, session: DeviceSession) -> bool:
         """False where a newer connection had taken its place."""
         session.is_joined = False
         if self._sessions.get(session.device.id) is not session:
@@ -50,25 +50,25 @@ class Presence:
         del self._sessions[session.device.id]
         return True
 
-    def all(self) -> list[Session]:
+    def all(self) -> list[DeviceSession]:
         return list(self._sessions.values())
 
-    def joined(self, role: Role) -> Iterator[Session]:
+    def joined(self, role: PeerRole) -> Iterator[DeviceSession]:
         for session in self.all():
             if session.role is role and session.is_joined:
                 yield session
 
-    def get(self, role: Role, id_: str) -> Session | None:
+    def get(self, role: PeerRole, id_: str) -> DeviceSession | None:
         """The joined session of this device."""
         session = self.connected(role, id_)
         return session if session is not None and session.is_joined else None
 
-    def connected(self, role: Role, id_: str) -> Session | None:
+    def connected(self, role: PeerRole, id_: str) -> DeviceSession | None:
         """The session of this device, joined or about to join: what is pushed then waits for the join."""
         session = self._sessions.get(id_)
         return session if session is not None and session.role is role else None
 
-    def gateways_of(self, sites: Sequence[str]) -> list[Session]:
+    def gateways_of(self, sites: Sequence[str]) -> list[DeviceSession]:
         """Joined gateways of any of these sites, ordered by id."""
-        found = [one for one in self.joined(Role.GATEWAY) if one.device.identity.owner in sites]
+        found = [one for one in self.joined(PeerRole.GATEWAY) if one.device.identity.owner in sites]
         return sorted(found, key=lambda one: one.device.id)

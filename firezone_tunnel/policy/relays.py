@@ -7,9 +7,9 @@ import hashlib
 import attrs
 
 from firezone_tunnel.messages.common import Relay, RelaysPresence
-from firezone_tunnel.policy.account import Role, Token
+from firezone_tunnel.policy.account import PeerRole, Token
 from firezone_tunnel.policy.credentials import FOREVER, relay_credentials
-from firezone_tunnel.policy.devices import Outlet, Session
+from firezone_tunnel.policy.devices import DeviceSession, Outlet
 from firezone_tunnel.sansio import SocketAddress, Timeout
 
 RELAYS_EACH = 2  # spec, 3.3
@@ -52,7 +52,7 @@ class RelayRegistry:
     def all(self) -> list[RelaySession]:
         return list(self._relays.values())
 
-    def give(self, session: Session) -> list[Relay]:
+    def give(self, session: DeviceSession) -> list[Relay]:
         """Choose at most two relays for a client or gateway, remember them in its session, and make credentials.
 
         A dual-stack relay is two adjacent entries. The choice depends on nothing but who asks and who is there, so a
@@ -61,7 +61,7 @@ class RelayRegistry:
         chosen = self._choose(session)
         session.relays = {relay.id: relay.stamp_secret for relay in chosen}
         expires_at = FOREVER
-        if session.role is Role.CLIENT and session.token.expires_at is not None:
+        if session.role is PeerRole.CLIENT and session.token.expires_at is not None:
             expires_at = session.token.expires_at
         return [
             relay_credentials(
@@ -75,7 +75,7 @@ class RelayRegistry:
             for address in relay.addresses
         ]
 
-    def urgent_news(self, sessions: list[Session]) -> list[tuple[Session, RelaysPresence]]:
+    def urgent_news(self, sessions: list[DeviceSession]) -> list[tuple[DeviceSession, RelaysPresence]]:
         """What can't wait for the debounce: a relay is back with another secret, or somebody had none at all."""
         if not self._urgent:
             return []
@@ -85,14 +85,14 @@ class RelayRegistry:
     def next_timeout(self) -> Timeout | None:
         return None if self._settles_at is None else Timeout(self._settles_at, "relays settled")
 
-    def settled_news(self, sessions: list[Session], now: float) -> list[tuple[Session, RelaysPresence]]:
+    def settled_news(self, sessions: list[DeviceSession], now: float) -> list[tuple[DeviceSession, RelaysPresence]]:
         """Once the debounce is over: who has a relay that is gone, or too few, and what to tell each of them."""
         if self._settles_at is None or now < self._settles_at:
             return []
         self._settles_at = None
         return self._news(sessions)
 
-    def _news(self, sessions: list[Session]) -> list[tuple[Session, RelaysPresence]]:
+    def _news(self, sessions: list[DeviceSession]) -> list[tuple[DeviceSession, RelaysPresence]]:
         news = []
         for session in sessions:
             gone = [id_ for id_, secret in session.relays.items() if not self._is_good(id_, secret)]
@@ -103,10 +103,10 @@ class RelayRegistry:
     def _is_good(self, id_: str, secret: str) -> bool:
         return id_ in self._relays and self._relays[id_].stamp_secret == secret
 
-    def _has_restarted_relay(self, session: Session) -> bool:
+    def _has_restarted_relay(self, session: DeviceSession) -> bool:
         return any(id_ in self._relays and not self._is_good(id_, secret) for id_, secret in session.relays.items())
 
-    def _choose(self, session: Session) -> list[RelaySession]:
+    def _choose(self, session: DeviceSession) -> list[RelaySession]:
         """Those it has and that are still good stay; the others by rendezvous hashing: even, and stable."""
 
         def rank(relay: RelaySession) -> tuple[bool, bytes]:

@@ -20,10 +20,10 @@ from firezone_tunnel.policy.account import (
     Actor,
     DnsSettings,
     IpStack,
+    PeerRole,
     Policy,
     Resource,
     ResourceType,
-    Role,
     Site,
     Token,
     TurnServer,
@@ -209,10 +209,10 @@ class _Reader:
         return Actor(self._id(table.id, "actors", table.name), table.name, table.email, members)
 
     def _token(self, table: _TokenTable, actors: Mapping[str, Actor], sites: Mapping[str, Site]) -> Token:
-        role = Role(table.kind)
-        if (role is Role.CLIENT) is (table.actor is None):
+        role = PeerRole(table.kind)
+        if (role is PeerRole.CLIENT) is (table.actor is None):
             self._fail("a client's token, and no other, names its `actor`")
-        if (role is Role.GATEWAY) is (table.site is None):
+        if (role is PeerRole.GATEWAY) is (table.site is None):
             self._fail("a gateway's token, and no other, names its `site`")
         owner = self._account_id
         if table.actor is not None:

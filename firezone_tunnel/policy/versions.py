@@ -26,7 +26,7 @@ class Version(NamedTuple):
     patch: int
 
 
-class Agent(NamedTuple):
+class UserAgent(NamedTuple):
     """`version` is None where what follows the slash is no semantic version; `is_ours` says that it is this program."""
 
     component: str
@@ -43,14 +43,14 @@ class Agent(NamedTuple):
         return self.version is not None and self.version >= _INTERNET_RESOURCE
 
 
-def parse_agent(user_agent: str) -> Agent | None:
+def parse_user_agent(user_agent: str) -> UserAgent | None:
     """The first token such as `connlib/1.5.3` or `gateway/1.6.1`; None where there is none."""
     for token in user_agent.split(" "):
         component, slash, text = token.partition("/")
         if slash and component in _COMPONENTS:
             found = _SEMVER.fullmatch(text)
             version = Version(*map(int, found.groups())) if found else None
-            return Agent(component, version, is_ours="firezone_tunnel/" in user_agent)
+            return UserAgent(component, version, is_ours="firezone_tunnel/" in user_agent)
     return None
 
 

@@ -18,14 +18,14 @@ from firezone_tunnel.messages.common import (
 )
 from firezone_tunnel.policy.account import Account, DnsSettings, Resource
 from firezone_tunnel.policy.credentials import FOREVER
-from firezone_tunnel.policy.devices import Device, Session
+from firezone_tunnel.policy.devices import Device, DeviceSession
 
 _DNS_PORT = 53
 # An interval of 0: no upload, so the URL is never asked, but it must be one.
 _FLOW_LOGS = FlowLogs(api_url="https://flow-logs.invalid/", upload_interval_secs=0, upload_batch_size=0)
 
 
-def client_resource(account: Account, resource: Resource, session: Session) -> dict[str, Any] | None:
+def client_resource(account: Account, resource: Resource, session: DeviceSession) -> dict[str, Any] | None:
     """A resource as this client reads it; None where its version can't."""
     if resource.type == "internet" and not session.agent.knows_internet_resource:
         return None
@@ -74,7 +74,7 @@ def client_interface(device: Device, dns: DnsSettings) -> dict[str, Any]:
     }
 
 
-def client_init(account: Account, session: Session, relays: Sequence[Relay]) -> dict[str, Any]:
+def client_init(account: Account, session: DeviceSession, relays: Sequence[Relay]) -> dict[str, Any]:
     """The payload of a client's `init`; its resources are those that the session holds."""
     return {
         "interface": client_interface(session.device, account.dns),
@@ -86,7 +86,7 @@ def client_init(account: Account, session: Session, relays: Sequence[Relay]) -> 
 
 
 def gateway_init(
-    account: Account, session: Session, relays: Sequence[Relay], authorizations: Sequence[Authorization]
+    account: Account, session: DeviceSession, relays: Sequence[Relay], authorizations: Sequence[Authorization]
 ) -> dict[str, Any]:
     return {
         "interface": {"ipv4": session.device.ipv4, "ipv6": session.device.ipv6},
@@ -98,7 +98,7 @@ def gateway_init(
     }
 
 
-def turn_servers(account: Account, session: Session) -> list[Relay]:
+def turn_servers(account: Account, session: DeviceSession) -> list[Relay]:
     """Standard TURN servers, which upstream's peers don't speak to: they come on top of the relays (decision 4)."""
     if not session.agent.is_ours:
         return []
@@ -116,11 +116,11 @@ def turn_servers(account: Account, session: Session) -> list[Relay]:
     ]
 
 
-def push_relays(session: Session, presence: RelaysPresence) -> None:
+def push_relays(session: DeviceSession, presence: RelaysPresence) -> None:
     session.outlet.push(RelaysPresence.event(session.generation), write(presence))
 
 
-def push_to_client(session: Session, message: client.FlowCreated | client.FlowCreationFailed) -> None:
+def push_to_client(session: DeviceSession, message: client.FlowCreated | client.FlowCreationFailed) -> None:
     payload = write(message)
     if session.agent.knows_sites and "gateway_group_id" in payload:
         payload["site_id"] = payload.pop("gateway_group_id")

@@ -12,24 +12,24 @@ from firezone_tunnel.messages import client, gateway, relay
 from firezone_tunnel.messages.common import (
     Authorization,
     Generation,
-    Message,
+    PortalMessage,
     RelaysPresence,
     SnownetCapabilities,
     read,
 )
 from firezone_tunnel.phoenix.server import JoinRequested, MessageReceived
 from firezone_tunnel.policy import views
-from firezone_tunnel.policy.account import Role
-from firezone_tunnel.policy.devices import Session, new_id
+from firezone_tunnel.policy.account import PeerRole
+from firezone_tunnel.policy.devices import DeviceSession, new_id
 from firezone_tunnel.policy.flows import Failure, visible_resources
 from firezone_tunnel.policy.relays import RelaySession
-from firezone_tunnel.portal.state import State
+from firezone_tunnel.portal.state import PortalState
 
-_M = TypeVar("_M", bound=Message)
+_M = TypeVar("_M", bound=PortalMessage)
 
 
 @attrs.frozen
-class Joined:
+class JoinAccepted:
     """Let it join, and push this first."""
 
     event: str
@@ -45,10 +45,10 @@ class Unknown(Exception):
     """A message that this role doesn't send, or not like this (spec, 2.8)."""
 
 
-class Channel(Protocol):
+class ChannelHandler(Protocol):
     """What a role does with its messages; the caller gives it one at a time."""
 
-    async def join(self, request: JoinRequested) -> Joined | JoinRefused: ...
+    async def join(self, request: JoinRequested) -> JoinAccepted | JoinRefused: ...
 
     async def handle(self, message: MessageReceived) -> str | None:
         """Deal with a message; returns a reason to refuse it.
@@ -64,17 +64,17 @@ class Channel(Protocol):
 
 
 class ClientChannel:
-    def __init__(self, state: State, session: Session) -> None:
+    def __init__(self, state: PortalState, session: DeviceSession) -> None:
         self._state = state
         self._session = session
 
-    async def join(self, request: JoinRequested) -> Joined | JoinRefused:
+    async def join(self, request: JoinRequested) -> JoinAccepted | JoinRefused:
         state, session = self._state, self._session
         if session.agent.version is None:
             return JoinRefused("invalid_version")
         session.resources = visible_resources(state.account, session, state.utc_now())
         session.is_joined = True
-        return Joined("init", views.client_init(state.account, session, state.relays.give(session)))
+        return JoinAccepted("init", views.client_init(state.account, session, state.relays.give(session)))
 
     async def handle(self, message: MessageReceived) -> str | None:
         is_seed = self._session.generation is Generation.SEED
@@ -114,7 +114,7 @@ class ClientChannel:
         except PlatformError:
             state.flows.discard(answer)
             raise
-        if state.presence.connected(Role.CLIENT, session.device.id) is not session:
+        if state.presence.connected(PeerRole.CLIENT, session.device.id) is not session:
             state.flows.discard(answer)  # it is gone, or a newer connection took its place
             return
         log.info("portal:flow_granted", cid=session.device.id, gid=answer.flow.gateway_id, rid=message.resource_id)
@@ -123,23 +123,23 @@ class ClientChannel:
     def _forward(self, event: str, gateway_ids: list[str], candidates: list[str]) -> None:
         kind = gateway.InvalidateIceCandidates if "invalidate" in event else gateway.IceCandidates
         for id_ in dict.fromkeys(gateway_ids) if candidates else ():
-            peer = self._state.presence.get(Role.GATEWAY, id_)
+            peer = self._state.presence.get(PeerRole.GATEWAY, id_)
             if peer is not None:
                 payload = {"client_id": self._session.device.id, "candidates": candidates}
                 peer.outlet.push(kind.event(peer.generation), payload)
 
 
 class GatewayChannel:
-    def __init__(self, state: State, session: Session) -> None:
+    def __init__(self, state: PortalState, session: DeviceSession) -> None:
         self._state = state
         self._session = session
 
-    async def join(self, request: JoinRequested) -> Joined | JoinRefused:
+    async def join(self, request: JoinRequested) -> JoinAccepted | JoinRefused:
         session = self._session
         authorizations = await current_authorizations(self._state, session)
         session.is_joined = True
         relays = self._state.relays.give(session)
-        return Joined("init", views.gateway_init(self._state.account, session, relays, authorizations))
+        return JoinAccepted("init", views.gateway_init(self._state.account, session, relays, authorizations))
 
     async def handle(self, message: MessageReceived) -> str | None:
         is_seed = self._session.generation is Generation.SEED
@@ -174,23 +174,23 @@ class GatewayChannel:
     def _forward(self, event: str, client_ids: list[str], candidates: list[str]) -> None:
         kind = client.InvalidateIceCandidates if "invalidate" in event else client.IceCandidates
         for id_ in dict.fromkeys(client_ids) if candidates else ():
-            peer = self._state.presence.get(Role.CLIENT, id_)
+            peer = self._state.presence.get(PeerRole.CLIENT, id_)
             if peer is not None:
                 payload = {"gateway_id": self._session.device.id, "candidates": candidates}
                 peer.outlet.push(kind.event(peer.generation), payload)
 
 
 class RelayChannel:
-    def __init__(self, state: State, session: RelaySession) -> None:
+    def __init__(self, state: PortalState, session: RelaySession) -> None:
         self._state = state
         self._session = session
 
-    async def join(self, request: JoinRequested) -> Joined | JoinRefused:
+    async def join(self, request: JoinRequested) -> JoinAccepted | JoinRefused:
         self._session.stamp_secret = _read(relay.Join, request.payload).stamp_secret
         displaced = self._state.relays.join(self._session, self._state.now())
         if displaced is not None:
             self._state.displace(displaced.id, displaced.outlet)
-        return Joined("init", {})
+        return JoinAccepted("init", {})
 
     async def handle(self, message: MessageReceived) -> str | None:
         raise Unknown(message.event)
@@ -202,7 +202,7 @@ class RelayChannel:
         self._state.relays.leave(self._session, self._state.now())
 
 
-def refuse_flow(session: Session, resource_id: str, failure: Failure) -> None:
+def refuse_flow(session: DeviceSession, resource_id: str, failure: Failure) -> None:
     """Tell a client that it gets no flow, and why."""
     log.info("portal:flow_refused", cid=session.device.id, rid=resource_id, reason=failure.reason)
     message = client.FlowCreationFailed(
@@ -211,7 +211,7 @@ def refuse_flow(session: Session, resource_id: str, failure: Failure) -> None:
     views.push_to_client(session, message)
 
 
-async def current_authorizations(state: State, session: Session) -> list[Authorization]:
+async def current_authorizations(state: PortalState, session: DeviceSession) -> list[Authorization]:
     """What is granted at this gateway: one entry for each client and resource."""
     flows = await state.store.flows_of_gateway(session.device.id, state.utc_now())
     return [
@@ -220,7 +220,7 @@ async def current_authorizations(state: State, session: Session) -> list[Authori
     ]
 
 
-def _handle_common(state: State, session: Session, message: MessageReceived) -> None:
+def _handle_common(state: PortalState, session: DeviceSession, message: MessageReceived) -> None:
     """What clients and gateways of today say alike; the seed's don't, and may."""
     match message.event:
         case "no_relays":

@@ -12,7 +12,7 @@ from firezone_tunnel.errors import PlatformError, ProtocolError, one_line
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.phoenix.codec import Form
 from firezone_tunnel.phoenix.server import Delivery, JoinRequested, Left, MessageReceived, ServerSocket
-from firezone_tunnel.portal.channels import Channel, Joined, Unknown
+from firezone_tunnel.portal.channels import ChannelHandler, JoinAccepted, Unknown
 
 
 class WebSocket(Protocol):
@@ -25,7 +25,7 @@ class WebSocket(Protocol):
     def pause_reading(self, *, paused: bool) -> None: ...
 
 
-class Connection:
+class WebSocketConnection:
     """A peer's socket; for the policy it is an `Outlet`."""
 
     def __init__(
@@ -38,7 +38,7 @@ class Connection:
         on_lost: Callable[[], None],
         on_handled: Callable[[], None],
     ) -> None:
-        self.channel: Channel | None = None
+        self.channel: ChannelHandler | None = None
         self.fields: dict[str, str] = {"role": topic}
         self._web_socket = web_socket
         self._socket = ServerSocket(topic=topic, form=form, now=now())
@@ -129,14 +129,14 @@ class Connection:
         reason, traceback = failure.getErrorMessage(), failure.getTraceback()
         log.error("portal:channel_crashed", **self.fields, reason=reason, traceback=traceback)
 
-    async def _join(self, channel: Channel, request: JoinRequested) -> None:
+    async def _join(self, channel: ChannelHandler, request: JoinRequested) -> None:
         outcome = await channel.join(request)
-        if isinstance(outcome, Joined):
+        if isinstance(outcome, JoinAccepted):
             self._socket.accept_join(request, outcome.event, outcome.payload)
             return
         self._socket.refuse_join(request, outcome.reason)
 
-    async def _handle(self, channel: Channel, message: MessageReceived) -> None:
+    async def _handle(self, channel: ChannelHandler, message: MessageReceived) -> None:
         try:
             refusal = await channel.handle(message)
         except Unknown as error:

@@ -11,10 +11,10 @@ from firezone_tunnel.logs import events as log
 from firezone_tunnel.messages import gateway
 from firezone_tunnel.messages.common import Generation, write
 from firezone_tunnel.policy import changes, views
-from firezone_tunnel.policy.account import Account, Role
-from firezone_tunnel.policy.admission import AdmittedDevice, AdmittedRelay, Refused, Request, admit
+from firezone_tunnel.policy.account import Account, PeerRole
+from firezone_tunnel.policy.admission import AdmittedDevice, AdmittedRelay, Refused, UpgradeRequest, admit
 from firezone_tunnel.policy.changes import StoredFlow
-from firezone_tunnel.policy.devices import Device, Session
+from firezone_tunnel.policy.devices import Device, DeviceSession
 from firezone_tunnel.policy.flows import Failure, Flow, earlier
 from firezone_tunnel.policy.relays import RelaySession
 from firezone_tunnel.portal.channels import (
@@ -24,8 +24,8 @@ from firezone_tunnel.portal.channels import (
     current_authorizations,
     refuse_flow,
 )
-from firezone_tunnel.portal.connection import Connection, WebSocket
-from firezone_tunnel.portal.state import State
+from firezone_tunnel.portal.connection import WebSocket, WebSocketConnection
+from firezone_tunnel.portal.state import PortalState
 from firezone_tunnel.sansio import Timeout, earliest
 
 SWEEP_INTERVAL = 60.0  # expired flows, and policies that time changed (spec, 3.8, 3.13)
@@ -51,15 +51,15 @@ Welcome = WelcomeDevice | WelcomeRelay
 class Hub:
     """`on_timeout_changed` is called when `next_timeout` may have changed."""
 
-    def __init__(self, state: State, on_timeout_changed: Callable[[], None]) -> None:
+    def __init__(self, state: PortalState, on_timeout_changed: Callable[[], None]) -> None:
         self._state = state
         self._on_timeout_changed = on_timeout_changed
-        self._peers: dict[Connection, Session | RelaySession] = {}
+        self._peers: dict[WebSocketConnection, DeviceSession | RelaySession] = {}
         self._first_expiry: int | None = None
         self._sweep_at = state.now() + SWEEP_INTERVAL
         self._idle_check_at = state.now() + _IDLE_CHECK_INTERVAL
 
-    async def welcome(self, request: Request) -> Welcome:
+    async def welcome(self, request: UpgradeRequest) -> Welcome:
         """Decide about an upgrade request and make sure that the device is stored.
 
         Raises: Refused.
@@ -82,7 +82,7 @@ class Hub:
             raise Refused(503, "store_unavailable", "The portal can't store it.", retry_after=_RETRY_AFTER) from error
         return welcome
 
-    def open(self, welcome: Welcome, web_socket: WebSocket) -> Connection:
+    def open(self, welcome: Welcome, web_socket: WebSocket) -> WebSocketConnection:
         """The WebSocket of a welcome request is up."""
         if isinstance(welcome, WelcomeRelay):
             return self._open_relay(welcome, web_socket)
@@ -97,16 +97,16 @@ class Hub:
         state.account = account
         self._check_tokens()
         utc_now = state.utc_now()
-        for session in list(state.presence.joined(Role.CLIENT)):
+        for session in list(state.presence.joined(PeerRole.CLIENT)):
             changes.tell_client(old, account, session, utc_now)
-        for session in list(state.presence.joined(Role.GATEWAY)):
+        for session in list(state.presence.joined(PeerRole.GATEWAY)):
             changes.tell_gateway(old, account, session)
         for session in list(state.presence.all()):
             if session.is_joined:
                 changes.tell_turn_servers(old, account, session)
         await self.review_flows()
         if old.slug != account.slug:
-            for session in list(state.presence.joined(Role.GATEWAY)):
+            for session in list(state.presence.joined(PeerRole.GATEWAY)):
                 await self._send_gateway_init(session)
         self._on_timeout_changed()
 
@@ -169,17 +169,17 @@ class Hub:
         for connection in list(self._peers):
             connection.close(is_failure=True)
 
-    def _open_device(self, welcome: WelcomeDevice, web_socket: WebSocket) -> Connection:
+    def _open_device(self, welcome: WelcomeDevice, web_socket: WebSocket) -> WebSocketConnection:
         state, admitted, device = self._state, welcome.admitted, welcome.device
         connection = self._connection(admitted, web_socket, lambda: self._device_lost(connection, session))
-        session = Session(
+        session = DeviceSession(
             device=device,
             generation=admitted.generation,
             agent=admitted.agent,
             token=admitted.token,
             outlet=connection,
         )
-        is_client = session.role is Role.CLIENT
+        is_client = session.role is PeerRole.CLIENT
         connection.channel = ClientChannel(state, session) if is_client else GatewayChannel(state, session)
         connection.fields["cid" if is_client else "gid"] = device.id
         displaced = state.presence.arrive(session)
@@ -188,7 +188,7 @@ class Hub:
         self._opened(connection, session, admitted)
         return connection
 
-    def _open_relay(self, welcome: WelcomeRelay, web_socket: WebSocket) -> Connection:
+    def _open_relay(self, welcome: WelcomeRelay, web_socket: WebSocket) -> WebSocketConnection:
         admitted = welcome.admitted
         connection = self._connection(admitted, web_socket, lambda: self._lost(connection))
         relay = RelaySession(welcome.id, admitted.token, admitted.addresses, connection)
@@ -199,8 +199,8 @@ class Hub:
 
     def _connection(
         self, admitted: AdmittedDevice | AdmittedRelay, web_socket: WebSocket, on_lost: Callable[[], None]
-    ) -> Connection:
-        return Connection(
+    ) -> WebSocketConnection:
+        return WebSocketConnection(
             web_socket,
             topic=admitted.role.value,
             form=admitted.form,
@@ -210,18 +210,21 @@ class Hub:
         )
 
     def _opened(
-        self, connection: Connection, peer: Session | RelaySession, admitted: AdmittedDevice | AdmittedRelay
+        self,
+        connection: WebSocketConnection,
+        peer: DeviceSession | RelaySession,
+        admitted: AdmittedDevice | AdmittedRelay,
     ) -> None:
         self._peers[connection] = peer
         log.info("portal:device_connected", **connection.fields, agent=admitted.user_agent)
         self._first_expiry = earlier(self._first_expiry, admitted.token.expires_at)
         self._on_timeout_changed()
 
-    def _device_lost(self, connection: Connection, session: Session) -> None:
+    def _device_lost(self, connection: WebSocketConnection, session: DeviceSession) -> None:
         self._state.presence.leave(session)
         self._lost(connection)
 
-    def _lost(self, connection: Connection) -> None:
+    def _lost(self, connection: WebSocketConnection) -> None:
         del self._peers[connection]
         if connection.channel is not None:
             connection.channel.left()
@@ -234,7 +237,7 @@ class Hub:
             views.push_relays(session, presence)
         self._on_timeout_changed()
 
-    def _relay_users(self) -> list[Session]:
+    def _relay_users(self) -> list[DeviceSession]:
         return [session for session in self._state.presence.all() if session.is_joined]
 
     def _check_tokens(self) -> None:
@@ -256,18 +259,18 @@ class Hub:
         state = self._state
         return Timeout(state.now() + max(0.0, self._first_expiry - state.utc_now()), "token expires")
 
-    async def _send_gateway_init(self, session: Session) -> None:
+    async def _send_gateway_init(self, session: DeviceSession) -> None:
         authorizations = await current_authorizations(self._state, session)
         relays = self._state.relays.give(session)
         session.outlet.push("init", views.gateway_init(self._state.account, session, relays, authorizations))
 
     def _up_to_date(self, stored: StoredFlow) -> StoredFlow:
-        session = self._state.presence.connected(Role.CLIENT, stored.flow.client_id)
+        session = self._state.presence.connected(PeerRole.CLIENT, stored.flow.client_id)
         return stored if session is None else attrs.evolve(stored, remote_ip=session.device.remote_ip)
 
     def _tell_shortened(self, flow: Flow, verdict: Flow) -> bool:
         """Tell the gateway when a flow now ends; False where it doesn't understand: today's have no word for it."""
-        session = self._state.presence.connected(Role.GATEWAY, flow.gateway_id)
+        session = self._state.presence.connected(PeerRole.GATEWAY, flow.gateway_id)
         if session is None or flow.expires_at == verdict.expires_at:
             return True
         if session.generation is not Generation.SEED:
@@ -280,7 +283,7 @@ class Hub:
 
     def _tell_rejected(self, flow: Flow) -> None:
         log.info("portal:flow_revoked", cid=flow.client_id, gid=flow.gateway_id, rid=flow.resource_id)
-        session = self._state.presence.connected(Role.GATEWAY, flow.gateway_id)
+        session = self._state.presence.connected(PeerRole.GATEWAY, flow.gateway_id)
         if session is not None:
             message = gateway.RejectAccess(client_id=flow.client_id, resource_id=flow.resource_id)
             session.outlet.push(message.event(session.generation), write(message))
@@ -288,7 +291,7 @@ class Hub:
     async def _sweep(self, now: float) -> None:
         state, utc_now = self._state, self._state.utc_now()
         state.swaps.forget_old(now)
-        for session in list(state.presence.joined(Role.CLIENT)):
+        for session in list(state.presence.joined(PeerRole.CLIENT)):
             changes.tell_client_of_resources(state.account, session, utc_now)
         try:
             await state.store.drop_expired_flows(utc_now)

@@ -24,7 +24,7 @@ from firezone_tunnel.policy.account import Account
 from firezone_tunnel.policy.flows import FlowBook
 from firezone_tunnel.policy.seed import Outside, parse_seed
 from firezone_tunnel.portal.hub import Hub
-from firezone_tunnel.portal.state import State
+from firezone_tunnel.portal.state import PortalState
 from firezone_tunnel.portal.store import Store
 from firezone_tunnel.portal.web import PortalFactory
 from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
@@ -91,7 +91,7 @@ class PortalService(Service):
             ingest_key=await self._store.secret("ingest"),
             entropy=self._entropy,
         )
-        state = State(account, self._store, flows, self._entropy, now, utc_now)
+        state = PortalState(account, self._store, flows, self._entropy, now, utc_now)
         self._timer = BoottimeTimer(self._reactor, self.handle_timeout)
         self.hub = Hub(state, self._set_timer)
         await self.hub.review_flows()

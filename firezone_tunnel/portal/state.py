@@ -17,7 +17,7 @@ from firezone_tunnel.sansio import Entropy
 
 
 @attrs.define(eq=False)
-class State:
+class PortalState:
     """`account` is replaced as a whole when the seed is read anew; `now` and `utc_now` are the clocks."""
 
     account: Account

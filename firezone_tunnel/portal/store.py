@@ -25,7 +25,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.python.threadpool import ThreadPool
 
 from firezone_tunnel.errors import InUseError, PlatformError
-from firezone_tunnel.policy.account import Role
+from firezone_tunnel.policy.account import PeerRole
 from firezone_tunnel.policy.addresses import allocate
 from firezone_tunnel.policy.admission import AdmittedDevice, AdmittedRelay
 from firezone_tunnel.policy.changes import StoredFlow
@@ -320,7 +320,7 @@ def _explain(path: str, error: Exception) -> PlatformError:
 def _device(row: Any) -> Device:
     return Device(
         id=row.id,
-        identity=Identity(Role(row.role), row.owner, row.external_id),
+        identity=Identity(PeerRole(row.role), row.owner, row.external_id),
         name=row.name,
         public_key=row.public_key,
         psk_base=row.psk_base,

@@ -16,10 +16,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IPushProducer
 from zope.interface import implementer
 
-from firezone_tunnel.policy.admission import Refused, Request
+from firezone_tunnel.policy.admission import Refused, UpgradeRequest
 
 if TYPE_CHECKING:
-    from firezone_tunnel.portal.connection import Connection
+    from firezone_tunnel.portal.connection import WebSocketConnection
     from firezone_tunnel.portal.hub import Hub, Welcome
 
 HEALTH_PATH = "/healthz"
@@ -39,7 +39,7 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
 
     _refused: Refused | None = None
     _welcome: Welcome | None = None
-    _connection: Connection | None = None
+    _connection: WebSocketConnection | None = None
     _is_congested = False
     _is_producing = False
 
@@ -47,7 +47,7 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
         return Deferred.fromCoroutine(self._connect(request))
 
     async def _connect(self, request: ConnectionRequest) -> None:
-        asked = Request(request.path, request.params, request.headers, self._remote_ip())
+        asked = UpgradeRequest(request.path, request.params, request.headers, self._remote_ip())
         try:
             self._welcome = await self.factory.hub.welcome(asked)
         except Refused as refused:

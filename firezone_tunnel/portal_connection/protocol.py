@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from firezone_tunnel.errors import one_line
-from firezone_tunnel.phoenix.channel import DIAL_TIMEOUT, Refusal
+from firezone_tunnel.phoenix.channel import DIAL_TIMEOUT, UpgradeRefused
 
 MAX_MESSAGE = 16 << 20
 HEADER_LIMIT = 16 << 10
@@ -32,7 +32,7 @@ REFUSAL_TIMEOUT = 2.0
 
 
 class Listener(Protocol):
-    """Whom a `PortalProtocol` tells what happens. After `refused` or `closed` nothing follows."""
+    """Whom a `PortalLinkProtocol` tells what happens. After `refused` or `closed` nothing follows."""
 
     def opened(self) -> None: ...
 
@@ -41,13 +41,13 @@ class Listener(Protocol):
     def writable(self) -> None:
         """What was written has left, after `is_writable` was False."""
 
-    def refused(self, refusal: Refusal) -> None: ...
+    def refused(self, refusal: UpgradeRefused) -> None: ...
 
     def closed(self, reason: str) -> None: ...
 
 
 @implementer(IPushProducer)
-class PortalProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Autobahn has no types
+class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Autobahn has no types
     """Upgrades, then carries text frames. Pings and close frames are answered by Autobahn."""
 
     def __init__(self, request: bytes, key: bytes, listener: Listener, utc_clock: Callable[[], float]) -> None:
@@ -171,7 +171,7 @@ class PortalProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Autobahn
             self._refusal_timer.cancel()
 
 
-class PortalFactory(WebSocketClientFactory):  # type: ignore[misc]  # Autobahn has no types
+class PortalLinkFactory(WebSocketClientFactory):  # type: ignore[misc]  # Autobahn has no types
     """Makes the protocol of one attempt."""
 
     noisy = False
@@ -199,10 +199,10 @@ class PortalFactory(WebSocketClientFactory):  # type: ignore[misc]  # Autobahn h
         self._listener = listener
         self._utc_clock = utc_clock
 
-    def buildProtocol(self, addr: object) -> PortalProtocol:
+    def buildProtocol(self, addr: object) -> PortalLinkProtocol:
         key = base64.b64encode(os.urandom(16))
         request = _upgrade_request(self._target, self._headers, key)
-        protocol = PortalProtocol(request, key, self._listener, self._utc_clock)
+        protocol = PortalLinkProtocol(request, key, self._listener, self._utc_clock)
         protocol.factory = self
         return protocol
 
@@ -235,14 +235,14 @@ class _RefusalReader:
         self._body = (self._body + data)[: self._length]
         return len(self._body) >= self._length
 
-    def finish(self, utc_now: float) -> Refusal:
+    def finish(self, utc_now: float) -> UpgradeRefused:
         media_type = self._headers.get("content-type", "").partition(";")[0].strip().lower()
         code, detail = None, ""
         if media_type == "application/problem+json":
             code, detail = _read_problem(self._body)
         elif media_type == "text/plain":
             detail = self._body.decode("utf-8", "replace")
-        return Refusal(
+        return UpgradeRefused(
             status=self._status,
             code=code,
             detail=_clean(detail),

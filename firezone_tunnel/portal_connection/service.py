@@ -1,7 +1,7 @@
 """The portal connection as a service of its own: the core's `Channel`, given sockets, a timer and a log.
 
 It is joined to the tunnel service by two bounded queues: `send` puts into the channel's own, and what the tunnel
-service is to know is put into `events`: `Joined`, `Received`, `Lost` and `Fatal` of `phoenix.channel`.
+service is to know is put into `events`: `Joined`, `PushReceived`, `Lost` and `Fatal` of `phoenix.channel`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from firezone_tunnel.phoenix.channel import (
     Channel,
     ChannelCounters,
     ChannelLost,
+    ChannelState,
     Dial,
     Event,
     Fatal,
     HangUp,
     Joined,
     Lost,
-    Received,
-    Refusal,
-    State,
+    PushReceived,
+    UpgradeRefused,
 )
-from firezone_tunnel.portal_connection.protocol import PortalFactory, PortalProtocol
+from firezone_tunnel.portal_connection.protocol import PortalLinkFactory, PortalLinkProtocol
 from firezone_tunnel.portal_connection.url import LoginUrl
 from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.sansio import Entropy
@@ -49,7 +49,7 @@ TCP_TIMEOUT = 5.0  # spec/portal-protocol.md, 1.7
 CLOSE_TIMEOUT = 1.0
 RETRY_PUT_INTERVAL = 0.01
 
-Notice = Joined | Received | Lost | Fatal
+Notice = Joined | PushReceived | Lost | Fatal
 """What the tunnel service gets to know."""
 Resolver = Callable[[str], "Deferred[list[str]]"]
 """A host name's addresses, best first; none if it has none."""
@@ -69,7 +69,7 @@ class Timer(Protocol):
     def close(self) -> None: ...
 
 
-class PortalService(Service):
+class PortalLink(Service):
     """Keeps one role joined to its portal, from the first `connect` until it is stopped or refused for good.
 
     While `events` is full nothing is read from the portal.
@@ -120,7 +120,7 @@ class PortalService(Service):
         self._retry_put: Any = None
 
     @property
-    def state(self) -> State:
+    def state(self) -> ChannelState:
         return self._channel.state
 
     @property
@@ -283,7 +283,7 @@ class _Attempt:
         self._clock = clock
         self._utc_clock = utc_clock
         self._connecting: Deferred[None] | None = None
-        self._protocol: PortalProtocol | None = None
+        self._protocol: PortalLinkProtocol | None = None
         self._is_paused = False
         self._closing: Deferred[None] | None = None
         self._close_timer: Any = None
@@ -293,7 +293,7 @@ class _Attempt:
         return self._protocol is not None and self._protocol.is_writable
 
     def start(self, url: LoginUrl, public_key: bytes | None, *, resolve: Resolver, tls: Any, mark: int | None) -> None:
-        factory = PortalFactory(
+        factory = PortalLinkFactory(
             self._reactor,
             target=url.target(public_key),
             headers=url.headers,
@@ -347,7 +347,7 @@ class _Attempt:
     def writable(self) -> None:
         self._pump()
 
-    def refused(self, refusal: Refusal) -> None:
+    def refused(self, refusal: UpgradeRefused) -> None:
         self._channel.handle_refused(refusal, self._clock())
         self._pump()
 
@@ -357,7 +357,7 @@ class _Attempt:
         self._closed()
 
     async def _connect(
-        self, url: LoginUrl, factory: PortalFactory, resolve: Resolver, tls: Any, mark: int | None
+        self, url: LoginUrl, factory: PortalLinkFactory, resolve: Resolver, tls: Any, mark: int | None
     ) -> None:
         hosts = [url.host] if _is_ip(url.host) else await resolve(url.host)
         if not hosts:

@@ -14,7 +14,7 @@ from firezone_tunnel.errors import FirezoneError
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.messages import relay as messages
 from firezone_tunnel.phoenix.channel import Fatal, Joined
-from firezone_tunnel.portal_connection.service import Notice, PortalService
+from firezone_tunnel.portal_connection.service import Notice, PortalLink
 from firezone_tunnel.portal_connection.url import LoginUrl
 from firezone_tunnel.reactor.queues import BoundedQueue
 from firezone_tunnel.relay.config import EngineConfig, Secrets
@@ -142,10 +142,10 @@ class RelayService(Service):
         if not self.failed.called:
             self.failed.callback(error)
 
-    def _make_portal(self, config: PortalConfig | None) -> PortalService | None:
+    def _make_portal(self, config: PortalConfig | None) -> PortalLink | None:
         if config is None:
             return None
-        return PortalService(
+        return PortalLink(
             self._reactor,
             url=config.url,
             topic=messages.TOPIC,

@@ -18,9 +18,9 @@ from firezone_tunnel.host.monitor import NetworkMonitor
 from firezone_tunnel.host.netlink import Netlink
 from firezone_tunnel.host.worker import Worker
 from firezone_tunnel.logs import events as log
-from firezone_tunnel.messages.common import Generation, Message, write
-from firezone_tunnel.phoenix.channel import Fatal, Joined, Received
-from firezone_tunnel.portal_connection.service import Notice, PortalService
+from firezone_tunnel.messages.common import Generation, PortalMessage, write
+from firezone_tunnel.phoenix.channel import Fatal, Joined, PushReceived
+from firezone_tunnel.portal_connection.service import Notice, PortalLink
 from firezone_tunnel.portal_connection.url import LoginUrl
 from firezone_tunnel.reactor.clock import boottime, utc
 from firezone_tunnel.reactor.queues import BoundedQueue
@@ -99,7 +99,7 @@ class DeviceService(Service):
             reactor, core, on_event=self._handle_event, on_lost=self._fail, mark=FIREZONE_MARK
         )
         self._portal_events: BoundedQueue[Notice] = BoundedQueue(reactor, _PORTAL_EVENTS, self._handle_notice)
-        self._portal = PortalService(
+        self._portal = PortalLink(
             reactor,
             url=config.url,
             topic=role,
@@ -145,7 +145,7 @@ class DeviceService(Service):
         await self.netlink.set_rules(families)
         return families
 
-    def say(self, message: Message) -> None:
+    def say(self, message: PortalMessage) -> None:
         """Send a message to the portal. Upstream's later portals understand the seed's names, too (decision 10)."""
         self._portal.send(message.event(Generation.SEED), write(message))
 
@@ -212,7 +212,7 @@ class DeviceService(Service):
         match notice:
             case Joined():
                 self._core.handle_joined()
-            case Received(event, payload):
+            case PushReceived(event, payload):
                 self._handle_message(event, payload)
             case Fatal(error):
                 self._fail(error)

@@ -20,7 +20,7 @@ from twisted.logger import globalLogPublisher, textFileLogObserver
 
 from firezone_tunnel.errors import AuthenticationError, ConfigurationError, PortalError
 from firezone_tunnel.logs import events as log
-from firezone_tunnel.phoenix.channel import Fatal, Joined, Lost, Received, State
+from firezone_tunnel.phoenix.channel import ChannelState, Fatal, Joined, Lost, PushReceived
 from firezone_tunnel.portal_connection import protocol as protocol_module
 from firezone_tunnel.portal_connection import service as service_module
 from firezone_tunnel.portal_connection.protocol import parse_retry_after
@@ -56,7 +56,7 @@ async def test_it_joins_and_carries_messages_both_ways(world: World) -> None:
     peer.push("init", {"a": 1})
     assert world.service.send("create_flow", {"resource_id": "r"})
 
-    assert await world.inbox.next_of(Received) == Received("init", {"a": 1})
+    assert await world.inbox.next_of(PushReceived) == PushReceived("init", {"a": 1})
     assert await peer.next_event("create_flow") == {
         "topic": "client",
         "event": "create_flow",
@@ -93,7 +93,7 @@ async def test_a_refused_token_is_final_and_its_code_says_what_to_do(world: Worl
     assert isinstance(error, AuthenticationError)
     assert error.requires_sign_in
     assert "no such token" in str(error)
-    assert world.service.state is State.FAILED
+    assert world.service.state is ChannelState.FAILED
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ async def test_garbage_is_skipped(world: World) -> None:
     peer.sendMessage(b"\x00\x01", isBinary=True)
     peer.push("init", {})
 
-    assert await world.inbox.next_of(Received) == Received("init", {})
+    assert await world.inbox.next_of(PushReceived) == PushReceived("init", {})
     assert world.service.counters.malformed == 2
 
 
@@ -302,7 +302,7 @@ async def test_a_ping_is_answered_and_means_nothing_else(world: World, payload: 
     peer.sendPing(payload)
 
     assert await peer.pongs.next() == payload
-    assert world.service.state is State.JOINED
+    assert world.service.state is ChannelState.JOINED
 
 
 @pytest_twisted.ensureDeferred
@@ -311,7 +311,7 @@ async def test_a_large_message_comes_through(world: World) -> None:
     peer = await _joined(world)
     peer.push("init", "x" * 2_000_000)
 
-    assert len((await world.inbox.next_of(Received)).payload) == 2_000_000
+    assert len((await world.inbox.next_of(PushReceived)).payload) == 2_000_000
 
 
 @pytest_twisted.ensureDeferred
@@ -417,7 +417,7 @@ async def test_tls_to_a_portal_with_a_private_ca(tmp_path: Path) -> None:
         peer = await _joined(world)
         peer.push("init", "x" * 200_000)
 
-        assert len((await world.inbox.next_of(Received)).payload) == 200_000
+        assert len((await world.inbox.next_of(PushReceived)).payload) == 200_000
         await world.stop()
 
 
@@ -545,7 +545,7 @@ async def test_while_the_queue_is_full_nothing_is_read_and_nothing_is_lost(world
     assert read < 3000
     world.inbox.capacity = None
     world.inbox.items.clear()
-    rest = [(await world.inbox.next_of(Received)).payload["number"] for _ in range(3000 - 3)]
+    rest = [(await world.inbox.next_of(PushReceived)).payload["number"] for _ in range(3000 - 3)]
     assert rest == list(range(3, 3000))
 
 
@@ -556,7 +556,7 @@ async def test_what_a_full_queue_did_not_take_is_not_told_once_the_connection_is
     world.inbox.capacity = 1
     for number in range(5):
         peer.push("x", number)
-    assert await world.inbox.next_of(Received) == Received("x", 0)
+    assert await world.inbox.next_of(PushReceived) == PushReceived("x", 0)
     world.inbox.capacity = 0
     world.clock.advance(40.0)
     world.inbox.capacity = None
@@ -564,7 +564,7 @@ async def test_what_a_full_queue_did_not_take_is_not_told_once_the_connection_is
     told = []
     while not isinstance(event := await world.inbox.next(), Lost):
         told.append(event)
-    assert Received("x", 4) not in told
+    assert PushReceived("x", 4) not in told
 
 
 @pytest_twisted.ensureDeferred

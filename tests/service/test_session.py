@@ -27,7 +27,7 @@ from firezone_tunnel import (
 )
 from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
 from firezone_tunnel.host.monitor import NetworkMonitor
-from firezone_tunnel.policy.account import Role
+from firezone_tunnel.policy.account import PeerRole
 from firezone_tunnel.runtime.tunnel import TunnelRuntime
 from tests.service.portal_peers import CLIENT_TOKEN, Portal, start_portal, stop_portal, until
 from tests.system.hosts import Host, Lab
@@ -288,7 +288,7 @@ def _key(session: Session) -> bytes:
 def _keys_known_to(portal: Portal) -> list[bytes]:
     """The public keys of the clients that have joined."""
     assert portal.service.hub is not None
-    joined = portal.service.hub._state.presence.joined(Role.CLIENT)
+    joined = portal.service.hub._state.presence.joined(PeerRole.CLIENT)
     return [base64.b64decode(session.device.public_key) for session in joined]
 
 

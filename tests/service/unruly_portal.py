@@ -1,4 +1,4 @@
-"""A portal on loopback that misbehaves on demand, and what a `PortalService` needs around it."""
+"""A portal on loopback that misbehaves on demand, and what a `PortalLink` needs around it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import DefaultOpenSSLContextFactory
 
-from firezone_tunnel.portal_connection.service import PortalService
+from firezone_tunnel.portal_connection.service import PortalLink
 from firezone_tunnel.portal_connection.url import LoginUrl
 
 TOKEN = "n.s3cret-T0ken"
@@ -249,7 +249,7 @@ class World:
         self.resolved: list[str] = []
         self.addresses = ["127.0.0.1"]
         options.setdefault("entropy", bytes)
-        self.service = PortalService(
+        self.service = PortalLink(
             _reactor,
             url=LoginUrl.client(f"{scheme}://{host}:{portal.port}", TOKEN, device_id="d", name="n"),
             topic="client",

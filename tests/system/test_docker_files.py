@@ -15,7 +15,7 @@ import pytest
 
 from firezone_tunnel.client.options import Options as ClientOptions
 from firezone_tunnel.gateway.options import Options as GatewayOptions
-from firezone_tunnel.policy.account import Role
+from firezone_tunnel.policy.account import PeerRole
 from firezone_tunnel.policy.seed import Outside, parse_seed
 from firezone_tunnel.process.settings import Options
 
@@ -123,8 +123,8 @@ def test_compose_gives_a_tunnel_the_device_and_the_capability_it_needs(role: str
     assert service["environment"]["FIREZONE_API_URL"] == "ws://portal:8081"
 
 
-@pytest.mark.parametrize(("role", "topic"), [("client", Role.CLIENT), ("gateway", Role.GATEWAY)])
-def test_the_portal_of_compose_knows_the_tokens_of_compose(role: str, topic: Role) -> None:
+@pytest.mark.parametrize(("role", "topic"), [("client", PeerRole.CLIENT), ("gateway", PeerRole.GATEWAY)])
+def test_the_portal_of_compose_knows_the_tokens_of_compose(role: str, topic: PeerRole) -> None:
     account = parse_seed((_DOCKER / "portal.toml").read_text(), Outside(str, ZoneInfo))
     compose = _compose()
     token = (_ROOT / compose["secrets"][f"{role}-token"]["file"]).read_text().strip()

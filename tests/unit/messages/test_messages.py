@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.messages import client, common, gateway, relay
-from firezone_tunnel.messages.common import Generation, Message, read, rename, write
+from firezone_tunnel.messages.common import Generation, PortalMessage, read, rename, write
 from firezone_tunnel.sansio import SocketAddress
 from tests.unit.messages.recorded import SESSIONS, portal_frames
 
@@ -99,7 +99,7 @@ _CANDIDATES = {"candidates": ["candidate:1 1 udp 2113929471 192.0.2.5 51820 typ 
 _PRESENCE = {"disconnected_ids": ["60e05bd1"], "connected": [_RELAY]}
 
 # Of spec/portal-protocol.md, 2.1 to 2.4.
-_FROM_PORTAL: list[tuple[ModuleType, str, Any, type[Message]]] = [
+_FROM_PORTAL: list[tuple[ModuleType, str, Any, type[PortalMessage]]] = [
     (client, "init", _CLIENT_INIT, client.Init),
     (client, "init", _CLIENT_INIT | {"authorizations": [], "flow_logs": _FLOW_LOGS}, client.Init),
     (client, "init", {"interface": _INTERFACE}, client.Init),
@@ -144,7 +144,7 @@ _FROM_PORTAL: list[tuple[ModuleType, str, Any, type[Message]]] = [
     (gateway, "ice_candidates", {"client_id": "c"} | _CANDIDATES, gateway.IceCandidates),
     (gateway, "invalidate_ice_candidates", {"client_id": "c"} | _CANDIDATES, gateway.InvalidateIceCandidates),
 ]
-_TO_PORTAL: list[tuple[Message, Generation, str, dict[str, Any]]] = [
+_TO_PORTAL: list[tuple[PortalMessage, Generation, str, dict[str, Any]]] = [
     (
         client.CreateFlow(resource_id="r", connected_gateway_ids=["g"]),
         Generation.SEED,
@@ -257,7 +257,7 @@ def test_a_recorded_message_without_one_of_its_required_keys_is_refused_by_name(
 
 @pytest.mark.parametrize(("module", "event", "payload", "kind"), _FROM_PORTAL)
 def test_a_documented_message_is_read_and_written_back(
-    module: Any, event: str, payload: Any, kind: type[Message]
+    module: Any, event: str, payload: Any, kind: type[PortalMessage]
 ) -> None:
     message = module.parse(event, payload)
 
@@ -270,7 +270,7 @@ def test_a_documented_message_is_read_and_written_back(
 
 @pytest.mark.parametrize(("message", "generation", "event", "payload"), _TO_PORTAL)
 def test_what_we_say_has_the_names_of_the_generation(
-    message: Message, generation: Generation, event: str, payload: dict[str, Any]
+    message: PortalMessage, generation: Generation, event: str, payload: dict[str, Any]
 ) -> None:
     assert type(message).event(generation) == event
     assert write(message) == payload
@@ -447,7 +447,7 @@ def test_any_payload_is_a_message_or_a_protocol_error(event: tuple[Any, str], pa
 
 @given(st.sampled_from(_FROM_PORTAL), st.data())
 def test_any_change_to_a_message_is_a_message_or_a_protocol_error(
-    documented: tuple[Any, str, Any, type[Message]], data: st.DataObject
+    documented: tuple[Any, str, Any, type[PortalMessage]], data: st.DataObject
 ) -> None:
     module, event, payload, _ = documented
     payload = copy.deepcopy(payload)
@@ -480,14 +480,14 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from _places(inner)
 
 
-def _message_classes() -> list[type[Message]]:
+def _message_classes() -> list[type[PortalMessage]]:
     """All that the modules define, and not only import."""
     return [
         kind
         for module in (client, common, gateway, relay)
         for kind in vars(module).values()
-        if isinstance(kind, type) and issubclass(kind, Message) and kind.__module__ == module.__name__
-        if kind is not Message
+        if isinstance(kind, type) and issubclass(kind, PortalMessage) and kind.__module__ == module.__name__
+        if kind is not PortalMessage
     ]
 
 

@@ -17,14 +17,14 @@ from firezone_tunnel.phoenix.channel import (
     TRANSITIONS,
     Channel,
     ChannelLost,
+    ChannelState,
     Dial,
     Fatal,
     HangUp,
     Joined,
     Lost,
-    Received,
-    Refusal,
-    State,
+    PushReceived,
+    UpgradeRefused,
 )
 
 _VECTORS = sorted((Path(__file__).parents[2] / "data" / "vectors").glob("*.jsonl"))
@@ -184,7 +184,7 @@ def test_messages_of_the_portal_come_through(joined: _World) -> None:
         '{"topic":"client","event":"new","payload":"text","ref":null,"join_ref":null}', joined.now
     )
 
-    assert joined.events() == [Received("init", {"a": 1}), Received("new", "text")]
+    assert joined.events() == [PushReceived("init", {"a": 1}), PushReceived("new", "text")]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_an_unreadable_frame_is_counted_and_dropped(joined: _World) -> None:
 
     assert joined.events() == []
     assert joined.channel.counters.malformed == 1
-    assert joined.channel.state is State.JOINED
+    assert joined.channel.state is ChannelState.JOINED
 
 
 @pytest.mark.parametrize("text", [b"", b'{"topic":"client"'])
@@ -242,7 +242,7 @@ def test_only_the_reply_to_the_join_completes_it(world: _World, ref: Any) -> Non
     world.open()
     world.hear_reply(ref)
 
-    assert world.channel.state is State.JOINING
+    assert world.channel.state is ChannelState.JOINING
 
 
 def test_a_connection_that_does_not_come_about_in_15_seconds_is_given_up(world: _World) -> None:
@@ -301,12 +301,12 @@ def test_answered_heartbeats_keep_the_connection(joined: _World) -> None:
         assert [frame["ref"] for frame in joined.sent()] == [ref]
         joined.hear_reply(ref, topic="phoenix")
 
-    assert joined.channel.state is State.JOINED
+    assert joined.channel.state is ChannelState.JOINED
 
 
 def test_the_fourth_heartbeat_in_a_row_without_an_answer_ends_it(joined: _World) -> None:
     joined.advance(39.9)
-    assert joined.channel.state is State.JOINED
+    assert joined.channel.state is ChannelState.JOINED
     joined.advance(0.1)
 
     assert [event.reason for event in joined.lost()] == ["too many unanswered heartbeats"]
@@ -356,7 +356,7 @@ def test_an_old_unmatched_topic_does_not_join_a_joined_channel_again(joined: _Wo
 
     joined.hear_reply(1, reason="unmatched topic")
 
-    assert joined.channel.state is State.JOINED
+    assert joined.channel.state is ChannelState.JOINED
     assert [frame["event"] for frame in joined.sent()] == ["heartbeat"]
 
 
@@ -375,7 +375,7 @@ def test_error_replies_to_other_topics_or_with_other_reasons_change_nothing(join
 
     joined.hear_reply(1, reason=reason, topic="gateway" if reason == "unmatched topic" else "client")
 
-    assert joined.channel.state is State.JOINED
+    assert joined.channel.state is ChannelState.JOINED
     assert joined.channel.counters.errors == 1
 
 
@@ -407,18 +407,18 @@ def test_another_disconnect_is_ignored(joined: _World, payload: Any) -> None:
 )
 def test_401_is_final(world: _World, code: str | None, requires_sign_in: bool) -> None:
     world.channel.connect(world.now)
-    world.channel.handle_refused(Refusal(401, code), world.now)
+    world.channel.handle_refused(UpgradeRefused(401, code), world.now)
 
     fatal = world.events()[-1]
     assert isinstance(fatal.error, AuthenticationError)
     assert fatal.error.requires_sign_in is requires_sign_in
-    assert world.channel.state is State.FAILED
+    assert world.channel.state is ChannelState.FAILED
 
 
 @pytest.mark.parametrize("status", [301, 400, 402, 403, 408, 409, 422, 429, 500, 503])
 def test_every_other_refusal_is_retried(world: _World, status: int) -> None:
     world.channel.connect(world.now)
-    world.channel.handle_refused(Refusal(status, "a_code"), world.now)
+    world.channel.handle_refused(UpgradeRefused(status, "a_code"), world.now)
 
     (lost,) = world.lost()
     assert f"HTTP {status} (a_code)" in lost.reason
@@ -431,7 +431,7 @@ def test_retry_after_is_the_delay_and_costs_no_backoff() -> None:
     world.channel.connect(world.now)
     delays = []
     for retry_after in (30.0, 60.0, 0.0, None):
-        world.channel.handle_refused(Refusal(429, retry_after=retry_after), world.now)
+        world.channel.handle_refused(UpgradeRefused(429, retry_after=retry_after), world.now)
         delays += [lost.delay for lost in world.lost()]
         world.advance(delays[-1])
 
@@ -440,7 +440,7 @@ def test_retry_after_is_the_delay_and_costs_no_backoff() -> None:
 
 def test_a_retry_after_of_years_is_cut_to_an_hour(world: _World) -> None:
     world.channel.connect(world.now)
-    world.channel.handle_refused(Refusal(503, retry_after=1e8), world.now)
+    world.channel.handle_refused(UpgradeRefused(503, retry_after=1e8), world.now)
 
     assert [lost.delay for lost in world.lost()] == [3600.0]
 
@@ -500,12 +500,12 @@ def test_a_gateway_gives_up_after_its_partition_time() -> None:
     delays = _fail_repeatedly(world, 2000)
 
     assert 24 * 3600.0 - 60.0 < sum(delays) <= 24 * 3600.0
-    assert world.channel.state is State.FAILED
+    assert world.channel.state is ChannelState.FAILED
 
 
 def test_a_failed_channel_can_be_connected_again(world: _World) -> None:
     world.channel.connect(world.now)
-    world.channel.handle_refused(Refusal(401), world.now)
+    world.channel.handle_refused(UpgradeRefused(401), world.now)
     world.events()
 
     world.channel.connect(world.now)
@@ -547,7 +547,7 @@ def test_a_recorded_portal_gets_from_us_what_upstreams_programs_said(path: Path)
 
         theirs = [frame for direction, frame in frames if direction == "in" and frame["event"] != "heartbeat"]
         assert [(one["event"], one["payload"]) for one in ours] == [(one["event"], one["payload"]) for one in theirs]
-        assert [event.event for event in channel.events() if isinstance(event, Received)] == pushed
+        assert [event.event for event in channel.events() if isinstance(event, PushReceived)] == pushed
 
 
 @given(st.binary() | st.text(), st.booleans())
@@ -559,7 +559,7 @@ def test_any_text_leaves_a_channel_that_works(text: bytes | str, is_joined: bool
 
     world.channel.handle_text(text, world.now)
 
-    assert world.channel.state in {State.JOINING, State.JOINED, State.WAITING}
+    assert world.channel.state in {ChannelState.JOINING, ChannelState.JOINED, ChannelState.WAITING}
 
 
 @given(st.lists(st.integers(0, 9), max_size=60))
@@ -572,7 +572,7 @@ def test_every_change_of_state_is_one_of_the_documented(steps: list[int]) -> Non
         world.sent()
         seen.append(world.channel.state)
         timeout = world.channel.next_timeout()
-        assert (timeout is None) == (world.channel.state in {State.IDLE, State.FAILED})
+        assert (timeout is None) == (world.channel.state in {ChannelState.IDLE, ChannelState.FAILED})
 
     for before, after in itertools.pairwise(seen):
         assert before is after or after in TRANSITIONS[before]
@@ -586,7 +586,7 @@ def _take_step(world: _World, step: int) -> None:
         lambda: world.hear("phx_error", {}),
         lambda: world.hear("phx_close", {}),
         lambda: world.channel.handle_lost("gone", world.now),
-        lambda: world.channel.handle_refused(Refusal(401), world.now),
+        lambda: world.channel.handle_refused(UpgradeRefused(401), world.now),
         lambda: world.channel.send("x", world.now),
         world.channel.close,
         lambda: world.channel.handle_timeout(world.now),

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from firezone_tunnel.messages.client import CreateFlow
 from firezone_tunnel.messages.common import Generation
-from firezone_tunnel.policy.account import Account, Role, Token, token_hash
+from firezone_tunnel.policy.account import Account, PeerRole, Token, token_hash
 from firezone_tunnel.policy.changes import StoredFlow, judge
 from firezone_tunnel.policy.conditions import Circumstances
-from firezone_tunnel.policy.devices import Session
+from firezone_tunnel.policy.devices import DeviceSession
 from firezone_tunnel.policy.flows import Failure, FlowBook, Grant, PendingFlow, grant
 from firezone_tunnel.policy.presence import Presence
 from tests.unit.policy.worlds import account, heard, session
@@ -54,7 +54,7 @@ def test_a_flow_ends_with_the_policy_or_the_token_whichever_is_first() -> None:
         ends = [None if end is None else int(_UTC) + end for end in (policy, token, expected)]
         world = account((_Until(ends[0]),), expires_at=ends[1])
 
-        pending = _request(_book(), world, _online(session(Role.GATEWAY, "g1")), _client(world))
+        pending = _request(_book(), world, _online(session(PeerRole.GATEWAY, "g1")), _client(world))
 
         assert isinstance(pending, PendingFlow)
         assert pending.flow.expires_at == ends[2]
@@ -62,7 +62,7 @@ def test_a_flow_ends_with_the_policy_or_the_token_whichever_is_first() -> None:
 
 def test_every_gateway_of_the_site_is_chosen_at_times() -> None:
     world = account(())
-    presence = _online(*(session(Role.GATEWAY, f"g{number}") for number in range(4)))
+    presence = _online(*(session(PeerRole.GATEWAY, f"g{number}") for number in range(4)))
 
     chosen = []
     for number in range(4):
@@ -74,14 +74,14 @@ def test_every_gateway_of_the_site_is_chosen_at_times() -> None:
 
 
 def test_gateways_that_have_not_joined_are_offline() -> None:
-    world, gateway = account(()), session(Role.GATEWAY, "g1")
+    world, gateway = account(()), session(PeerRole.GATEWAY, "g1")
     gateway.is_joined = False
 
     assert _request(_book(), world, _online(gateway), _client(world)) == Failure("offline")
 
 
 def test_an_old_gateway_is_not_found_by_the_seeds_client_and_mismatches_todays() -> None:
-    world, presence = account(()), _online(session(Role.GATEWAY, "g1", agent="connlib/1.3.0"))
+    world, presence = account(()), _online(session(PeerRole.GATEWAY, "g1", agent="connlib/1.3.0"))
 
     assert _request(_book(), world, presence, _client(world)) == Failure("not_found")
     today = _client(world, Generation.TODAY)
@@ -90,7 +90,7 @@ def test_an_old_gateway_is_not_found_by_the_seeds_client_and_mismatches_todays()
 
 def test_a_request_waits_15_seconds_for_its_gateway() -> None:
     world, book = account(()), _book()
-    pending = _request(book, world, _online(session(Role.GATEWAY, "g1")), _client(world))
+    pending = _request(book, world, _online(session(PeerRole.GATEWAY, "g1")), _client(world))
 
     timeout = book.next_timeout()
     assert timeout is not None
@@ -103,7 +103,7 @@ def test_a_request_waits_15_seconds_for_its_gateway() -> None:
 def test_the_requests_of_a_lost_connection_are_forgotten() -> None:
     world, book = account(()), _book()
     client = _client(world)
-    _request(book, world, _online(session(Role.GATEWAY, "g1")), client)
+    _request(book, world, _online(session(PeerRole.GATEWAY, "g1")), client)
 
     book.forget(client)
 
@@ -111,13 +111,13 @@ def test_the_requests_of_a_lost_connection_are_forgotten() -> None:
 
 
 def test_only_the_gateways_own_connection_may_answer() -> None:
-    world, book, gateway = account(()), _book(), session(Role.GATEWAY, "g1")
+    world, book, gateway = account(()), _book(), session(PeerRole.GATEWAY, "g1")
     pending = _request(book, world, _online(gateway), _client(world))
     assert isinstance(pending, PendingFlow)
     book.admit(world, pending)
     (_, payload) = heard(gateway)[0]
 
-    newer = session(Role.GATEWAY, "g1")
+    newer = session(PeerRole.GATEWAY, "g1")
     assert book.answered(newer, payload["ref"]) is None
     assert book.answered(gateway, payload["ref"]) is pending
     assert book.answered(gateway, payload["ref"]) is None
@@ -125,7 +125,7 @@ def test_only_the_gateways_own_connection_may_answer() -> None:
 
 def test_a_stored_flow_is_judged_by_the_present_configuration() -> None:
     world = account(())
-    pending = _request(_book(), world, _online(session(Role.GATEWAY, "g1")), _client(world))
+    pending = _request(_book(), world, _online(session(PeerRole.GATEWAY, "g1")), _client(world))
     assert isinstance(pending, PendingFlow)
     stored = StoredFlow(pending.flow, actor_id="actor", remote_ip="192.0.2.7", site_id="site")
     end = int(_UTC) + 60
@@ -147,19 +147,19 @@ def _book(number: int = 0) -> FlowBook:
     return FlowBook(reference_key=bytes(32), ingest_key=bytes(32), entropy=number.to_bytes)
 
 
-def _client(world: Account, generation: Generation = Generation.SEED) -> Session:
+def _client(world: Account, generation: Generation = Generation.SEED) -> DeviceSession:
     (token,) = world.tokens.values()
-    assert token == Token("token", Role.CLIENT, token_hash("client"), "actor", token.expires_at)
-    return session(Role.CLIENT, "c1", generation=generation, token=token)
+    assert token == Token("token", PeerRole.CLIENT, token_hash("client"), "actor", token.expires_at)
+    return session(PeerRole.CLIENT, "c1", generation=generation, token=token)
 
 
-def _online(*sessions: Session) -> Presence:
+def _online(*sessions: DeviceSession) -> Presence:
     presence = Presence()
     for one in sessions:
         presence.arrive(one)
     return presence
 
 
-def _request(book: FlowBook, world: Account, presence: Presence, client: Session) -> PendingFlow | Failure:
+def _request(book: FlowBook, world: Account, presence: Presence, client: DeviceSession) -> PendingFlow | Failure:
     message = CreateFlow(resource_id="lab", connected_gateway_ids=[])
     return book.request(world, presence, client, message, new_id="f1", now=_NOW, utc_now=_UTC)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firezone_tunnel.policy.account import Role, Token
-from firezone_tunnel.policy.devices import Session
+from firezone_tunnel.policy.account import PeerRole, Token
+from firezone_tunnel.policy.devices import DeviceSession
 from firezone_tunnel.policy.presence import SwapCounter
 from firezone_tunnel.policy.relays import RelayRegistry, RelaySession
 from firezone_tunnel.sansio import SocketAddress
 from tests.unit.policy.worlds import Heard, session
 
-_TOKEN = Token("relay", Role.RELAY, "hash", "account", None)
+_TOKEN = Token("relay", PeerRole.RELAY, "hash", "account", None)
 
 
 def test_a_burst_is_told_once_a_second_after_it_began() -> None:
     registry = RelayRegistry()
-    client = session(Role.CLIENT, "c1")
+    client = session(PeerRole.CLIENT, "c1")
     registry.join(_relay(0), 0.0)
     registry.give(client)
     for number in range(1, 4):
@@ -35,7 +35,7 @@ def test_a_burst_is_told_once_a_second_after_it_began() -> None:
 
 
 def test_a_restart_is_told_together_with_what_else_is_gone() -> None:
-    registry, client = RelayRegistry(), session(Role.CLIENT, "c1")
+    registry, client = RelayRegistry(), session(PeerRole.CLIENT, "c1")
     one, two = _relay(1), _relay(2)
     registry.join(one, 0.0)
     registry.join(two, 0.0)
@@ -64,17 +64,17 @@ def test_an_older_connection_that_ends_takes_nothing_away() -> None:
 def test_a_clients_credentials_end_with_its_token_and_a_gateways_never() -> None:
     registry = RelayRegistry()
     registry.join(_relay(1), 0.0)
-    token = Token("token", Role.CLIENT, "hash", "actor", 1_900_000_000)
+    token = Token("token", PeerRole.CLIENT, "hash", "actor", 1_900_000_000)
 
-    (for_client,) = registry.give(session(Role.CLIENT, "c1", token=token))
-    (for_gateway,) = registry.give(session(Role.GATEWAY, "g1", token=token))
+    (for_client,) = registry.give(session(PeerRole.CLIENT, "c1", token=token))
+    (for_gateway,) = registry.give(session(PeerRole.GATEWAY, "g1", token=token))
 
     assert (for_client.expires_at, for_gateway.expires_at) == (1_900_000_000, 2145916800)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.sampled_from("ab")), max_size=30))
 def test_after_any_course_everybody_holds_exactly_relays_that_are_there(course: list[tuple[bool, int, str]]) -> None:
-    registry, client = RelayRegistry(), session(Role.CLIENT, "c1")
+    registry, client = RelayRegistry(), session(PeerRole.CLIENT, "c1")
     connected: dict[int, RelaySession] = {}
     known: dict[str, str] = {}
     for now, (joins, number, secret) in enumerate(course):
@@ -102,7 +102,7 @@ def test_three_swaps_a_minute_are_no_news_the_fourth_is() -> None:
     assert not swaps.note("d1", 501)
 
 
-def _apply(news: list[tuple[Session, object]], known: dict[str, str]) -> None:
+def _apply(news: list[tuple[DeviceSession, object]], known: dict[str, str]) -> None:
     """What a client does with `relays_presence` (spec, 2.0)."""
     for _, presence in news:
         for id_ in presence.disconnected_ids:

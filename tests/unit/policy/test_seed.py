@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.messages.common import Filter
-from firezone_tunnel.policy.account import Account, Role, token_hash
+from firezone_tunnel.policy.account import Account, PeerRole, token_hash
 from firezone_tunnel.policy.seed import Outside, parse_seed
 
 _EXAMPLE = Path(__file__).parents[3] / "docs/examples/portal.toml"
@@ -57,7 +57,7 @@ def test_the_example_in_the_documentation_is_one() -> None:
     account = _parse(_EXAMPLE.read_text())
 
     assert account.slug == "acme"
-    assert {token.role for token in account.tokens.values()} == set(Role)
+    assert {token.role for token in account.tokens.values()} == set(PeerRole)
     assert [resource.name for resource in account.resources.values()] == ["Lab", "Wiki"]
     assert [len(policy.conditions) for policy in account.policies] == [0, 2]
 
@@ -88,13 +88,13 @@ def test_a_given_id_stays_when_the_name_changes() -> None:
 def test_a_token_is_given_in_one_of_three_ways(line: str, text: str) -> None:
     account = _parse(f'{_HEAD}\n[[tokens]]\nkind = "gateway"\nsite = "HQ"\n{line}\nexpires_at = 2030-01-01T00:00:00Z\n')
 
-    token = account.token(Role.GATEWAY, text, utc_now=1893455999)
+    token = account.token(PeerRole.GATEWAY, text, utc_now=1893455999)
     assert token is not None
     assert token.expires_at == 1893456000
     assert text not in repr(account)
-    assert account.token(Role.GATEWAY, text, utc_now=1893456000) is None
-    assert account.token(Role.CLIENT, text, utc_now=0) is None
-    assert account.token(Role.GATEWAY, text + "x", utc_now=0) is None
+    assert account.token(PeerRole.GATEWAY, text, utc_now=1893456000) is None
+    assert account.token(PeerRole.CLIENT, text, utc_now=0) is None
+    assert account.token(PeerRole.GATEWAY, text + "x", utc_now=0) is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firezone_tunnel.policy.versions import Agent, Version, is_compatible, parse_agent
+from firezone_tunnel.policy.versions import UserAgent, Version, is_compatible, parse_user_agent
 
 
 @pytest.mark.parametrize(
@@ -21,15 +21,15 @@ from firezone_tunnel.policy.versions import Agent, Version, is_compatible, parse
     ],
 )
 def test_the_first_known_component_counts(text: str, component: str, version: tuple[int, int, int]) -> None:
-    agent = parse_agent(text)
+    agent = parse_user_agent(text)
 
     assert agent is not None
     assert (agent.component, agent.version) == (component, Version(*version))
 
 
 def test_our_own_program_is_told_from_upstreams() -> None:
-    ours = parse_agent("Linux/6.8 connlib/1.5.12 (x86_64; firezone_tunnel/0.1.0)")
-    theirs = parse_agent("Linux/6.8 connlib/1.5.12 (x86_64)")
+    ours = parse_user_agent("Linux/6.8 connlib/1.5.12 (x86_64; firezone_tunnel/0.1.0)")
+    theirs = parse_user_agent("Linux/6.8 connlib/1.5.12 (x86_64)")
 
     assert ours is not None and ours.is_ours
     assert theirs is not None and not theirs.is_ours
@@ -37,17 +37,17 @@ def test_our_own_program_is_told_from_upstreams() -> None:
 
 @pytest.mark.parametrize("text", ["", "Linux/6.8", "curl/8.0", "connlib", "xconnlib/1.0.0"])
 def test_an_agent_without_one_is_none(text: str) -> None:
-    assert parse_agent(text) is None
+    assert parse_user_agent(text) is None
 
 
 @pytest.mark.parametrize("version", ["", "1", "1.2", "1.2.3.4", "v1.2.3", "01.2.3", "1.2.x"])
 def test_a_version_that_is_not_semantic_is_unknown(version: str) -> None:
-    assert parse_agent(f"connlib/{version}") == Agent("connlib", None)
+    assert parse_user_agent(f"connlib/{version}") == UserAgent("connlib", None)
 
 
 @given(st.text())
 def test_any_text_is_either_an_agent_or_not(text: str) -> None:
-    agent = parse_agent(text)
+    agent = parse_user_agent(text)
 
     assert agent is None or agent.component in text
 
@@ -66,7 +66,7 @@ def test_any_text_is_either_an_agent_or_not(text: str) -> None:
     ],
 )
 def test_sites_are_read_from_a_version_on(agent: str, knows: bool) -> None:
-    parsed = parse_agent(agent)
+    parsed = parse_user_agent(agent)
 
     assert parsed is not None
     assert parsed.knows_sites is knows

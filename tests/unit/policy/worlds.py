@@ -6,10 +6,20 @@ import base64
 from typing import Any
 
 from firezone_tunnel.messages.common import Generation
-from firezone_tunnel.policy.account import Account, Actor, DnsSettings, Policy, Resource, Role, Site, Token, token_hash
+from firezone_tunnel.policy.account import (
+    Account,
+    Actor,
+    DnsSettings,
+    PeerRole,
+    Policy,
+    Resource,
+    Site,
+    Token,
+    token_hash,
+)
 from firezone_tunnel.policy.conditions import Condition
-from firezone_tunnel.policy.devices import Device, Identity, Session
-from firezone_tunnel.policy.versions import parse_agent
+from firezone_tunnel.policy.devices import Device, DeviceSession, Identity
+from firezone_tunnel.policy.versions import parse_user_agent
 
 
 class Heard:
@@ -32,7 +42,7 @@ class Heard:
 
 def account(*policies: tuple[Condition, ...], expires_at: int | None = None, address: str = "10.0.0.0/8") -> Account:
     """One site, one actor, one resource, and for each argument a policy with these conditions."""
-    token = Token("token", Role.CLIENT, token_hash("client"), "actor", expires_at)
+    token = Token("token", PeerRole.CLIENT, token_hash("client"), "actor", expires_at)
     return Account(
         id="account",
         name="Acme",
@@ -50,18 +60,18 @@ def account(*policies: tuple[Condition, ...], expires_at: int | None = None, add
 
 
 def session(
-    role: Role,
+    role: PeerRole,
     id_: str,
     *,
     generation: Generation = Generation.SEED,
     agent: str = "connlib/1.5.3",
     token: Token | None = None,
-) -> Session:
+) -> DeviceSession:
     """A joined session; a client may see the lab."""
-    parsed = parse_agent(agent)
+    parsed = parse_user_agent(agent)
     assert parsed is not None
-    owner = "actor" if role is Role.CLIENT else "site"
-    made = Session(
+    owner = "actor" if role is PeerRole.CLIENT else "site"
+    made = DeviceSession(
         device=Device(
             id=id_,
             identity=Identity(role, owner, id_),
@@ -79,11 +89,11 @@ def session(
         outlet=Heard(),
         is_joined=True,
     )
-    if role is Role.CLIENT:
+    if role is PeerRole.CLIENT:
         made.resources = {"lab": {}}
     return made
 
 
-def heard(session_: Session) -> list[tuple[str, Any]]:
+def heard(session_: DeviceSession) -> list[tuple[str, Any]]:
     assert isinstance(session_.outlet, Heard)
     return session_.outlet.pushed

@@ -289,7 +289,7 @@ class Portal:
         authorize = to_gateway.AuthorizeFlow(
             ref=f"{client.name} {rid} {self._world.now}",
             resource=access.for_gateway(),
-            client=to_gateway.Peer(
+            client=to_gateway.AuthorizedClient(
                 id=client.name,
                 public_key=client.tunnel.public_key,
                 preshared_key=self.preshared_key,
