@@ -1,5 +1,5 @@
-"""What portal, client, gateway and relay say to each other over the Phoenix channel (spec/portal-protocol.md, 2).
+"""The messages between the portal and clients, gateways and relays (spec/portal-protocol.md, 2).
 
-Both sides use these types: the portal to build what the others parse, and the other way round. Each message
-class names its events: the seed's first, today's second where it differs.
+Both sides use these types: one side builds a message, the other parses it. Each message class lists the names of its
+event, that of V1 first, that of V2 last (`common.Generation`).
 """

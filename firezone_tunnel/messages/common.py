@@ -22,10 +22,13 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Generation(enum.Enum):
-    """Which names a connection speaks: by its path, `/client/websocket` or `/client/v2/websocket`."""
+    """The names that the messages of a connection have; its path selects them.
 
-    SEED = 0
-    TODAY = 1
+    V1: upstream of August 2025, `/client/websocket`. V2: upstream of August 2026, `/client/v2/websocket`.
+    """
+
+    V1 = 1
+    V2 = 2
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,13 +36,13 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PortalMessage(Record, frozen=True, kw_only=True):
-    """A payload with the names of its event, the seed's first, today's last."""
+    """A payload and the names of its event, that of V1 first, that of V2 last."""
 
     EVENTS: ClassVar[tuple[str, ...]]
 
     @classmethod
     def event(cls, generation: Generation) -> str:
-        return cls.EVENTS[0] if generation is Generation.SEED else cls.EVENTS[-1]
+        return cls.EVENTS[0] if generation is Generation.V1 else cls.EVENTS[-1]
 
 
 class DnsServer(Record, frozen=True, kw_only=True):
@@ -111,7 +114,7 @@ class Site(Record, frozen=True, kw_only=True):
 
 
 class FlowLogs(Record, frozen=True, kw_only=True):
-    """Required by today's `init`; an interval of 0 disables the upload."""
+    """V2 peers require it in `init`; an interval of 0 disables the upload."""
 
     api_url: str = ""
     upload_interval_secs: int = 0
@@ -140,7 +143,7 @@ class NoRelays(PortalMessage, frozen=True, kw_only=True):
 
 
 class SnownetCapabilities(PortalMessage, frozen=True, kw_only=True):
-    """Today's peers announce what they can do after each join; we never announce iceless."""
+    """V2 peers announce their capabilities after each join; we never announce iceless."""
 
     EVENTS = ("set_snownet_capabilities",)
 
@@ -186,7 +189,7 @@ def write(message: Record) -> dict[str, Any]:
 
 
 def rename(payload: object, aliases: Mapping[str, str]) -> object:
-    """Today's spelling of a key to the seed's, where the seed's is absent."""
+    """Rename keys from their V2 to their V1 spelling, unless the V1 key is present."""
     if not isinstance(payload, dict):
         return payload
     return {aliases.get(key, key) if aliases.get(key) not in payload else key: value for key, value in payload.items()}

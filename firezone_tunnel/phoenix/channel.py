@@ -7,8 +7,8 @@
     401, a refused join, an expired token, max_partition_time ─> FAILED             close ─> IDLE
 
 The shell opens a WebSocket when it takes a `Dial`, reports what becomes of it, and drops it at a `HangUp`. It never
-reports anything of a WebSocket that it was told to drop. The rules are those of upstream's newer generation
-(spec/portal-protocol.md, 1.4 to 1.9, column "Today"), but for the 15 s within which that wants its first join.
+reports anything of a WebSocket that it was told to drop. The rules are upstream's of V2
+(spec/portal-protocol.md, 1.4 to 1.9, column "Today"), without its limit of 15 s for the first join.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ import attrs
 from firezone_tunnel.phoenix.codec import Form, Frame, decode, encode, reply
 from firezone_tunnel.sansio import Timeout
 
-IDLE_TIMEOUT = 75.0  # the seed's peers send every 30 s (spec, 1.8); at least 60 (spec, 4.1)
+IDLE_TIMEOUT = 75.0  # V1 peers send every 30 s (spec, 1.8); at least 60 (spec, 4.1)
 MAILBOX_CAPACITY = 256
 
 _PHOENIX = "phoenix"

@@ -17,11 +17,11 @@ from firezone_tunnel.policy.versions import UserAgent, parse_user_agent
 from firezone_tunnel.sansio import SocketAddress
 
 _PATHS = {
-    "/client/websocket": (PeerRole.CLIENT, Generation.SEED),
-    "/client/v2/websocket": (PeerRole.CLIENT, Generation.TODAY),
-    "/gateway/websocket": (PeerRole.GATEWAY, Generation.SEED),
-    "/gateway/v2/websocket": (PeerRole.GATEWAY, Generation.TODAY),
-    "/relay/websocket": (PeerRole.RELAY, Generation.SEED),
+    "/client/websocket": (PeerRole.CLIENT, Generation.V1),
+    "/client/v2/websocket": (PeerRole.CLIENT, Generation.V2),
+    "/gateway/websocket": (PeerRole.GATEWAY, Generation.V1),
+    "/gateway/v2/websocket": (PeerRole.GATEWAY, Generation.V2),
+    "/relay/websocket": (PeerRole.RELAY, Generation.V1),
 }
 _FORMS = {"1.0.0": Form.OBJECT, "2.0.0": Form.ARRAY}
 _RELAY_PORT = 3478
@@ -114,7 +114,7 @@ class _Invalid:
     """How this generation is told that its parameters are wrong."""
 
     def __init__(self, generation: Generation) -> None:
-        self._status = 422 if generation is Generation.SEED else 400
+        self._status = 422 if generation is Generation.V1 else 400
 
     def __call__(self, detail: str) -> Refused:
         return Refused(self._status, "invalid_connect_params", detail)

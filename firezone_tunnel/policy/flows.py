@@ -31,7 +31,7 @@ from firezone_tunnel.policy.presence import Presence
 from firezone_tunnel.policy.versions import is_compatible
 from firezone_tunnel.sansio import Entropy, Timeout, earliest
 
-GATEWAY_TIMEOUT = 15.0  # spec, 3.8, today
+GATEWAY_TIMEOUT = 15.0  # spec, 3.8, V2
 _INGEST_GRACE = 30 * 24 * 3600  # an ingest token outlives its authorization by this (spec, 2.6)
 
 Reason = Literal["not_found", "offline", "forbidden", "version_mismatch"]
@@ -183,7 +183,7 @@ class FlowBook:
             "use_iceless": False,
             "flow_logs_ingest_token": self._ingest_token(account, pending, "responder"),
         }
-        event = "authorize_flow" if gateway.generation is Generation.SEED else "create_authorization"
+        event = "authorize_flow" if gateway.generation is Generation.V1 else "create_authorization"
         gateway.outlet.push(event, payload)
 
     def answered(self, gateway: DeviceSession, reference: str) -> PendingFlow | Literal["invalid_ref"] | None:
@@ -242,23 +242,23 @@ class FlowBook:
         """One that the client is connected to, if it qualifies; else any, at random."""
         if not online:
             return Failure("offline")
-        is_today = session.generation is Generation.TODAY
+        is_v2 = session.generation is Generation.V2
         compatible = [
             one
             for one in online
             if is_compatible(
                 session.agent.version,
                 one.agent.version,
-                minor_window=is_today and one.generation is Generation.TODAY,
+                minor_window=is_v2 and one.generation is Generation.V2,
             )
         ]
         if not compatible:
-            return Failure("version_mismatch" if is_today else "not_found")
+            return Failure("version_mismatch" if is_v2 else "not_found")
         preferred = [one for one in compatible if one.device.id in connected] or compatible
         return preferred[int.from_bytes(self._entropy(4)) % len(preferred)]
 
     def _ingest_token(self, account: Account, pending: PendingFlow, role: Literal["initiator", "responder"]) -> str:
-        """The token for flow logs that today's peers demand (spec, 2.6); nothing is uploaded with it."""
+        """The token for flow logs, which V2 peers require (spec, 2.6); nothing is uploaded with it."""
         flow, device, resource = pending.flow, pending.client.device, pending.resource
         actor = account.actors.get(device.identity.owner)
         ends_at = FOREVER if flow.expires_at is None else flow.expires_at

@@ -13,7 +13,7 @@ from firezone_tunnel.policy.devices import DeviceSession, Outlet
 from firezone_tunnel.sansio import SocketAddress, Timeout
 
 RELAYS_EACH = 2  # spec, 3.3
-DEBOUNCE = 1.0  # spec, 3.3, today
+DEBOUNCE = 1.0  # spec, 3.3, V2
 
 
 @attrs.define(eq=False)

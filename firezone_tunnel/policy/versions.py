@@ -57,7 +57,7 @@ def parse_user_agent(user_agent: str) -> UserAgent | None:
 def is_compatible(client: Version | None, gateway: Version | None, *, minor_window: bool) -> bool:
     """Whether this client may be sent to this gateway.
 
-    `minor_window`: today's rule between today's programs, at most one minor version apart, comes on top.
+    `minor_window` adds V2's rule: at most one minor version apart.
     """
     if client is None or gateway is None:
         return False

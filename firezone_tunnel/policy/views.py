@@ -59,7 +59,7 @@ def gateway_resource(resource: Resource) -> dict[str, Any]:
 
 
 def client_interface(device: Device, dns: DnsSettings) -> dict[str, Any]:
-    """Today's `upstream_do53` wins over `upstream_dns` but carries no port: it is left empty where a port matters."""
+    """V2's `upstream_do53` takes precedence over `upstream_dns` but has no port: it stays empty if a port matters."""
     on_usual_port = all(port == _DNS_PORT for _, port in dns.upstream)
     return {
         "ipv4": device.ipv4,

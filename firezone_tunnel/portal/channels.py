@@ -77,11 +77,11 @@ class ClientChannel:
         return JoinAccepted("init", views.client_init(state.account, session, state.relays.give(session)))
 
     async def handle(self, message: MessageReceived) -> str | None:
-        is_seed = self._session.generation is Generation.SEED
+        is_v1 = self._session.generation is Generation.V1
         match message.event:
-            case "create_flow" if is_seed:
+            case "create_flow" if is_v1:
                 await self._request_flow(_read(client.CreateFlow, message.payload))
-            case "request_authorization" if not is_seed:
+            case "request_authorization" if not is_v1:
                 await self._request_flow(_read(client.CreateFlow, {"connected_gateway_ids": []} | _table(message)))
             case "broadcast_ice_candidates" | "broadcast_invalidated_ice_candidates":
                 to = _read(client.BroadcastIceCandidates, message.payload)
@@ -142,11 +142,11 @@ class GatewayChannel:
         return JoinAccepted("init", views.gateway_init(self._state.account, session, relays, authorizations))
 
     async def handle(self, message: MessageReceived) -> str | None:
-        is_seed = self._session.generation is Generation.SEED
+        is_v1 = self._session.generation is Generation.V1
         match message.event:
-            case "flow_authorized" if is_seed:
+            case "flow_authorized" if is_v1:
                 return self._admitted(_read(gateway.FlowAuthorized, message.payload))
-            case "authorization_created" if not is_seed:
+            case "authorization_created" if not is_v1:
                 return self._admitted(_read(gateway.FlowAuthorized, message.payload))
             case "broadcast_ice_candidates" | "broadcast_invalidated_ice_candidates":
                 to = _read(gateway.BroadcastIceCandidates, message.payload)
@@ -221,7 +221,7 @@ async def current_authorizations(state: PortalState, session: DeviceSession) -> 
 
 
 def _handle_common(state: PortalState, session: DeviceSession, message: MessageReceived) -> None:
-    """What clients and gateways of today say alike; the seed's don't, and may."""
+    """Handle what V2 clients and gateways both send; V1 peers don't send it, but may."""
     match message.event:
         case "no_relays":
             connected = [*state.relays.give(session), *views.turn_servers(state.account, session)]

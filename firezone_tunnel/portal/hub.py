@@ -269,11 +269,11 @@ class Hub:
         return stored if session is None else attrs.evolve(stored, remote_ip=session.device.remote_ip)
 
     def _tell_shortened(self, flow: Flow, verdict: Flow) -> bool:
-        """Tell the gateway when a flow now ends; False where it doesn't understand: today's have no word for it."""
+        """Notify the gateway of a flow's new end; False if it can't be: V2 has no message for it."""
         session = self._state.presence.connected(PeerRole.GATEWAY, flow.gateway_id)
         if session is None or flow.expires_at == verdict.expires_at:
             return True
-        if session.generation is not Generation.SEED:
+        if session.generation is not Generation.V1:
             return False
         message = gateway.ExpiryUpdated(
             client_id=flow.client_id, resource_id=flow.resource_id, expires_at=verdict.expires_at

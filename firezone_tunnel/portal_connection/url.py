@@ -116,7 +116,7 @@ class LoginUrl:
     def target(self, public_key: bytes | None = None) -> str:
         """Path and query of the upgrade request, form-encoded. Holds the token: never log it."""
         parameters = list(self.parameters)
-        if self.token:  # today's portals read the header first; the seed's know only this
+        if self.token:  # V2 portals read the header first, V1 portals only this
             parameters.insert(0, ("token", self.token))
         if public_key is not None:
             parameters.append(("public_key", base64.b64encode(public_key).decode()))

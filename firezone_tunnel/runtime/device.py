@@ -146,8 +146,8 @@ class DeviceService(Service):
         return families
 
     def say(self, message: PortalMessage) -> None:
-        """Send a message to the portal. Upstream's later portals understand the seed's names, too (decision 10)."""
-        self._portal.send(message.event(Generation.SEED), write(message))
+        """Send a message to the portal. V2 portals understand the names of V1, too (decision 10)."""
+        self._portal.send(message.event(Generation.V1), write(message))
 
     def rebind(self) -> None:
         """Take new sockets, and call the portal anew: by the old ones nothing arrives any more. It is the end if

@@ -97,8 +97,8 @@ group = "Everyone"
 resource = "Wiki"
 """
 
-SEED_AGENT = "Debian/12.0.0 connlib/{version} (x86_64; 6.18.44)"
-TODAY_AGENTS = {"client": "Debian/12.0.0 headless-client/1.5.12 (x86_64)", "gateway": "Debian/12.0.0 gateway/1.6.1"}
+V1_AGENT = "Debian/12.0.0 connlib/{version} (x86_64; 6.18.44)"
+V2_AGENTS = {"client": "Debian/12.0.0 headless-client/1.5.12 (x86_64)", "gateway": "Debian/12.0.0 gateway/1.6.1"}
 _VERSIONS = {"client": "1.5.3", "gateway": "1.4.16"}
 _TOKENS = {"client": CLIENT_TOKEN, "gateway": GATEWAY_TOKEN, "relay": RELAY_TOKEN}
 
@@ -142,7 +142,7 @@ class Portal:
         return peer
 
     async def join(
-        self, role: str, *, today: bool = False, agent: str | None = None, token: str | None = None, **parameters: Any
+        self, role: str, *, v2: bool = False, agent: str | None = None, token: str | None = None, **parameters: Any
     ) -> Peer:
         """Connect as a client, gateway or relay of either generation, join, and take the `init`."""
         stamp_secret = parameters.pop("stamp_secret", "0" * 64)
@@ -150,9 +150,9 @@ class Portal:
         if role == "relay":
             defaults = {"ipv4": "198.51.100.10"}
         query = urlencode({"token": token or _TOKENS[role], **defaults, **parameters})
-        version = "v2/" if today and role != "relay" else ""
-        usual = "relay/0.1.0" if role == "relay" else SEED_AGENT.format(version=_VERSIONS.get(role))
-        agent = agent or (TODAY_AGENTS.get(role) if today else None) or usual
+        version = "v2/" if v2 and role != "relay" else ""
+        usual = "relay/0.1.0" if role == "relay" else V1_AGENT.format(version=_VERSIONS.get(role))
+        agent = agent or (V2_AGENTS.get(role) if v2 else None) or usual
         peer = await self.connect(f"/{role}/{version}websocket?{query}", agent)
         peer.topic = role
         peer.send("phx_join", {"stamp_secret": stamp_secret} if role == "relay" else None)

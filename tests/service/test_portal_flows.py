@@ -36,19 +36,19 @@ async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
     await stop_portal(portal)
 
 
-@pytest.mark.parametrize("client_today", [False, True])
-@pytest.mark.parametrize("gateway_today", [False, True])
+@pytest.mark.parametrize("client_v2", [False, True])
+@pytest.mark.parametrize("gateway_v2", [False, True])
 @pytest_twisted.ensureDeferred
 async def test_a_flow_is_granted_under_the_names_of_each_sides_generation(
-    portal: Portal, client_today: bool, gateway_today: bool
+    portal: Portal, client_v2: bool, gateway_v2: bool
 ) -> None:
-    gateway = await portal.join("gateway", today=gateway_today)
-    client = await portal.join("client", today=client_today)
+    gateway = await portal.join("gateway", v2=gateway_v2)
+    client = await portal.join("client", v2=client_v2)
 
-    client.send(_NAMES[client_today][0], {"resource_id": LAB_ID, "connected_gateway_ids": []})
-    asked = await gateway.receive(_NAMES[gateway_today][1])
-    gateway.send(_NAMES[gateway_today][2], {"ref": asked["ref"]})
-    created = await client.receive(_NAMES[client_today][3])
+    client.send(_NAMES[client_v2][0], {"resource_id": LAB_ID, "connected_gateway_ids": []})
+    asked = await gateway.receive(_NAMES[gateway_v2][1])
+    gateway.send(_NAMES[gateway_v2][2], {"ref": asked["ref"]})
+    created = await client.receive(_NAMES[client_v2][3])
 
     assert await gateway.receive("phx_reply") == {"status": "ok", "response": {}}
     assert asked["resource"] == {
@@ -61,11 +61,11 @@ async def test_a_flow_is_granted_under_the_names_of_each_sides_generation(
     assert asked["use_iceless"] is created["use_iceless"] is False
     assert created["gateway_public_key"] == key(2)
     assert created["gateway_ipv6"] == gateway.init["interface"]["ipv6"]
-    assert created["site_id" if client_today else "gateway_group_id"] == SITE_ID
+    assert created["site_id" if client_v2 else "gateway_group_id"] == SITE_ID
     for side in ("client_ice_credentials", "gateway_ice_credentials"):
         assert asked[side] == created[side]
-    assert isinstance(gateway_messages.parse(_NAMES[gateway_today][1], asked), gateway_messages.AuthorizeFlow)
-    assert isinstance(client_messages.parse(_NAMES[client_today][3], created), client_messages.FlowCreated)
+    assert isinstance(gateway_messages.parse(_NAMES[gateway_v2][1], asked), gateway_messages.AuthorizeFlow)
+    assert isinstance(client_messages.parse(_NAMES[client_v2][3], created), client_messages.FlowCreated)
 
 
 @pytest_twisted.ensureDeferred
@@ -84,12 +84,12 @@ async def test_both_sides_get_an_ingest_token_with_their_role(portal: Portal) ->
         assert json.loads(claims)["resource_name"] == "Lab"
 
 
-@pytest.mark.parametrize("today", [False, True])
+@pytest.mark.parametrize("v2", [False, True])
 @pytest_twisted.ensureDeferred
-async def test_names_of_the_other_generation_are_unknown(portal: Portal, today: bool) -> None:
-    client = await portal.join("client", today=today)
+async def test_names_of_the_other_generation_are_unknown(portal: Portal, v2: bool) -> None:
+    client = await portal.join("client", v2=v2)
 
-    client.send(_NAMES[not today][0], {"resource_id": LAB_ID, "connected_gateway_ids": []})
+    client.send(_NAMES[not v2][0], {"resource_id": LAB_ID, "connected_gateway_ids": []})
 
     assert await client.receive("phx_reply") == {"status": "error", "response": {"reason": "unknown_message"}}
 
@@ -217,9 +217,9 @@ async def test_a_window_that_has_just_closed_is_forbidden_and_named(portal: Port
 
 
 @pytest_twisted.ensureDeferred
-async def test_todays_programs_more_than_a_minor_version_apart_do_not_meet(portal: Portal) -> None:
-    await portal.join("gateway", today=True)
-    client = await portal.join("client", today=True, agent="Linux/6.8 headless-client/1.9.0")
+async def test_v2_peers_more_than_a_minor_version_apart_do_not_meet(portal: Portal) -> None:
+    await portal.join("gateway", v2=True)
+    client = await portal.join("client", v2=True, agent="Linux/6.8 headless-client/1.9.0")
 
     client.send("request_authorization", {"resource_id": LAB_ID})
 
@@ -245,8 +245,8 @@ async def test_a_gateway_that_the_client_is_connected_to_is_preferred(portal: Po
 
 @pytest_twisted.ensureDeferred
 async def test_candidates_go_to_the_addressed_peer_unchanged_and_in_order(portal: Portal) -> None:
-    gateway, client = await _pair(portal, today=True)
-    asked, created = await _flow(gateway, client, today=True)
+    gateway, client = await _pair(portal, v2=True)
+    asked, created = await _flow(gateway, client, v2=True)
     bystander = await portal.join("gateway", external_id="gateway-2", public_key=key(3))
     cid, gid = asked["client"]["id"], created["gateway_id"]
 
@@ -273,12 +273,12 @@ async def test_candidates_go_to_the_addressed_peer_unchanged_and_in_order(portal
 
 @pytest_twisted.ensureDeferred
 async def test_capabilities_are_accepted_in_silence(portal: Portal) -> None:
-    gateway, client = await _pair(portal, today=True)
+    gateway, client = await _pair(portal, v2=True)
 
     for peer in (gateway, client):
         peer.send("set_snownet_capabilities", {"iceless": True, "new": 1})
         assert await peer.settle() == []
-    asked, created = await _flow(gateway, client, today=True)
+    asked, created = await _flow(gateway, client, v2=True)
 
     assert asked["use_iceless"] is created["use_iceless"] is False
 
@@ -318,12 +318,12 @@ async def test_a_flow_ends_with_the_clients_token_and_is_forgotten_then(portal: 
     assert again.init["authorizations"] == []
 
 
-async def _pair(portal: Portal, *, today: bool = False) -> tuple[Peer, Peer]:
-    return await portal.join("gateway", today=today), await portal.join("client", today=today)
+async def _pair(portal: Portal, *, v2: bool = False) -> tuple[Peer, Peer]:
+    return await portal.join("gateway", v2=v2), await portal.join("client", v2=v2)
 
 
-async def _flow(gateway: Peer, client: Peer, *, today: bool = False) -> tuple[Any, Any]:
-    request, ask, answer, success, _ = _NAMES[today]
+async def _flow(gateway: Peer, client: Peer, *, v2: bool = False) -> tuple[Any, Any]:
+    request, ask, answer, success, _ = _NAMES[v2]
     client.send(request, {"resource_id": LAB_ID, "connected_gateway_ids": []})
     asked = await gateway.receive(ask)
     gateway.send(answer, {"ref": asked["ref"]})

@@ -138,7 +138,7 @@ async def test_the_last_relay_leaves_an_empty_list_and_the_next_is_told_at_once(
 @pytest_twisted.ensureDeferred
 async def test_no_relays_is_answered_with_those_there_are(portal: Portal, role: str) -> None:
     await portal.join("relay")
-    peer = await portal.join(role, today=True)
+    peer = await portal.join(role, v2=True)
 
     peer.send("no_relays", {})
 

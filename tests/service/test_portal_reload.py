@@ -167,17 +167,17 @@ async def test_so_do_gateways_and_relays(portal: Portal, role: str) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_earlier_end_is_told_to_the_seeds_gateway_and_revokes_at_todays(portal: Portal) -> None:
+async def test_an_earlier_end_is_sent_to_a_v1_gateway_and_revokes_at_a_v2_gateway(portal: Portal) -> None:
     ends = {"2038-01-18T00:00:00Z": 2147385600}
-    for today, event in ((False, "access_authorization_expiry_updated"), (True, "reject_access")):
-        gateway, client, cid = await _with_flow(portal, today=today)
+    for v2, event in ((False, "access_authorization_expiry_updated"), (True, "reject_access")):
+        gateway, client, cid = await _with_flow(portal, v2=v2)
         before = portal.seed.read_text()
 
         await portal.reseed(('actor = "Dev User"', f'actor = "Dev User"\nexpires_at = {next(iter(ends))}'))
 
         told = await gateway.receive(event)
         assert told["client_id"] == cid
-        assert today or told["expires_at"] == 2147385600
+        assert v2 or told["expires_at"] == 2147385600
         assert client.closed_with is None
         portal.seed.write_text(before)
         await portal.service.reload()
@@ -211,13 +211,13 @@ async def test_a_mistake_is_logged_with_its_line_and_changes_nothing(
     await gateway.receive("authorize_flow")
 
 
-async def _with_flow(portal: Portal, *, today: bool = False) -> tuple[Peer, Peer, str]:
+async def _with_flow(portal: Portal, *, v2: bool = False) -> tuple[Peer, Peer, str]:
     """A gateway, a client with a flow for the lab through it, and the client's id."""
-    gateway = await portal.join("gateway", today=today)
+    gateway = await portal.join("gateway", v2=v2)
     client = await portal.join("client")
     client.send("create_flow", {"resource_id": LAB_ID, "connected_gateway_ids": []})
-    asked = await gateway.receive("create_authorization" if today else "authorize_flow")
-    gateway.send("authorization_created" if today else "flow_authorized", {"ref": asked["ref"]})
+    asked = await gateway.receive("create_authorization" if v2 else "authorize_flow")
+    gateway.send("authorization_created" if v2 else "flow_authorized", {"ref": asked["ref"]})
     await gateway.receive("phx_reply")
     await client.receive("flow_created")
     return gateway, client, asked["client"]["id"]

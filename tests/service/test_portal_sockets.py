@@ -20,8 +20,8 @@ from tests.service.portal_peers import (
     OTHER_CLIENT_TOKEN,
     RELAY_TOKEN,
     SEED,
-    SEED_AGENT,
-    TODAY_AGENTS,
+    V1_AGENT,
+    V2_AGENTS,
     Portal,
     Refusal,
     http,
@@ -30,7 +30,7 @@ from tests.service.portal_peers import (
     stop_portal,
 )
 
-_AGENT = SEED_AGENT.format(version="1.5.3")
+_AGENT = V1_AGENT.format(version="1.5.3")
 _KEY = quote(key(1), safe="")
 _CLIENT = f"external_id=one&public_key={_KEY}"
 
@@ -154,7 +154,7 @@ async def test_a_token_that_has_expired_is_refused(tmp_path: Path) -> None:
 @pytest_twisted.ensureDeferred
 async def test_tokens_are_never_logged(portal: Portal, logged: list[dict[str, Any]]) -> None:
     await portal.join("client")
-    await portal.join("gateway", today=True)
+    await portal.join("gateway", v2=True)
     with pytest.raises(Refusal):
         await portal.connect(f"/client/websocket?token={GATEWAY_TOKEN}&{_CLIENT}", _AGENT)
 
@@ -293,13 +293,13 @@ async def test_devices_of_other_owners_or_ids_have_other_addresses(portal: Porta
 
 
 @pytest_twisted.ensureDeferred
-async def test_todays_client_reads_sites_and_the_seeds_gateway_groups(portal: Portal) -> None:
-    today = await portal.join("client", today=True)
-    seed = await portal.join("client", external_id="client-2")
+async def test_a_v2_client_reads_sites_and_a_v1_client_gateway_groups(portal: Portal) -> None:
+    v2 = await portal.join("client", v2=True)
+    v1 = await portal.join("client", external_id="client-2")
 
-    assert [set(one) & {"sites", "gateway_groups"} for one in today.init["resources"]] == [{"sites"}] * 2
-    assert [set(one) & {"sites", "gateway_groups"} for one in seed.init["resources"]] == [{"gateway_groups"}] * 2
-    assert TODAY_AGENTS["client"].split()[1] == "headless-client/1.5.12"
+    assert [set(one) & {"sites", "gateway_groups"} for one in v2.init["resources"]] == [{"sites"}] * 2
+    assert [set(one) & {"sites", "gateway_groups"} for one in v1.init["resources"]] == [{"gateway_groups"}] * 2
+    assert V2_AGENTS["client"].split()[1] == "headless-client/1.5.12"
 
 
 @pytest_twisted.ensureDeferred

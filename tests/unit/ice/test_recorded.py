@@ -74,7 +74,7 @@ def test_we_would_have_told_the_same_candidates(session: Path) -> None:
     for text in candidates(session):
         told = parse_sdp(text)
         assert told is not None
-        if told.kind is CandidateKind.SERVER_REFLEXIVE:  # the seed doesn't add it to its agent, today's and ours do
+        if told.kind is CandidateKind.SERVER_REFLEXIVE:  # V1 doesn't add it to its agent, V2 and ours do
             continue
         ours = Candidate.host(told.address) if told.kind is CandidateKind.HOST else Candidate.relayed(told.address)
         compared += 1

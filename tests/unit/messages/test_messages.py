@@ -94,7 +94,7 @@ _GATEWAY_INIT = {
     "relays": [_RELAY],
     "authorizations": [{"client_id": "5f0c", "resource_id": _RESOURCE_ID, "expires_at": 1790000000}],
 }
-_TODAY = {"use_iceless": False, "flow_logs_ingest_token": "<JWT>"}
+_V2 = {"use_iceless": False, "flow_logs_ingest_token": "<JWT>"}
 _CANDIDATES = {"candidates": ["candidate:1 1 udp 2113929471 192.0.2.5 51820 typ host"]}
 _PRESENCE = {"disconnected_ids": ["60e05bd1"], "connected": [_RELAY]}
 
@@ -110,7 +110,7 @@ _FROM_PORTAL: list[tuple[ModuleType, str, Any, type[PortalMessage]]] = [
     (client, "resource_deleted", _RESOURCE_ID, client.ResourceDeleted),
     (client, "relays_presence", _PRESENCE, client.RelaysPresence),
     (client, "flow_created", _FLOW_CREATED, client.FlowCreated),
-    (client, "authorization_created", _FLOW_CREATED | _TODAY, client.FlowCreated),
+    (client, "authorization_created", _FLOW_CREATED | _V2, client.FlowCreated),
     (client, "flow_creation_failed", {"resource_id": "r", "reason": "offline"}, client.FlowCreationFailed),
     (
         client,
@@ -126,7 +126,7 @@ _FROM_PORTAL: list[tuple[ModuleType, str, Any, type[PortalMessage]]] = [
     (gateway, "init", _GATEWAY_INIT | {"flow_logs": _FLOW_LOGS, "account_slug": None}, gateway.Init),
     (gateway, "authorize_flow", _AUTHORIZE_FLOW, gateway.AuthorizeFlow),
     (gateway, "authorize_flow", _AUTHORIZE_FLOW | {"expires_at": None}, gateway.AuthorizeFlow),
-    (gateway, "create_authorization", _AUTHORIZE_FLOW | _TODAY | {"subject": {"any": 1}}, gateway.AuthorizeFlow),
+    (gateway, "create_authorization", _AUTHORIZE_FLOW | _V2 | {"subject": {"any": 1}}, gateway.AuthorizeFlow),
     (gateway, "reject_access", {"client_id": "c", "resource_id": "r"}, gateway.RejectAccess),
     (
         gateway,
@@ -147,46 +147,46 @@ _FROM_PORTAL: list[tuple[ModuleType, str, Any, type[PortalMessage]]] = [
 _TO_PORTAL: list[tuple[PortalMessage, Generation, str, dict[str, Any]]] = [
     (
         client.CreateFlow(resource_id="r", connected_gateway_ids=["g"]),
-        Generation.SEED,
+        Generation.V1,
         "create_flow",
         {"resource_id": "r", "connected_gateway_ids": ["g"]},
     ),
     (
         client.CreateFlow(resource_id="r", connected_gateway_ids=[]),
-        Generation.TODAY,
+        Generation.V2,
         "request_authorization",
         {"resource_id": "r", "connected_gateway_ids": []},
     ),
     (
         client.BroadcastIceCandidates(gateway_ids=["g"], candidates=["c"]),
-        Generation.TODAY,
+        Generation.V2,
         "broadcast_ice_candidates",
         {"gateway_ids": ["g"], "candidates": ["c"]},
     ),
     (
         client.BroadcastInvalidatedIceCandidates(gateway_ids=["g"], candidates=["c"]),
-        Generation.SEED,
+        Generation.V1,
         "broadcast_invalidated_ice_candidates",
         {"gateway_ids": ["g"], "candidates": ["c"]},
     ),
-    (client.NoRelays(), Generation.TODAY, "no_relays", {}),
-    (client.SnownetCapabilities(), Generation.TODAY, "set_snownet_capabilities", {"iceless": False}),
-    (gateway.FlowAuthorized(ref="x"), Generation.SEED, "flow_authorized", {"ref": "x"}),
-    (gateway.FlowAuthorized(ref="x"), Generation.TODAY, "authorization_created", {"ref": "x"}),
+    (client.NoRelays(), Generation.V2, "no_relays", {}),
+    (client.SnownetCapabilities(), Generation.V2, "set_snownet_capabilities", {"iceless": False}),
+    (gateway.FlowAuthorized(ref="x"), Generation.V1, "flow_authorized", {"ref": "x"}),
+    (gateway.FlowAuthorized(ref="x"), Generation.V2, "authorization_created", {"ref": "x"}),
     (
         gateway.BroadcastIceCandidates(client_ids=["c"], candidates=["d"]),
-        Generation.SEED,
+        Generation.V1,
         "broadcast_ice_candidates",
         {"client_ids": ["c"], "candidates": ["d"]},
     ),
     (
         gateway.BroadcastInvalidatedIceCandidates(client_ids=["c"], candidates=["d"]),
-        Generation.TODAY,
+        Generation.V2,
         "broadcast_invalidated_ice_candidates",
         {"client_ids": ["c"], "candidates": ["d"]},
     ),
-    (relay.Join(stamp_secret="00" * 32), Generation.SEED, "phx_join", {"stamp_secret": "00" * 32}),
-    (relay.Init(), Generation.TODAY, "init", {}),
+    (relay.Join(stamp_secret="00" * 32), Generation.V1, "phx_join", {"stamp_secret": "00" * 32}),
+    (relay.Init(), Generation.V2, "init", {}),
 ]
 
 
@@ -243,7 +243,7 @@ def test_a_recorded_message_without_one_of_its_required_keys_is_refused_by_name(
     refused = 0
     for frame in portal_frames(session):
         for key in required.get(frame.event, ()) if frame.sent_by_portal and frame.peer in _MODULES else []:
-            # The site of today's flows has another name, and so has no key to lack.
+            # The site of V2's flows has another name, and so has no key to lack.
             present = {"gateway_group_id": "site_id"}.get(key, key) if key not in frame.payload else key
             payload = {name: value for name, value in frame.payload.items() if name != present}
             with pytest.raises(ProtocolError, match=key):
@@ -304,10 +304,10 @@ def test_values_have_types_to_work_with() -> None:
     assert flow.preshared_key == bytes(range(32))
 
 
-def test_today_calls_groups_sites() -> None:
-    of_seed = client.parse("init", _CLIENT_INIT)
+def test_v2_calls_groups_sites() -> None:
+    of_v1 = client.parse("init", _CLIENT_INIT)
     sites = [{"sites" if key == "gateway_groups" else key: value for key, value in one.items()} for one in _resources()]
-    assert client.parse("init", _CLIENT_INIT | {"resources": sites}) == of_seed
+    assert client.parse("init", _CLIENT_INIT | {"resources": sites}) == of_v1
 
     for resource, with_sites in zip(_resources(), sites, strict=True):
         event = "resource_created_or_updated"
@@ -317,7 +317,7 @@ def test_today_calls_groups_sites() -> None:
     assert client.parse("authorization_created", flow) == client.parse("flow_created", _FLOW_CREATED)
 
 
-def test_where_both_spellings_are_there_the_seeds_counts() -> None:
+def test_where_both_spellings_are_there_that_of_v1_counts() -> None:
     assert rename({"old": 1, "new": 2}, {"new": "old"}) == {"old": 1, "new": 2}
     assert rename({"new": 2, "other": 3}, {"new": "old"}) == {"old": 2, "other": 3}
     assert rename([1], {"new": "old"}) == [1]

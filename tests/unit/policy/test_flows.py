@@ -80,12 +80,12 @@ def test_gateways_that_have_not_joined_are_offline() -> None:
     assert _request(_book(), world, _online(gateway), _client(world)) == Failure("offline")
 
 
-def test_an_old_gateway_is_not_found_by_the_seeds_client_and_mismatches_todays() -> None:
+def test_an_old_gateway_is_not_found_by_a_v1_client_and_mismatches_for_a_v2_client() -> None:
     world, presence = account(()), _online(session(PeerRole.GATEWAY, "g1", agent="connlib/1.3.0"))
 
     assert _request(_book(), world, presence, _client(world)) == Failure("not_found")
-    today = _client(world, Generation.TODAY)
-    assert _request(_book(), world, presence, today) == Failure("version_mismatch")
+    v2 = _client(world, Generation.V2)
+    assert _request(_book(), world, presence, v2) == Failure("version_mismatch")
 
 
 def test_a_request_waits_15_seconds_for_its_gateway() -> None:
@@ -147,7 +147,7 @@ def _book(number: int = 0) -> FlowBook:
     return FlowBook(reference_key=bytes(32), ingest_key=bytes(32), entropy=number.to_bytes)
 
 
-def _client(world: Account, generation: Generation = Generation.SEED) -> DeviceSession:
+def _client(world: Account, generation: Generation = Generation.V1) -> DeviceSession:
     (token,) = world.tokens.values()
     assert token == Token("token", PeerRole.CLIENT, token_hash("client"), "actor", token.expires_at)
     return session(PeerRole.CLIENT, "c1", generation=generation, token=token)

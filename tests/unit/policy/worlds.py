@@ -63,7 +63,7 @@ def session(
     role: PeerRole,
     id_: str,
     *,
-    generation: Generation = Generation.SEED,
+    generation: Generation = Generation.V1,
     agent: str = "connlib/1.5.3",
     token: Token | None = None,
 ) -> DeviceSession:

@@ -27,7 +27,7 @@ class Exchange(NamedTuple):
     response: Message
 
 
-@pytest.mark.parametrize("session", ["seed-relayed", "today-relayed"])
+@pytest.mark.parametrize("session", ["v1-relayed", "v2-relayed"])
 def test_every_recorded_request_gets_an_answer_of_the_recorded_kind(session: str) -> None:
     secret = _stamp_secret(session)
     credentials = StampSecret(secret)
@@ -132,7 +132,7 @@ def _rows(session: str) -> Iterator[dict]:
 
 
 def test_the_recorded_credentials_outlive_the_clock_of_these_tests() -> None:
-    for session in ("seed-relayed", "today-relayed"):
+    for session in ("v1-relayed", "v2-relayed"):
         credentials = StampSecret(_stamp_secret(session))
         names = {exchange.request.get(stun.USERNAME) for exchange in _exchanges(session)} - {None}
         assert names
