@@ -13,7 +13,7 @@ from twisted.internet.defer import Deferred
 from firezone_tunnel.errors import PlatformError, one_line
 from firezone_tunnel.host import nftables
 from firezone_tunnel.host.sysctl import Sysctls
-from firezone_tunnel.host.worker import Worker
+from firezone_tunnel.host.worker_thread import WorkerThread
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 
@@ -25,7 +25,7 @@ class GatewayFirewall:
     firewalld's do, two rules go to its top as well, as no table can overrule another's drop.
     """
 
-    def __init__(self, worker: Worker, *, interface: str, state_directory: Path) -> None:
+    def __init__(self, worker: WorkerThread, *, interface: str, state_directory: Path) -> None:
         """`state_directory` keeps the host's original settings for as long as ours hold."""
         self._worker = worker
         self._host = _ForwardingHost(interface, Sysctls(state_directory / "gateway-sysctls.json"))

@@ -13,7 +13,7 @@ from zope.interface import implementer
 
 from firezone_tunnel.host.addresses import HostSnapshot
 from firezone_tunnel.host.kernel import TUNNEL_MTU, TUNNEL_QUEUE, USER_TABLE, Families, Kernel, Table
-from firezone_tunnel.host.worker import Worker
+from firezone_tunnel.host.worker_thread import WorkerThread
 
 
 class Netlink:
@@ -22,7 +22,7 @@ class Netlink:
     The network namespace is that of the thread which made the first call.
     """
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: WorkerThread) -> None:
         self._worker = worker
         self._kernel = Kernel()
 

@@ -15,7 +15,7 @@ from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.host import nftables
 from firezone_tunnel.host.kernel import FIREZONE_MARK
 from firezone_tunnel.host.sysctl import Sysctls
-from firezone_tunnel.host.worker import Worker
+from firezone_tunnel.host.worker_thread import WorkerThread
 from firezone_tunnel.logs import events as log
 
 
@@ -31,7 +31,7 @@ def is_strict(interface: str, read: Callable[[str], str | None]) -> bool:
 class ReplyMarks:
     """Makes strict reverse-path filtering harmless, where there is any."""
 
-    def __init__(self, worker: Worker, *, state_directory: Path) -> None:
+    def __init__(self, worker: WorkerThread, *, state_directory: Path) -> None:
         """`state_directory` keeps the host's original settings for as long as ours hold."""
         self._worker = worker
         self._host = _FilteringHost(Sysctls(state_directory / "client-sysctls.json"))

@@ -10,7 +10,7 @@ import attrs
 
 from firezone_tunnel.messages.common import Generation
 from firezone_tunnel.policy.account import PeerRole, Token
-from firezone_tunnel.policy.credentials import Party
+from firezone_tunnel.policy.derived_credentials import Party
 from firezone_tunnel.policy.versions import UserAgent
 from firezone_tunnel.sansio import Entropy
 

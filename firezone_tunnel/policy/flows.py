@@ -18,7 +18,7 @@ from firezone_tunnel.messages.common import Generation, write
 from firezone_tunnel.policy import views
 from firezone_tunnel.policy.account import Account, Actor, Policy, Resource
 from firezone_tunnel.policy.conditions import Circumstances
-from firezone_tunnel.policy.credentials import (
+from firezone_tunnel.policy.derived_credentials import (
     FOREVER,
     ice_credentials,
     json_web_token,

@@ -29,8 +29,8 @@ from firezone_tunnel.policy.account import (
     TurnServer,
     token_hash,
 )
-from firezone_tunnel.policy.addresses import RESERVED
 from firezone_tunnel.policy.conditions import parse_condition
+from firezone_tunnel.policy.tunnel_addresses import RESERVED
 from firezone_tunnel.sansio import SocketAddress
 
 _NAMESPACE = uuid.UUID("7d0f5a0e-6d49-5f2b-9a55-3f6f1c1f8e10")  # of ids that are derived from names

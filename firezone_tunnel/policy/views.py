@@ -17,7 +17,7 @@ from firezone_tunnel.messages.common import (
     write,
 )
 from firezone_tunnel.policy.account import Account, DnsSettings, Resource
-from firezone_tunnel.policy.credentials import FOREVER
+from firezone_tunnel.policy.derived_credentials import FOREVER
 from firezone_tunnel.policy.devices import Device, DeviceSession
 
 _DNS_PORT = 53

@@ -17,12 +17,12 @@ from firezone_tunnel.messages.common import (
     SnownetCapabilities,
     read,
 )
-from firezone_tunnel.phoenix.server import JoinRequested, MessageReceived
+from firezone_tunnel.phoenix.server_socket import JoinRequested, MessageReceived
 from firezone_tunnel.policy import views
 from firezone_tunnel.policy.account import PeerRole
 from firezone_tunnel.policy.devices import DeviceSession, new_id
 from firezone_tunnel.policy.flows import Failure, visible_resources
-from firezone_tunnel.policy.relays import RelaySession
+from firezone_tunnel.policy.relay_registry import RelaySession
 from firezone_tunnel.portal.state import PortalState
 
 _M = TypeVar("_M", bound=PortalMessage)

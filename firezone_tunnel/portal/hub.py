@@ -16,7 +16,7 @@ from firezone_tunnel.policy.admission import AdmittedDevice, AdmittedRelay, Refu
 from firezone_tunnel.policy.changes import StoredFlow
 from firezone_tunnel.policy.devices import Device, DeviceSession
 from firezone_tunnel.policy.flows import Failure, Flow, earlier
-from firezone_tunnel.policy.relays import RelaySession
+from firezone_tunnel.policy.relay_registry import RelaySession
 from firezone_tunnel.portal.channels import (
     ClientChannel,
     GatewayChannel,
@@ -24,8 +24,8 @@ from firezone_tunnel.portal.channels import (
     current_authorizations,
     refuse_flow,
 )
-from firezone_tunnel.portal.connection import WebSocket, WebSocketConnection
 from firezone_tunnel.portal.state import PortalState
+from firezone_tunnel.portal.websocket_connection import WebSocket, WebSocketConnection
 from firezone_tunnel.sansio import Timeout, earliest
 
 SWEEP_INTERVAL = 60.0  # expired flows, and policies that time changed (spec, 3.8, 3.13)

@@ -11,7 +11,7 @@ from firezone_tunnel.policy.account import Account
 from firezone_tunnel.policy.devices import Outlet
 from firezone_tunnel.policy.flows import FlowBook
 from firezone_tunnel.policy.presence import Presence, SwapCounter
-from firezone_tunnel.policy.relays import RelayRegistry
+from firezone_tunnel.policy.relay_registry import RelayRegistry
 from firezone_tunnel.portal.store import Store
 from firezone_tunnel.sansio import Entropy
 

@@ -26,11 +26,11 @@ from twisted.python.threadpool import ThreadPool
 
 from firezone_tunnel.errors import InUseError, PlatformError
 from firezone_tunnel.policy.account import PeerRole
-from firezone_tunnel.policy.addresses import allocate
 from firezone_tunnel.policy.admission import AdmittedDevice, AdmittedRelay
 from firezone_tunnel.policy.changes import StoredFlow
 from firezone_tunnel.policy.devices import Device, Identity, new_id
 from firezone_tunnel.policy.flows import Flow
+from firezone_tunnel.policy.tunnel_addresses import allocate
 from firezone_tunnel.sansio import Entropy
 from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 

@@ -19,8 +19,8 @@ from zope.interface import implementer
 from firezone_tunnel.policy.admission import Refused, UpgradeRequest
 
 if TYPE_CHECKING:
-    from firezone_tunnel.portal.connection import WebSocketConnection
     from firezone_tunnel.portal.hub import Hub, Welcome
+    from firezone_tunnel.portal.websocket_connection import WebSocketConnection
 
 HEALTH_PATH = "/healthz"
 _HEADER_LIMIT = 16 * 1024  # bytes of a request before its empty line

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 
 import attrs
 
-from firezone_tunnel.relaying.addresses import Network, PeerPolicy
-from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.relaying.allocator import RelayConfig
 from firezone_tunnel.relaying.credentials import CredentialSource, StampSecret, StaticUsers
 from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE
+from firezone_tunnel.relaying.peer_policy import Network, PeerPolicy
 from firezone_tunnel.stun.message import FAMILY_IPV6, FIREZONE_REALM
 
 DRAIN_TIME = 30.0  # decision 6

@@ -20,7 +20,7 @@ from firezone_tunnel.reactor.queues import BoundedQueue
 from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.engine import Engine
 from firezone_tunnel.relay.listening import bind_listening
-from firezone_tunnel.relay.workers import WorkerGroup
+from firezone_tunnel.relay.worker_group import WorkerGroup
 from firezone_tunnel.stun.message import FIREZONE_REALM
 
 _PORTAL_EVENTS = 16

@@ -1,7 +1,7 @@
 """A worker of a relay, as a process: `python -m firezone_tunnel.relay.worker`, which only the relay itself starts.
 
-Its parent tells it everything through pipes (`relay.control`). Signals are the parent's business: a terminal and a
-service manager send them to all processes, and a worker ends when the parent says so or is gone.
+Its parent controls it through pipes (`relay.worker_messages`). It ignores signals, which a terminal or a service
+manager sends to all processes: a worker ends when the parent orders it to, or is gone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from twisted.python.failure import Failure
 from firezone_tunnel.errors import FirezoneError, one_line
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.logs.writer import LogWriter, TwistedMessages
-from firezone_tunnel.relay.control import (
+from firezone_tunnel.relay.engine import Engine
+from firezone_tunnel.relay.worker_messages import (
     FIRST_SOCKET,
     ORDERS,
     REPORTS,
@@ -33,7 +34,6 @@ from firezone_tunnel.relay.control import (
     decode_order,
     encode,
 )
-from firezone_tunnel.relay.engine import Engine
 
 FLUSH_TIMEOUT = 1.0  # seconds for the last report
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from firezone_tunnel.datagrams import MAX_SEND_SIZE, BufferPool, DatagramBatch, SendBuffer, send_limit
 from firezone_tunnel.packet.layout import Rows, block
-from firezone_tunnel.relaying.addresses import PeerPolicy
 from firezone_tunnel.relaying.allocation import Allocation, ChannelBinding, family_of
 from firezone_tunnel.relaying.outputs import Outbox, RelayTransmit
+from firezone_tunnel.relaying.peer_policy import PeerPolicy
 from firezone_tunnel.relaying.registry import Registry
 from firezone_tunnel.sansio import Entropy, SocketAddress
 from firezone_tunnel.stun import message as stun

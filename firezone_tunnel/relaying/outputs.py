@@ -6,7 +6,7 @@ from collections import Counter, deque
 
 import attrs
 
-from firezone_tunnel.relaying.addresses import Network
+from firezone_tunnel.relaying.peer_policy import Network
 from firezone_tunnel.sansio import Releasable, SocketAddress, Transmit
 
 MAX_WAITING = 4096

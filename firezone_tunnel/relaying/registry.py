@@ -8,7 +8,7 @@ from typing import NamedTuple
 from firezone_tunnel.deadlines import Deadlines
 from firezone_tunnel.relaying.allocation import Allocation
 from firezone_tunnel.relaying.outputs import ClosePort, Drained, Outbox
-from firezone_tunnel.relaying.ports import PortRange
+from firezone_tunnel.relaying.port_range import PortRange
 from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout
 
 RESERVATION_LIFETIME = 30.0  # RFC 8656, section 7.2: at least 30 s
@@ -30,7 +30,7 @@ class _Deleted(NamedTuple):
 
 
 class Registry:
-    """Who has which port. Closing sockets is told to the shell; opening them is for `allocating`."""
+    """Who has which port. Closing sockets is told to the shell; opening them is for `allocator`."""
 
     def __init__(self, ports: PortRange, outbox: Outbox, entropy: Entropy) -> None:
         self.ports = ports

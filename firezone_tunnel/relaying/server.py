@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from firezone_tunnel.datagrams import DatagramBatch
-from firezone_tunnel.relaying.addresses import PeerPolicy
-from firezone_tunnel.relaying.allocating import Allocator, RelayConfig, granted_lifetime
 from firezone_tunnel.relaying.allocation import CHANNEL_LIFETIME, PERMISSION_LIFETIME, Allocation, family_of
+from firezone_tunnel.relaying.allocator import Allocator, RelayConfig, granted_lifetime
 from firezone_tunnel.relaying.answers import Answers, unknown_attributes
 from firezone_tunnel.relaying.authentication import AuthenticatedRequest, AuthenticationRefusal, Authenticator
 from firezone_tunnel.relaying.budget import AnswerBudget
@@ -19,7 +18,8 @@ from firezone_tunnel.relaying.credentials import CredentialSource
 from firezone_tunnel.relaying.forwarding import Forwarder, buffer_pool
 from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE, Nonces
 from firezone_tunnel.relaying.outputs import Command, Outbox, RelayCounters, RelayTransmit
-from firezone_tunnel.relaying.ports import PortRange
+from firezone_tunnel.relaying.peer_policy import PeerPolicy
+from firezone_tunnel.relaying.port_range import PortRange
 from firezone_tunnel.relaying.registry import Registry
 from firezone_tunnel.sansio import Entropy, Timeout
 from firezone_tunnel.stun import message as stun

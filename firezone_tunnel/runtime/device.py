@@ -16,7 +16,7 @@ from firezone_tunnel.host.instance import Instance
 from firezone_tunnel.host.kernel import FIREZONE_MARK, Families
 from firezone_tunnel.host.monitor import NetworkMonitor
 from firezone_tunnel.host.netlink import Netlink
-from firezone_tunnel.host.worker import Worker
+from firezone_tunnel.host.worker_thread import WorkerThread
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.messages.common import Generation, PortalMessage, write
 from firezone_tunnel.phoenix.channel import Fatal, Joined, PushReceived
@@ -81,7 +81,7 @@ class DeviceService(Service):
         """`role` is the portal's topic, `peer_field` what logs call the other side: "cid" or "gid"; `parse` reads a
         message by its event and payload, and adds to the list what it left out.
         """
-        self.worker = Worker(reactor)
+        self.worker = WorkerThread(reactor)
         self.netlink = Netlink(self.worker)
         self.monitor = NetworkMonitor(
             reactor,

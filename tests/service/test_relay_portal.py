@@ -13,7 +13,7 @@ from firezone_tunnel.errors import AuthenticationError
 from firezone_tunnel.portal_connection.url import LoginUrl
 from firezone_tunnel.relay.config import EngineConfig
 from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
-from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.relaying.allocator import RelayConfig
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Method
 from tests.service.portal_peers import RELAY_TOKEN, Portal, start_portal, stop_portal

@@ -11,10 +11,10 @@ from itertools import count, pairwise
 
 from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.packet.rewrite import CE
-from firezone_tunnel.relaying.addresses import PeerPolicy
-from firezone_tunnel.relaying.allocating import RelayConfig
-from firezone_tunnel.relaying.credentials import Credentials, StampSecret, StaticUsers, stamp_password
+from firezone_tunnel.relaying.allocator import RelayConfig
+from firezone_tunnel.relaying.credentials import CredentialSource, StampSecret, StaticUsers, stamp_password
 from firezone_tunnel.relaying.outputs import ClosePort, OpenPort
+from firezone_tunnel.relaying.peer_policy import PeerPolicy
 from firezone_tunnel.relaying.server import RelayServer
 from firezone_tunnel.sansio import SocketAddress, Transmit
 from firezone_tunnel.snownet.events import ConnectionEstablished, PathChanged, Role
@@ -63,7 +63,7 @@ class Relay:
             highest_port=config.highest_port,
             allow=_DOCUMENTATION,
         )
-        credentials: Credentials = StampSecret(self._secret)
+        credentials: CredentialSource = StampSecret(self._secret)
         if self._standard:
             credentials = StaticUsers({_STANDARD_USER: _STANDARD_PASSWORD}, _STANDARD_REALM)
         world = self.internet

@@ -18,7 +18,7 @@ from firezone_tunnel.host import nftables, sysctl
 from firezone_tunnel.host.firewall import GatewayFirewall
 from firezone_tunnel.host.kernel import FIREZONE_MARK
 from firezone_tunnel.host.rpfilter import ReplyMarks
-from firezone_tunnel.host.worker import Worker
+from firezone_tunnel.host.worker_thread import WorkerThread
 from tests.polling import until
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
@@ -153,7 +153,7 @@ async def test_forwarding_that_was_on_before_stays_on(network: Network, firewall
 
 @pytest_twisted.ensureDeferred
 async def test_what_a_killed_predecessor_left_is_swept_and_its_originals_are_kept(
-    network: Network, worker: Worker, state: Path
+    network: Network, worker: WorkerThread, state: Path
 ) -> None:
     network.gateway.run("nft", "-f", "-", stdin=DOCKER)
     before = settings(network.gateway)
@@ -253,7 +253,7 @@ def test_a_script_that_nft_refuses_changes_nothing(network: Network) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_strict_reverse_path_filter_lets_answers_to_marked_sockets_pass(
-    network: Network, worker: Worker, state: Path
+    network: Network, worker: WorkerThread, state: Path
 ) -> None:
     host = network.gateway
     for name in ("all", "eth1"):
@@ -278,7 +278,7 @@ async def test_a_strict_reverse_path_filter_lets_answers_to_marked_sockets_pass(
 @pytest.mark.parametrize("values", [("0", "0"), ("0", "2"), ("2", "1"), ("1", "2")])
 @pytest_twisted.ensureDeferred
 async def test_without_a_strict_filter_nothing_is_changed(
-    network: Network, worker: Worker, state: Path, values: tuple[str, str]
+    network: Network, worker: WorkerThread, state: Path, values: tuple[str, str]
 ) -> None:
     for name, value in zip(("all", "eth1"), values, strict=True):
         network.gateway.sysctl(f"net.ipv4.conf.{name}.rp_filter", value)
@@ -290,7 +290,7 @@ async def test_without_a_strict_filter_nothing_is_changed(
 
 
 @pytest_twisted.ensureDeferred
-async def test_marks_of_a_killed_predecessor_are_removed(network: Network, worker: Worker, state: Path) -> None:
+async def test_marks_of_a_killed_predecessor_are_removed(network: Network, worker: WorkerThread, state: Path) -> None:
     network.gateway.sysctl("net.ipv4.conf.eth1.rp_filter", "1")
     await ReplyMarks(worker, state_directory=state).ensure(["eth1"])
     network.gateway.sysctl("net.ipv4.conf.eth1.rp_filter", "0")
@@ -302,7 +302,7 @@ async def test_marks_of_a_killed_predecessor_are_removed(network: Network, worke
 
 @pytest_twisted.ensureDeferred
 async def test_a_strict_filter_and_no_nft_is_refused_in_one_sentence(
-    network: Network, worker: Worker, state: Path, monkeypatch: pytest.MonkeyPatch
+    network: Network, worker: WorkerThread, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network.gateway.sysctl("net.ipv4.conf.eth1.rp_filter", "1")
     monkeypatch.setenv("PATH", "/nowhere")
@@ -377,10 +377,10 @@ def network(lab: Lab) -> Iterator[Network]:
 
 
 @pytest.fixture
-def worker(network: Network) -> Iterator[Worker]:
+def worker(network: Network) -> Iterator[WorkerThread]:
     from twisted.internet import reactor
 
-    worker = Worker(reactor)
+    worker = WorkerThread(reactor)
     yield worker
     pytest_twisted.blockon(worker.stop())
 
@@ -393,7 +393,7 @@ def state(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def firewall(worker: Worker, state: Path) -> GatewayFirewall:
+def firewall(worker: WorkerThread, state: Path) -> GatewayFirewall:
     return GatewayFirewall(worker, interface=TUNNEL, state_directory=state)
 
 

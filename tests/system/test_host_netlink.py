@@ -14,7 +14,7 @@ from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.host.addresses import Uplink, host_candidates, uplinks
 from firezone_tunnel.host.kernel import USER_TABLE, Families
 from firezone_tunnel.host.netlink import Netlink, NetworkWatcher
-from firezone_tunnel.host.worker import Worker
+from firezone_tunnel.host.worker_thread import WorkerThread
 from firezone_tunnel.tun.device import TunDevice, open_tun
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
@@ -207,7 +207,7 @@ def tun(host: Host) -> Iterator[TunDevice]:
 def netlink(host: Host) -> Iterator[Netlink]:
     from twisted.internet import reactor
 
-    worker = Worker(reactor)
+    worker = WorkerThread(reactor)
     netlink = Netlink(worker)
     yield netlink
     pytest_twisted.blockon(netlink.close())

@@ -11,7 +11,7 @@ from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.errors import FirezoneError
 from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.engine import Engine
-from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.relaying.allocator import RelayConfig
 from firezone_tunnel.relaying.server import RelayServer
 from firezone_tunnel.sansio import SocketAddress
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firezone_tunnel.relaying.ports import QUARANTINE, PortRange
+from firezone_tunnel.relaying.port_range import QUARANTINE, PortRange
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import FAMILY_IPV4, FAMILY_IPV6

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firezone_tunnel.policy.credentials import relay_credentials
+from firezone_tunnel.policy.derived_credentials import relay_credentials
 from firezone_tunnel.relaying.credentials import StampSecret, StaticUsers, stamp_password
 from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE, NONCE_LIFETIME, Nonces
 from firezone_tunnel.sansio import SocketAddress

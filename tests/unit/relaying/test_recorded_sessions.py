@@ -10,8 +10,8 @@ from typing import NamedTuple
 import attrs
 import pytest
 
-from firezone_tunnel.relaying.addresses import PRIVATE
 from firezone_tunnel.relaying.credentials import StampSecret
+from firezone_tunnel.relaying.peer_policy import PRIVATE
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message

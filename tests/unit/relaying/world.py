@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
-from firezone_tunnel.relaying.addresses import Network, PeerPolicy
-from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.relaying.allocator import RelayConfig
 from firezone_tunnel.relaying.credentials import CredentialSource, StampSecret, stamp_password
 from firezone_tunnel.relaying.outputs import ClosePort, Command, OpenPort
+from firezone_tunnel.relaying.peer_policy import Network, PeerPolicy
 from firezone_tunnel.relaying.server import RelayServer
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun

@@ -8,7 +8,7 @@ import attrs
 
 from firezone_tunnel.messages.common import Relay, RelaysPresence
 from firezone_tunnel.policy.account import PeerRole, Token
-from firezone_tunnel.policy.credentials import FOREVER, relay_credentials
+from firezone_tunnel.policy.derived_credentials import FOREVER, relay_credentials
 from firezone_tunnel.policy.devices import DeviceSession, Outlet
 from firezone_tunnel.sansio import SocketAddress, Timeout
 

@@ -13,7 +13,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class Worker:
+class WorkerThread:
     """A thread that starts with the first call and ends with `stop`, or with the reactor at the latest."""
 
     def __init__(self, reactor: Any, *, name: str = "host") -> None:

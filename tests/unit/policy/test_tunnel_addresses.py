@@ -7,7 +7,7 @@ import ipaddress
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firezone_tunnel.policy.addresses import allocate
+from firezone_tunnel.policy.tunnel_addresses import allocate
 from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 
 _SMALL = ipaddress.IPv4Network("192.0.2.0/28")  # assignable: .2 to .14

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firezone_tunnel.relay import control
+from firezone_tunnel.relay import worker_messages
 from firezone_tunnel.relay.config import EngineConfig, Secrets
-from firezone_tunnel.relay.control import (
+from firezone_tunnel.relay.worker_messages import (
     Begin,
     Drain,
     Hurry,
@@ -21,7 +21,7 @@ from firezone_tunnel.relay.control import (
     decode_report,
     encode,
 )
-from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.relaying.allocator import RelayConfig
 from firezone_tunnel.relaying.credentials import StaticUsers
 from firezone_tunnel.sansio import SocketAddress
 
@@ -46,7 +46,7 @@ def test_lines_are_the_same_however_they_are_cut(parts: list[bytes], cuts: list[
 
 
 def test_a_line_without_end_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control, "MAX_LINE", 10)
+    monkeypatch.setattr(worker_messages, "MAX_LINE", 10)
     lines = Lines()
 
     assert list(lines.feed(b"12345678")) == []
@@ -73,7 +73,7 @@ def test_orders_arrive_as_they_were_given(order: Order) -> None:
 
 
 @pytest.mark.parametrize("report", [WorkerServing(), WorkerFailed("it broke")])
-def test_reports_arrive_as_they_were_made(report: control.Report) -> None:
+def test_reports_arrive_as_they_were_made(report: worker_messages.Report) -> None:
     assert decode_report(encode(report)) == report
 
 

@@ -11,7 +11,7 @@ from twisted.python.failure import Failure
 from firezone_tunnel.errors import PlatformError, ProtocolError, one_line
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.phoenix.codec import Form
-from firezone_tunnel.phoenix.server import Delivery, JoinRequested, Left, MessageReceived, ServerSocket
+from firezone_tunnel.phoenix.server_socket import Delivery, JoinRequested, Left, MessageReceived, ServerSocket
 from firezone_tunnel.portal.channels import ChannelHandler, JoinAccepted, Unknown
 
 

@@ -7,14 +7,14 @@ import threading
 import pytest
 import pytest_twisted
 
-from firezone_tunnel.host.worker import Worker
+from firezone_tunnel.host.worker_thread import WorkerThread
 
 
 @pytest_twisted.ensureDeferred
 async def test_calls_run_in_one_thread_one_after_another() -> None:
     from twisted.internet import reactor
 
-    worker = Worker(reactor)
+    worker = WorkerThread(reactor)
     order: list[int] = []
 
     def work(number: int) -> int:
@@ -33,7 +33,7 @@ async def test_calls_run_in_one_thread_one_after_another() -> None:
 async def test_what_a_call_raises_arrives() -> None:
     from twisted.internet import reactor
 
-    worker = Worker(reactor)
+    worker = WorkerThread(reactor)
 
     with pytest.raises(ValueError, match="wrong"):
         await worker.call(int, "wrong")
@@ -44,7 +44,7 @@ async def test_what_a_call_raises_arrives() -> None:
 async def test_stopping_waits_for_what_was_asked_for_and_ends_the_thread() -> None:
     from twisted.internet import reactor
 
-    worker = Worker(reactor, name="fz-worker-test")
+    worker = WorkerThread(reactor, name="fz-worker-test")
     done: list[str] = []
     worker.call(done.append, "work")
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from firezone_tunnel.relaying.allocating import MAX_ATTEMPTS, RelayConfig
+from firezone_tunnel.relaying.allocator import MAX_ATTEMPTS, RelayConfig
 from firezone_tunnel.relaying.outputs import ClosePort, Drained, OpenPort
-from firezone_tunnel.relaying.ports import QUARANTINE
+from firezone_tunnel.relaying.port_range import QUARANTINE
 from firezone_tunnel.relaying.registry import RESERVATION_LIFETIME
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.phoenix.codec import Form
-from firezone_tunnel.phoenix.server import JoinRequested, Left, MessageReceived, ServerSocket
+from firezone_tunnel.phoenix.server_socket import JoinRequested, Left, MessageReceived, ServerSocket
 
 _OK = {"status": "ok", "response": {}}
 

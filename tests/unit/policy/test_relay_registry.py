@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from firezone_tunnel.policy.account import PeerRole, Token
 from firezone_tunnel.policy.devices import DeviceSession
 from firezone_tunnel.policy.presence import SwapCounter
-from firezone_tunnel.policy.relays import RelayRegistry, RelaySession
+from firezone_tunnel.policy.relay_registry import RelayRegistry, RelaySession
 from firezone_tunnel.sansio import SocketAddress
 from tests.unit.policy.worlds import Heard, session
 

@@ -25,7 +25,8 @@ from firezone_tunnel.errors import FirezoneError, PlatformError
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.reactor.clock import boottime
 from firezone_tunnel.relay.config import EngineConfig, Secrets
-from firezone_tunnel.relay.control import (
+from firezone_tunnel.relay.listening import close_all
+from firezone_tunnel.relay.worker_messages import (
     ERRORS,
     FIRST_SOCKET,
     LOG,
@@ -40,7 +41,6 @@ from firezone_tunnel.relay.control import (
     decode_report,
     encode,
 )
-from firezone_tunnel.relay.listening import close_all
 
 FIRST_DELAY = 0.1  # seconds before a worker that died is replaced, twice as many each time
 MAX_DELAY = 30.0

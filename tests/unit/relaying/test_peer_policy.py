@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firezone_tunnel.relaying.addresses import PRIVATE, PeerPolicy, embedded
+from firezone_tunnel.relaying.peer_policy import PRIVATE, PeerPolicy, embedded
 from firezone_tunnel.sansio import SocketAddress
 from tests.unit.relaying.world import PEER4, RELAY4, RELAY6, Client, World, code_of
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firezone_tunnel.policy.credentials import (
+from firezone_tunnel.policy.derived_credentials import (
     Party,
     ice_credentials,
     json_web_token,
