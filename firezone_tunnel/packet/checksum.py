@@ -14,12 +14,12 @@ MODULUS = 0xFFFF
 Sums = npt.NDArray[np.int64]
 
 
-def checksum(data: bytes | bytearray | memoryview, initial: int = 0) -> int:
-    """The Internet checksum of `data` plus `initial`, a sum of big-endian words such as a pseudo-header's."""
+def checksum(data: bytes | bytearray | memoryview) -> int:
+    """The Internet checksum of `data`."""
     value = int.from_bytes(data, "big")
     if len(data) & 1:
         value <<= 8
-    return finish(value + initial)
+    return finish(value)
 
 
 def finish(total: int) -> int:

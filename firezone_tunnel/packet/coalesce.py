@@ -71,20 +71,20 @@ class Arena:
 
 
 def coalesce(
-    packets: Rows, *, arena: Arena, keep: npt.NDArray[np.bool_] | None = None, udp: bool = True
+    packets: Rows, *, arena: Arena, keep: npt.NDArray[np.bool_] | None = None
 ) -> list[SuperPacket]:
     """Parse packets that lie in one buffer and merge what can be merged.
 
     Where `keep` is given and false a packet is left out, as are empty ones (keepalives) and malformed ones (counted
     in `arena.rejected`). The order within each flow is kept. Lone packets are views into the buffer, merged ones lie
-    in `arena`, which the caller resets for each batch. `udp=False` where the device can't take UDP super-packets.
+    in `arena`, which the caller resets for each batch.
     """
     count = packets.count
     full = count if packets.last_size == packets.size else count - 1
     if keep is not None and b"\0" not in keep.tobytes():
         keep = None
     if keep is None and full >= MIN_ROWS:
-        merged = _coalesce_columns(packets, full, arena, udp=udp)
+        merged = _coalesce_columns(packets, full, arena)
         if merged is not None:
             return merged
     lone: list[SuperPacket] = []
@@ -96,10 +96,10 @@ def coalesce(
             arena.rejected += 1
         else:
             lone.append(packet)
-    return coalesce_lone(lone, arena, udp=udp)
+    return coalesce_lone(lone, arena)
 
 
-def coalesce_lone(packets: list[SuperPacket], arena: Arena, *, udp: bool = True) -> list[SuperPacket]:
+def coalesce_lone(packets: list[SuperPacket], arena: Arena) -> list[SuperPacket]:
     """Merge lone packets, such as those of one TUN turn, into the latest item of their flow where that is allowed.
 
     The order within each flow is kept. Full checksums are verified, partial ones need no verification.
@@ -109,7 +109,7 @@ def coalesce_lone(packets: list[SuperPacket], arena: Arena, *, udp: bool = True)
     open_runs: dict[tuple[int, bytes, bytes, int, int], _Run] = {}
     runs: list[_Run] = []
     for packet in packets:
-        mergeable = _is_mergeable(packet, udp=udp)
+        mergeable = _is_mergeable(packet)
         if not mergeable and not open_runs:
             runs.append(_Run(packet))
             continue
@@ -194,7 +194,7 @@ class _Run:
         return [_merged(first.with_data(data), self._size, _flags(packets[-1]))]
 
 
-def _coalesce_columns(packets: Rows, rows: int, arena: Arena, *, udp: bool) -> list[SuperPacket] | None:
+def _coalesce_columns(packets: Rows, rows: int, arena: Arena) -> list[SuperPacket] | None:
     """Merge packets, the first `rows` of them of full size, that are, but for few, in one or a few long runs.
 
     None where it takes a look at each packet.
@@ -202,7 +202,7 @@ def _coalesce_columns(packets: Rows, rows: int, arena: Arena, *, udp: bool) -> l
     memory, offset, stride, size, count, _ = packets
     last = packets.row(rows) if rows != count else None
     first = parse(memory[offset : offset + size])
-    if first is None or len(first.data) != size or not _is_mergeable(first, udp=udp):
+    if first is None or len(first.data) != size or not _is_mergeable(first):
         return None
     key = _ColumnsKey(offset, stride, size, first.version, first.protocol, first.header_length)
     columns = arena.columns(memory, key)
@@ -215,11 +215,11 @@ def _coalesce_columns(packets: Rows, rows: int, arena: Arena, *, udp: bool) -> l
     heads = [first, *(columns.packet(start) for start, _ in runs[1:])]
     for head, (start, end) in zip(heads, runs, strict=True):
         # What was compared are fields of the first packet's shape.
-        if end - start > 1 and (head is None or not columns.fits(head) or not _is_mergeable(head, udp=udp)):
+        if end - start > 1 and (head is None or not columns.fits(head) or not _is_mergeable(head)):
             return None
     tail = parse(last) if last else None
     arena.rejected += heads.count(None) + (tail is None and bool(last))
-    joins = tail is not None and columns.is_followed(runs[-1], tail, udp=udp)
+    joins = tail is not None and columns.is_followed(runs[-1], tail)
     merged: list[SuperPacket] = []
     for head, (start, end) in zip(heads, runs, strict=True):
         if head is not None:
@@ -336,13 +336,13 @@ class _Columns:
             runs += ((first, min(first + self.most, end)) for first in range(start, end, self.most))
         return runs
 
-    def is_followed(self, run: tuple[int, int], tail: SuperPacket, *, udp: bool) -> bool:
+    def is_followed(self, run: tuple[int, int], tail: SuperPacket) -> bool:
         """Whether a shorter packet after the last row may be merged with the run that ends there."""
         start, end = run
         before = self.packet(end - 1)
         if before is None or end - start == self.most or not self.fits(before):
             return False
-        if not _is_mergeable(before, udp=udp) or not _is_mergeable(tail, udp=udp):
+        if not _is_mergeable(before) or not _is_mergeable(tail):
             return False
         pair = _Run(before)
         pair.start(intact=end - start > 1)
@@ -374,7 +374,7 @@ class _Columns:
         return [_merged(head, size, last_flags)]
 
 
-def _is_mergeable(packet: SuperPacket, *, udp: bool) -> bool:
+def _is_mergeable(packet: SuperPacket) -> bool:
     """Whether a packet may be part of a super-packet at all."""
     data = packet.data
     start = packet.transport_offset
@@ -384,7 +384,7 @@ def _is_mergeable(packet: SuperPacket, *, udp: bool) -> bool:
         return False
     if packet.protocol == TCP:
         return data[start + 13] & ~TCP_PSH == TCP_ACK
-    if packet.protocol != UDP or not udp or data[start + 4 : start + 6] != (len(data) - start).to_bytes(2, "big"):
+    if packet.protocol != UDP or data[start + 4 : start + 6] != (len(data) - start).to_bytes(2, "big"):
         return False
     return bool(data[start + 6] or data[start + 7])
 

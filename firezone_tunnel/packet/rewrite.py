@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import struct
 
 from firezone_tunnel.packet.checksum import checksum, update
@@ -13,18 +12,11 @@ ECT_0 = 2
 CE = 3
 
 
-class Refusal(enum.Enum):
-    """Why a packet is answered with an ICMP error: (type, code) of ICMP and of ICMPv6 (spec/data-plane.md, 6.2)."""
+def icmp_error(packet: SuperPacket) -> SuperPacket | None:
+    """The ICMP error for a prohibited packet, or a super-packet's first segment (spec/data-plane.md, 6.2).
 
-    PROHIBITED = ((3, 13), (1, 1))
-    UNREACHABLE = ((3, 0), (1, 3))
-
-
-def icmp_error(packet: SuperPacket, refusal: Refusal) -> SuperPacket | None:
-    """The ICMP error about a packet, or about the first segment of a super-packet, from the one it was sent to.
-
-    None where there must be none (RFC 1122, 3.2.2; RFC 4443, 2.4): about an ICMP error, a fragment other than the
-    first, or a packet whose addresses are not both of a single host.
+    It comes from the packet's destination. None where there must be none (RFC 1122, 3.2.2; RFC 4443, 2.4): about an
+    ICMP error, a fragment other than the first, or a packet whose addresses are not both of a single host.
     """
     if packet.later_fragment or is_icmp_error(packet):
         return None
@@ -32,8 +24,8 @@ def icmp_error(packet: SuperPacket, refusal: Refusal) -> SuperPacket | None:
         return None
     about = packet.segment(0).data
     if packet.version == 4:
-        return parse(_icmpv4_error(packet, about, refusal.value[0]))
-    return parse(_icmpv6_error(packet, about, refusal.value[1]))
+        return parse(_icmpv4_error(packet, about))
+    return parse(_icmpv6_error(packet, about))
 
 
 def is_icmp_error(packet: SuperPacket) -> bool:
@@ -68,15 +60,17 @@ _IPV4 = struct.Struct(">BBHHHBBH4s4s")
 _IPV6 = struct.Struct(">IHBB16s16s")
 _ERROR = struct.Struct(">BBHI")
 """type, code, checksum, unused (RFC 792; RFC 4443, 3.1)."""
+_PROHIBITED = (3, 13)  # communication administratively prohibited (RFC 1812, section 5.2.7.1)
+_PROHIBITED_V6 = (1, 1)  # the same (RFC 4443, section 3.1)
 
 _TTL = 20  # spec/data-plane.md, 6.2
 _ICMP_ERRORS = frozenset({3, 4, 5, 11, 12})  # unreachable, source quench, redirect, time exceeded, parameter problem
 
 
-def _icmpv4_error(packet: SuperPacket, about: memoryview, kind: tuple[int, int]) -> bytearray:
+def _icmpv4_error(packet: SuperPacket, about: memoryview) -> bytearray:
     """The original's IP header and 8 bytes more are what it has to hold (RFC 792)."""
     embedded = about[: (about[0] & 15) * 4 + 8]
-    message = _ERROR.pack(*kind, 0, 0) + embedded
+    message = _ERROR.pack(*_PROHIBITED, 0, 0) + embedded
     message = message[:2] + checksum(message).to_bytes(2, "big") + message[4:]
     header = bytearray(
         _IPV4.pack(0x45, 0, 20 + len(message), 0, 0x4000, _TTL, ICMP, 0, packet.destination, packet.source)
@@ -85,10 +79,10 @@ def _icmpv4_error(packet: SuperPacket, about: memoryview, kind: tuple[int, int])
     return header + message
 
 
-def _icmpv6_error(packet: SuperPacket, about: memoryview, kind: tuple[int, int]) -> bytearray:
+def _icmpv6_error(packet: SuperPacket, about: memoryview) -> bytearray:
     """As much of the original as fits the tunnel's MTU (RFC 4443, 3.1)."""
     embedded = about[: MAX_PACKET_SIZE - 40 - _ERROR.size]
-    message = _ERROR.pack(*kind, 0, 0) + embedded
+    message = _ERROR.pack(*_PROHIBITED_V6, 0, 0) + embedded
     pseudo_header = packet.destination + packet.source + struct.pack(">II", len(message), ICMPV6)
     message = message[:2] + checksum(pseudo_header + message).to_bytes(2, "big") + message[4:]
     return bytearray(_IPV6.pack(6 << 28, len(message), ICMPV6, _TTL, packet.destination, packet.source) + message)

@@ -19,7 +19,6 @@ from typing import Any
 import attrs
 
 from firezone_tunnel.phoenix.codec import Form, Frame, decode, encode, reply
-from firezone_tunnel.sansio import Timeout
 
 IDLE_TIMEOUT = 75.0  # V1 peers send every 30 s (spec, 1.8); at least 60 (spec, 4.1)
 MAILBOX_CAPACITY = 256
@@ -58,20 +57,12 @@ class _Channel(enum.Enum):
     JOINED = enum.auto()
 
 
-@attrs.define
-class ServerCounters:
-    heartbeats: int = 0
-    unmatched: int = 0
-
-
 class ServerSocket:
     """One WebSocket of a client, gateway or relay."""
 
-    def __init__(self, *, topic: str, form: Form, now: float, idle_timeout: float = IDLE_TIMEOUT) -> None:
-        self.counters = ServerCounters()
+    def __init__(self, *, topic: str, form: Form, now: float) -> None:
         self._topic = topic
         self._form = form
-        self._idle_timeout = idle_timeout
         self._last_heard_at = now
         self._mailbox: deque[Frame] = deque()
         self._is_busy = False
@@ -97,7 +88,6 @@ class ServerSocket:
         frame = decode(text, self._form)
         self._last_heard_at = now
         if frame.topic == _PHOENIX and frame.event == "heartbeat":
-            self.counters.heartbeats += 1
             self._send(reply(frame, "ok", {}))
             return
         self._mailbox.append(frame)
@@ -160,17 +150,13 @@ class ServerSocket:
         while self._transmits:
             yield self._transmits.popleft()
 
-    def next_timeout(self) -> Timeout:
-        return Timeout(self._last_heard_at + self._idle_timeout, "idle")
-
     def is_idle(self, now: float) -> bool:
         """Whether nothing was heard for so long that the socket should be closed."""
-        return now >= self._last_heard_at + self._idle_timeout
+        return now >= self._last_heard_at + IDLE_TIMEOUT
 
     def _deliver(self, frame: Frame) -> Delivery | None:
         """None: answered here."""
         if frame.topic != self._topic or (self._channel is _Channel.ABSENT and frame.event != "phx_join"):
-            self.counters.unmatched += 1
             self._send(reply(frame, "error", {"reason": "unmatched topic"}))
             return None
         if frame.event == "phx_leave":

@@ -32,12 +32,11 @@ class PeerPolicy:
         lowest_port: int,
         highest_port: int,
         allow: Sequence[Network] = (),
-        deny: Sequence[Network] = (),
     ) -> None:
         """`relayed_hosts` are the addresses of allocations, `own_hosts` all others that this host answers to.
 
         `allow` exempts networks from the special-purpose blocks, not from the own addresses, and never group,
-        broadcast or unspecified addresses; `deny` goes before it.
+        broadcast or unspecified addresses.
 
         Raises: ValueError for what is no address.
         """
@@ -45,7 +44,6 @@ class PeerPolicy:
         self._own = {ipaddress.ip_address(host) for host in own_hosts} | self._relayed
         self._ports = range(lowest_port, highest_port + 1)
         self._allow = tuple(allow)
-        self._deny = tuple(deny)
 
     def permits(self, peer: SocketAddress) -> bool:
         """Whether datagrams may be relayed to this address and port."""
@@ -66,20 +64,20 @@ class PeerPolicy:
     def private_network(self, host: str) -> Network | None:
         """The private network that a denied address belongs to, itself or by an IPv4 address embedded in it.
 
-        None where `allow` would not help: then it is another special address, one of this host's, or denied by name.
+        None where `allow` would not help: it is another special address, or one of this host's.
         """
         address = ipaddress.ip_address(host)
         for one in (address, *embedded(address)):
             if not self._permits_one(one):
                 network = next((network for network in PRIVATE if one in network), None)
-                return None if one in self._own or _is_in(one, self._deny) else network
+                return None if one in self._own else network
         return None
 
     def _permits_foreign(self, address: Address) -> bool:
         return self._permits_one(address) and all(self._permits_one(inner) for inner in embedded(address))
 
     def _permits_one(self, address: Address) -> bool:
-        if address in self._own or _is_in(address, _NEVER) or _is_in(address, self._deny):
+        if address in self._own or _is_in(address, _NEVER):
             return False
         if _is_in(address, self._allow):
             return True

@@ -16,7 +16,7 @@ from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.ice.agent import Credentials
 from firezone_tunnel.messages import client as messages
 from firezone_tunnel.messages.common import IceCredentials, Interface, Network, NoRelays, RelaysPresence
-from firezone_tunnel.packet.rewrite import Refusal, icmp_error
+from firezone_tunnel.packet.rewrite import icmp_error
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
 from firezone_tunnel.snownet.events import (
@@ -154,7 +154,7 @@ class ClientTunnel:
                 continue
             if not resource.rules.permits(packet, packet.destination_port):
                 counters.filtered += packet.segments
-                if (answer := icmp_error(packet, Refusal.PROHIBITED)) is not None:
+                if (answer := icmp_error(packet)) is not None:
                     answers.append(answer)
                 continue
             resource.used_at = now

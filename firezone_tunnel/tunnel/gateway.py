@@ -16,7 +16,7 @@ from firezone_tunnel.errors import ProtocolError
 from firezone_tunnel.ice.agent import Credentials
 from firezone_tunnel.messages import gateway as messages
 from firezone_tunnel.messages.common import Authorization, IceCredentials, Interface, NoRelays, RelaysPresence
-from firezone_tunnel.packet.rewrite import Refusal, icmp_error, is_icmp_error
+from firezone_tunnel.packet.rewrite import icmp_error, is_icmp_error
 from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
 from firezone_tunnel.snownet.events import ConnectionEvent, InvalidatedCandidates, NewCandidates, RelayNews, Role
@@ -311,7 +311,7 @@ class GatewayTunnel:
             self.counters.filtered += packet.segments
         else:
             self.counters.foreign_source += packet.segments
-        answer = icmp_error(packet, Refusal.PROHIBITED)
+        answer = icmp_error(packet)
         if answer is not None:
             self.node.encapsulate(client.id, answer, now, utc_now)
 

@@ -12,11 +12,6 @@ def test_a_checksum_is_that_of_rfc_1071(data: bytes) -> None:
     assert checksum(data) == ~slow_sum(data) & 0xFFFF
 
 
-@given(st.binary(max_size=100), st.integers(0, 0xFFFF))
-def test_a_checksum_may_start_from_a_sum(data: bytes, initial: int) -> None:
-    assert checksum(data, initial) == ~slow_sum(initial.to_bytes(2, "big") + data) & 0xFFFF
-
-
 @given(st.binary(min_size=4, max_size=60).filter(any), st.integers(0, 20), st.integers(0, 0xFFFF))
 def test_an_update_is_equivalent_to_computing_anew(data: bytes, word: int, new: int) -> None:
     at = 2 * (word % (len(data) // 2))

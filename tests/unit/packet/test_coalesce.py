@@ -178,12 +178,6 @@ def test_packets_that_are_never_merged_pass_unchanged(packet: bytearray, count: 
     assert [bytes(each.data) for each in merged([packet] * count)] == [bytes(packet)] * count
 
 
-def test_udp_is_left_alone_where_the_device_cannot_take_it() -> None:
-    packets = merged([built(ip(), udp(), pattern(100))] * 8, udp=False)
-
-    assert [packet.segments for packet in packets] == [1] * 8
-
-
 def test_a_udp_super_packet_has_at_most_64_segments() -> None:
     packets = merged([built(ip(), udp(), pattern(100))] * 150)
 
@@ -396,13 +390,13 @@ def test_corrupted_packets_are_neither_lost_nor_repaired(changes: list[tuple[int
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=2000), st.integers(0, 90), st.integers(1, 90), st.integers(0, 90), st.booleans())
-def test_arbitrary_bytes_never_fail(data: bytes, size: int, gap: int, last_size: int, udp: bool) -> None:
+@given(st.binary(max_size=2000), st.integers(0, 90), st.integers(1, 90), st.integers(0, 90))
+def test_arbitrary_bytes_never_fail(data: bytes, size: int, gap: int, last_size: int) -> None:
     memory = memoryview(bytearray(data + bytes(200)))
     count = 1 + len(data) // (size + gap)
 
     rows = Rows(memory, 0, size + gap, size, count, min(size, last_size))
-    packets = coalesce(rows, arena=Arena(), udp=udp)
+    packets = coalesce(rows, arena=Arena())
 
     assert sum(packet.segments for packet in packets) <= count
 
