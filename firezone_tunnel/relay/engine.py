@@ -65,7 +65,7 @@ class Engine:
         self._timer: BoottimeTimer | None = None
         self._report = Report(reactor, self._server)
         self._drained: Deferred[None] | None = None
-        self._is_hurried = False
+        self._skips_drain = False
         self._stopped: Deferred[None] | None = None
 
     @property
@@ -104,9 +104,9 @@ class Engine:
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
 
-    def hurry(self) -> None:
+    def stop_draining(self) -> None:
         """Drain no longer, or not at all."""
-        self._is_hurried = True
+        self._skips_drain = True
         drained, self._drained = self._drained, None
         if drained is not None:
             drained.callback(None)
@@ -172,10 +172,10 @@ class Engine:
                 self._ports.close(port, families)
                 log.debug("relay:allocation_closed", port=port, families=len(families))
             case Drained():
-                self.hurry()
+                self.stop_draining()
 
     async def _stop(self) -> None:
-        if self._server.allocations and not self._is_hurried:
+        if self._server.allocations and not self._skips_drain:
             await self._drain()
         self._ports.close_all()
         for transport in self._listening.values():
@@ -191,7 +191,7 @@ class Engine:
         log.info("relay:draining", allocations=self._server.allocations, seconds=self._config.drain_time)
         drained: Deferred[None] = Deferred()
         self._drained = drained
-        limit = self._reactor.callLater(self._config.drain_time, self.hurry)
+        limit = self._reactor.callLater(self._config.drain_time, self.stop_draining)
         self._server.drain()
         self._settle()
         await drained

@@ -172,13 +172,13 @@ class Application(ApplicationService):
         self._relay = RelayService(reactor, config)
         health = HealthServer(reactor, options["health-check-addr"], lambda: self._relay.is_ready)
         super().__init__(reactor, "firezone-relay", options, health, self._relay)
-        self.process.on_second_signal(self._relay.hurry)
+        self.process.on_second_signal(self._relay.stop_draining)
 
     async def watch(self) -> None:
         self._relay.ready.addCallback(lambda _: self.process.ready())
         error = await self._relay.failed
         self._relay.stopService()
-        self._relay.hurry()  # nobody is served by a broken relay, nor by one that the portal has refused
+        self._relay.stop_draining()  # nobody is served by a broken relay, nor by one that the portal has refused
         raise error
 
 

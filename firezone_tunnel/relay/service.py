@@ -59,7 +59,7 @@ class RelayService(Service):
         self._options = options
         self._secrets = Secrets.new(options.users, options.realm)
         self._relaying: Engine | WorkerGroup | None = None
-        self._is_hurried = False
+        self._skips_drain = False
         self._stopped: Deferred[None] | None = None
         self._portal_events: BoundedQueue[Notice] = BoundedQueue(reactor, _PORTAL_EVENTS, self._handle_notice)
         self._portal = self._make_portal(options.portal)
@@ -99,19 +99,19 @@ class RelayService(Service):
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
 
-    def hurry(self) -> None:
+    def stop_draining(self) -> None:
         """Drain no longer, or not at all."""
-        self._is_hurried = True
+        self._skips_drain = True
         if self._relaying is not None:
-            self._relaying.hurry()
+            self._relaying.stop_draining()
 
     async def _stop(self) -> None:
         if self._portal is not None and self._portal.running:
             await self._portal.stopService()
         self._portal_events.close()
         if self._relaying is not None:
-            if self._is_hurried:
-                self._relaying.hurry()
+            if self._skips_drain:
+                self._relaying.stop_draining()
             await self._relaying.stop()
 
     def _not_stopped(self, failure: Failure) -> None:

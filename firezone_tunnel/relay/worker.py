@@ -27,8 +27,8 @@ from firezone_tunnel.relay.worker_messages import (
     REPORTS,
     Begin,
     Drain,
-    Hurry,
     Lines,
+    StopDraining,
     WorkerFailed,
     WorkerServing,
     decode_order,
@@ -85,8 +85,8 @@ class WorkerProtocol(Protocol):
                 self._begin(begin)
             case Drain() if self._engine is not None:
                 self._engine.stop().addCallback(lambda _: self._end())
-            case Hurry() if self._engine is not None:
-                self._engine.hurry()
+            case StopDraining() if self._engine is not None:
+                self._engine.stop_draining()
                 self._engine.stop().addCallback(lambda _: self._end())
             case _:
                 self._end()

@@ -34,9 +34,9 @@ from firezone_tunnel.relay.worker_messages import (
     REPORTS,
     Begin,
     Drain,
-    Hurry,
     Lines,
     Order,
+    StopDraining,
     WorkerServing,
     decode_report,
     encode,
@@ -100,10 +100,10 @@ class WorkerGroup:
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
 
-    def hurry(self) -> None:
+    def stop_draining(self) -> None:
         """Drain no longer, or not at all."""
         for worker in self._workers:
-            worker.end(Hurry(), KILL_AFTER)
+            worker.end(StopDraining(), KILL_AFTER)
 
     # What follows is called by the workers.
 
@@ -167,7 +167,7 @@ class WorkerProcess:
             self.died(f"it can't be started: {error.strerror}")
             return
         log.info("relay:worker_started", worker=self.number, pid=process.pid)
-        self._pipes.tell(self._begin)
+        self._pipes.send(self._begin)
 
     def end(self, order: Order, patience: float) -> None:
         """Tell it to end; it is killed if it hasn't after `patience` seconds. May be called again."""
@@ -178,7 +178,7 @@ class WorkerProcess:
             self._ended()
             return
         self.state = WorkerState.ENDING
-        self._pipes.tell(order)
+        self._pipes.send(order)
         self._timer = self._reactor.callLater(patience, self._pipes.kill)
 
     # What follows is called by its pipes.
@@ -234,7 +234,7 @@ class _Pipes(ProcessProtocol):
         self.transport: Any = None
         self._lines = {descriptor: Lines() for descriptor in (LOG, ERRORS, REPORTS)}
 
-    def tell(self, order: Order) -> None:
+    def send(self, order: Order) -> None:
         if self.transport is not None:
             self.transport.writeToChild(ORDERS, encode(order))
 

@@ -32,7 +32,7 @@ class Drain(msgspec.Struct, tag="drain", frozen=True):
     """To a worker: serve who is there, then end."""
 
 
-class Hurry(msgspec.Struct, tag="hurry", frozen=True):
+class StopDraining(msgspec.Struct, tag="stop_draining", frozen=True):
     """To a worker: end."""
 
 
@@ -46,7 +46,7 @@ class WorkerFailed(msgspec.Struct, tag="failed", frozen=True):
     reason: str
 
 
-Order = Begin | Drain | Hurry
+Order = Begin | Drain | StopDraining
 Report = WorkerServing | WorkerFailed
 
 

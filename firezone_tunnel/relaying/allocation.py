@@ -18,7 +18,7 @@ MAX_PERMISSIONS = 1024
 
 
 @attrs.define
-class Holdings:
+class Quota:
     """What all allocations of a relay hold together: each alone within its limit could still be too much."""
 
     max_channels: int
@@ -48,11 +48,11 @@ class Allocation:
         "channels_by_peer",
         "client",
         "expires_at",
-        "holdings",
         "local",
         "owner",
         "permissions",
         "port",
+        "quota",
         "relayed",
         "token",
         "transaction_id",
@@ -71,7 +71,7 @@ class Allocation:
         owner: str,
         transaction_id: bytes,
         expires_at: float,
-        holdings: Holdings,
+        quota: Quota,
         token: bytes | None = None,
     ) -> None:
         """`hosts` are public addresses by family; `local` is where the client reaches us, and hears from us."""
@@ -84,7 +84,7 @@ class Allocation:
         self.owner = owner
         self.transaction_id = transaction_id
         self.token = token
-        self.holdings = holdings
+        self.quota = quota
         self.channels: dict[int, ChannelBinding] = {}
         self.channels_by_peer: dict[SocketAddress, ChannelBinding] = {}
         self.permissions: dict[str, float] = {}
@@ -101,11 +101,11 @@ class Allocation:
         if not self.may_permit([peer.host]):
             return 508
         if channel is None:
-            if len(self.channels) >= MAX_CHANNELS or self.holdings.channels >= self.holdings.max_channels:
+            if len(self.channels) >= MAX_CHANNELS or self.quota.channels >= self.quota.max_channels:
                 return 508
             channel = ChannelBinding(number, peer, is_relayed=is_relayed)
             self.channels[number] = self.channels_by_peer[peer] = channel
-            self.holdings.channels += 1
+            self.quota.channels += 1
         channel.bound_until = now + CHANNEL_LIFETIME
         self.permit([peer.host], now)
         return 0
@@ -113,15 +113,15 @@ class Allocation:
     def may_permit(self, hosts: list[str]) -> bool:
         """Whether there is room for permissions for all of these."""
         new = len(dict.fromkeys(host for host in hosts if host not in self.permissions))
-        holdings = self.holdings
-        return len(self.permissions) + new <= MAX_PERMISSIONS and holdings.permissions + new <= holdings.max_permissions
+        quota = self.quota
+        return len(self.permissions) + new <= MAX_PERMISSIONS and quota.permissions + new <= quota.max_permissions
 
     def permit(self, hosts: list[str], now: float) -> None:
         """Install or renew permissions; `may_permit` was asked."""
         before = len(self.permissions)
         for host in hosts:
             self.permissions[host] = now + PERMISSION_LIFETIME
-        self.holdings.permissions += len(self.permissions) - before
+        self.quota.permissions += len(self.permissions) - before
 
     def is_permitted(self, host: str, now: float) -> bool:
         return self.permissions.get(host, now) > now
@@ -163,8 +163,8 @@ class Allocation:
         return f"<Allocation {self.port} of {self.client} with {len(self.channels)} channels>"
 
     def _keep(self, channels: list[ChannelBinding], permissions: dict[str, float]) -> None:
-        self.holdings.channels += len(channels) - len(self.channels)
-        self.holdings.permissions += len(permissions) - len(self.permissions)
+        self.quota.channels += len(channels) - len(self.channels)
+        self.quota.permissions += len(permissions) - len(self.permissions)
         if len(channels) != len(self.channels):
             self.channels = {channel.number: channel for channel in channels}
             self.channels_by_peer = {channel.peer: channel for channel in channels}

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import attrs
 
-from firezone_tunnel.relaying.allocation import Allocation, Holdings
-from firezone_tunnel.relaying.answers import Answers
+from firezone_tunnel.relaying.allocation import Allocation, Quota
 from firezone_tunnel.relaying.authentication import AuthenticatedRequest
 from firezone_tunnel.relaying.credentials import CredentialSource
 from firezone_tunnel.relaying.outputs import OpenPort, Outbox
 from firezone_tunnel.relaying.registry import Registry, Reservation
+from firezone_tunnel.relaying.responder import Responder
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import FAMILY_IPV4, FAMILY_IPV6, AddressError, Attribute, Message
 
@@ -111,16 +111,21 @@ class Allocator:
     """Makes allocations. While the sockets of one are being opened, retransmissions of its request are ignored."""
 
     def __init__(
-        self, config: RelayConfig, credentials: CredentialSource, registry: Registry, answers: Answers, outbox: Outbox
+        self,
+        config: RelayConfig,
+        credentials: CredentialSource,
+        registry: Registry,
+        responder: Responder,
+        outbox: Outbox,
     ) -> None:
-        self.holdings = Holdings(config.share(config.max_channels), config.share(config.max_permissions))
+        self.quota = Quota(config.share(config.max_channels), config.share(config.max_permissions))
         self._config = config
         self._hosts = config.hosts
         self._max_allocations = config.share(config.max_allocations)
         self._max_per_user = config.share(config.max_allocations_per_user)
         self._credentials = credentials
         self._registry = registry
-        self._answers = answers
+        self._responder = responder
         self._outbox = outbox
         self._opening: dict[int, _Opening] = {}  # by port; more than one only while the shell is busy
 
@@ -131,19 +136,19 @@ class Allocator:
         allocation = self._registry.by_client(request.client)
         if allocation is not None:
             if allocation.transaction_id != request.message.transaction_id or isinstance(terms, int):
-                self._answers.fail(request, 437)
+                self._responder.fail(request, 437)
                 return
             self._succeed(request, allocation, terms, now)
             return
         if isinstance(terms, int):
-            self._answers.fail(request, terms)
+            self._responder.fail(request, terms)
             return
         if terms.reserve_next and self._config.workers > 1:  # the token would come back to any of them
-            self._answers.fail(request, 508)
+            self._responder.fail(request, 508)
             return
         code = self._limit(request)
         if code:
-            self._answers.fail(request, code)
+            self._responder.fail(request, code)
             return
         if terms.token is None:
             self._open(request, terms, now, attempt=1)
@@ -168,7 +173,7 @@ class Allocator:
             owner=self._credentials.owner(request.username),
             transaction_id=request.message.transaction_id,
             expires_at=now + granted_lifetime(request.message),
-            holdings=self.holdings,
+            quota=self.quota,
             token=token,
         )
         self._registry.add(allocation)
@@ -184,7 +189,7 @@ class Allocator:
         if opening.reserved is not None:
             self._registry.ports.release(opening.reserved, now)
         if exhausted or opening.attempt >= MAX_ATTEMPTS or opening.terms.token is not None:
-            self._answers.fail(opening.request, 508)
+            self._responder.fail(opening.request, 508)
             return
         self._open(opening.request, opening.terms, now, attempt=opening.attempt + 1)
 
@@ -204,7 +209,7 @@ class Allocator:
     def _open(self, request: AuthenticatedRequest, terms: AllocationTerms, now: float, *, attempt: int) -> None:
         port = self._registry.ports.take(now, even=terms.even, with_next=terms.reserve_next)
         if port is None:
-            self._answers.fail(request, 508)
+            self._responder.fail(request, 508)
             return
         reserved = port + 1 if terms.reserve_next else None
         self._opening[port] = _Opening(request, terms, reserved, attempt)
@@ -213,7 +218,7 @@ class Allocator:
     def _open_reserved(self, request: AuthenticatedRequest, terms: AllocationTerms, token: bytes) -> None:
         reservation = self._registry.claim(token)
         if reservation is None:
-            self._answers.fail(request, 508)
+            self._responder.fail(request, 508)
             return
         terms = terms._replace(families=reservation.families)
         self._opening[reservation.port] = _Opening(request, terms, None, 1)
@@ -230,7 +235,7 @@ class Allocator:
         if allocation.token is not None:
             attributes.append((stun.RESERVATION_TOKEN, allocation.token))
         attributes += [(stun.ADDRESS_ERROR_CODE, AddressError(family, 440)) for family in terms.missing]
-        self._answers.succeed(request, *attributes)
+        self._responder.succeed(request, *attributes)
 
 
 def granted_lifetime(message: Message) -> int:

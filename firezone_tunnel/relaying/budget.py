@@ -10,9 +10,9 @@ import ipaddress
 
 from firezone_tunnel.sansio import Entropy, SocketAddress
 
-MAX_ANSWER = 100
+MAX_RESPONSE = 100
 """Bytes of an answer, unless the request was larger still."""
-ANSWERS_PER_SECOND = 100
+RESPONSES_PER_SECOND = 100
 """To one IPv4 address, or one IPv6 network of 64 bits."""
 EARNED_OF_EACH_BYTE = 7 / 8
 """A flood earns less than it costs: over any long one, bytes out stay below bytes in."""
@@ -24,13 +24,13 @@ _SLOTS = 65_536
 _SLOT_SIZE = 2
 
 
-class AnswerBudget:
+class ResponseBudget:
     """Counts answers to strangers in memory of a fixed size: addresses share slots, by a keyed hash."""
 
     def __init__(self, entropy: Entropy, now: float, *, workers: int = 1) -> None:
         """Each of so many `workers` has its part of everything: an address may talk to them all."""
         self._key = entropy(16)
-        self._answers_per_second = max(1, ANSWERS_PER_SECOND // workers)
+        self._answers_per_second = max(1, RESPONSES_PER_SECOND // workers)
         self._free_rate = FREE_RATE / workers
         self._max_credit = self._credit = MAX_CREDIT / workers
         self._credited_at = now

@@ -77,8 +77,8 @@ class RelayCounters:
     """Payload, both directions; what never left the process (from allocation to allocation) is counted once."""
     unrecognized: int = 0
     """Neither STUN nor channel data, or malformed."""
-    withheld_answers: int = 0
-    """Answers to strangers beyond what `AnswerBudget` allows."""
+    withheld_responses: int = 0
+    """Answers to strangers beyond what `ResponseBudget` allows."""
     without_allocation: int = 0
     without_channel: int = 0
     """Channel data on a channel that isn't bound (any longer)."""

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from firezone_tunnel.datagrams import DatagramBatch
 from firezone_tunnel.relaying.allocation import CHANNEL_LIFETIME, PERMISSION_LIFETIME, Allocation, family_of
 from firezone_tunnel.relaying.allocator import Allocator, RelayConfig, granted_lifetime
-from firezone_tunnel.relaying.answers import Answers, unknown_attributes
 from firezone_tunnel.relaying.authentication import AuthenticatedRequest, AuthenticationRefusal, Authenticator
-from firezone_tunnel.relaying.budget import AnswerBudget
+from firezone_tunnel.relaying.budget import ResponseBudget
 from firezone_tunnel.relaying.credentials import CredentialSource
 from firezone_tunnel.relaying.forwarding import Forwarder, buffer_pool
 from firezone_tunnel.relaying.nonce import NONCE_KEY_SIZE, Nonces
@@ -21,6 +20,7 @@ from firezone_tunnel.relaying.outputs import Command, Outbox, RelayCounters, Rel
 from firezone_tunnel.relaying.peer_policy import PeerPolicy
 from firezone_tunnel.relaying.port_range import PortRange
 from firezone_tunnel.relaying.registry import Registry
+from firezone_tunnel.relaying.responder import Responder, unknown_attributes
 from firezone_tunnel.sansio import Entropy, Timeout
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message, Method, parse
@@ -58,9 +58,9 @@ class RelayServer:
         nonces = Nonces(nonce_key or entropy(NONCE_KEY_SIZE))
         self._registry = Registry(PortRange(config.own_ports, entropy), self._outbox, entropy)
         self._authenticator = Authenticator(credentials, nonces)
-        budget = AnswerBudget(entropy, now, workers=config.workers)
-        self._answers = Answers(credentials, nonces, budget, self._outbox)
-        self._allocator = Allocator(config, credentials, self._registry, self._answers, self._outbox)
+        budget = ResponseBudget(entropy, now, workers=config.workers)
+        self._responder = Responder(credentials, nonces, budget, self._outbox)
+        self._allocator = Allocator(config, credentials, self._registry, self._responder, self._outbox)
         self._forwarder = Forwarder(self._registry, policy, self._outbox, entropy, buffer_pool())
 
     @property
@@ -75,7 +75,7 @@ class RelayServer:
     @property
     def channels(self) -> int:
         """How many are bound, or rest from it, in all allocations together."""
-        return self._allocator.holdings.channels
+        return self._allocator.quota.channels
 
     def handle_client_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> None:
         """Take in what arrived at the listening port together."""
@@ -150,11 +150,13 @@ class RelayServer:
             self._outbox.counters.unrecognized += 1
             return
         if message.method == Method.BINDING:
-            self._answers.mirror(message, source, local, now, proven=self._registry.by_client(source) is not None)
+            self._responder.answer_binding(
+                message, source, local, now, proven=self._registry.by_client(source) is not None
+            )
             return
         sender = self._authenticator.authenticate(message, source, local, now, utc_now)
         if isinstance(sender, AuthenticationRefusal):
-            self._answers.refuse(sender, message, source, local, now)
+            self._responder.refuse(sender, message, source, local, now)
             return
         self._handle_request(sender, now)
 
@@ -162,7 +164,7 @@ class RelayServer:
         message = request.message
         unknown = unknown_attributes(message)
         if unknown is not None:
-            self._answers.fail(request, 420, unknown)
+            self._responder.fail(request, 420, unknown)
             return
         if message.method == Method.ALLOCATE:
             self._allocator.handle(request, now)
@@ -172,7 +174,7 @@ class RelayServer:
             self._handle_without_allocation(request, now)
             return
         if self._same_user_only and allocation.username != request.username:
-            self._answers.fail(request, 441)
+            self._responder.fail(request, 441)
             return
         allocation.local = request.local
         if message.method == Method.REFRESH:
@@ -185,9 +187,9 @@ class RelayServer:
     def _handle_without_allocation(self, request: AuthenticatedRequest, now: float) -> None:
         message = request.message
         if self._registry.was_deleted_by(request.client, message.transaction_id, now):
-            self._answers.succeed(request, (stun.LIFETIME, 0))
+            self._responder.succeed(request, (stun.LIFETIME, 0))
             return
-        self._answers.fail(request, 437)
+        self._responder.fail(request, 437)
 
     def _refresh(self, request: AuthenticatedRequest, allocation: Allocation, now: float) -> None:
         """RFC 8656, section 8.2."""
@@ -195,60 +197,60 @@ class RelayServer:
         requested = message.get(stun.REQUESTED_ADDRESS_FAMILY)
         families = [family for family in allocation.relayed if requested in {None, family}]
         if not families:
-            self._answers.fail(request, 443)
+            self._responder.fail(request, 443)
             return
         if message.get(stun.LIFETIME) == 0:
             self._registry.remove(allocation, families, now)
             self._registry.remember_deletion(request.client, message.transaction_id, now)
-            self._answers.succeed(request, (stun.LIFETIME, 0))
+            self._responder.succeed(request, (stun.LIFETIME, 0))
             return
         lifetime = granted_lifetime(message)
         allocation.refresh(families, now + lifetime)
         self._registry.changed(allocation, now + lifetime)
-        self._answers.succeed(request, (stun.LIFETIME, lifetime))
+        self._responder.succeed(request, (stun.LIFETIME, lifetime))
 
     def _create_permission(self, request: AuthenticatedRequest, allocation: Allocation, now: float) -> None:
         """RFC 8656, section 10.2: all of the permissions, or none."""
         hosts = [peer.host for peer in request.message.get_all(stun.XOR_PEER_ADDRESS)]
         if not hosts:
-            self._answers.fail(request, 400)
+            self._responder.fail(request, 400)
             return
         if any(family_of(host) not in allocation.relayed for host in hosts):
-            self._answers.fail(request, 443)
+            self._responder.fail(request, 443)
             return
         refused = next((host for host in hosts if not self._policy.permits_host(host)), None)
         if refused is not None:
             self._outbox.refuse_peer(self._policy.private_network(refused))
-            self._answers.fail(request, 403)
+            self._responder.fail(request, 403)
             return
         if not allocation.may_permit(hosts):
-            self._answers.fail(request, 508)
+            self._responder.fail(request, 508)
             return
         allocation.permit(hosts, now)
         allocation.wants_indications = True
         self._registry.changed(allocation, now + PERMISSION_LIFETIME)
-        self._answers.succeed(request)
+        self._responder.succeed(request)
 
     def _bind_channel(self, request: AuthenticatedRequest, allocation: Allocation, now: float) -> None:
         """RFC 8656, section 12.2."""
         number = request.message.get(stun.CHANNEL_NUMBER)
         peer = request.message.get(stun.XOR_PEER_ADDRESS)
         if number is None or peer is None or not peer.port or not FIRST_CHANNEL <= number <= LAST_PARSED_CHANNEL:
-            self._answers.fail(request, 400)
+            self._responder.fail(request, 400)
             return
         if family_of(peer.host) not in allocation.relayed:
-            self._answers.fail(request, 443)
+            self._responder.fail(request, 443)
             return
         if not self._policy.permits(peer):
             self._outbox.refuse_peer(self._policy.private_network(peer.host))
-            self._answers.fail(request, 403)
+            self._responder.fail(request, 403)
             return
         code = allocation.bind(number, peer, now, is_relayed=self._policy.is_relayed(peer.host))
         if code:
-            self._answers.fail(request, code)
+            self._responder.fail(request, code)
             return
         self._registry.changed(allocation, now + min(PERMISSION_LIFETIME, CHANNEL_LIFETIME))
-        self._answers.succeed(request)
+        self._responder.succeed(request)
 
 
 _REQUESTS = frozenset({Method.BINDING, Method.ALLOCATE, Method.REFRESH, Method.CREATE_PERMISSION, Method.CHANNEL_BIND})

@@ -41,7 +41,7 @@ async def test_a_peer_of_the_portal_allocates_with_the_credentials_that_it_was_t
     client = TurnClient(port, username=told["username"], password=told["password"])
     answer = await deferToThread(client.allocate)
     assert code_of(answer) == 0
-    relay.hurry()
+    relay.stop_draining()
     await relay.stopService()
     assert not relay.is_ready
 

@@ -12,9 +12,9 @@ from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.worker_messages import (
     Begin,
     Drain,
-    Hurry,
     Lines,
     Order,
+    StopDraining,
     WorkerFailed,
     WorkerServing,
     decode_order,
@@ -60,7 +60,7 @@ def test_a_line_without_end_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None
         Begin(config=_CONFIG, secrets=Secrets.new(), sockets=2, log_level=10),
         Begin(config=_CONFIG, secrets=Secrets.new({"alice": "a\nb"}, "example.org"), sockets=1, log_level=40),
         Drain(),
-        Hurry(),
+        StopDraining(),
     ],
     ids=lambda order: type(order).__name__,
 )

@@ -45,14 +45,14 @@ def test_allocations_channels_permissions_ports_and_sockets_come_and_go_together
         allocations = [one for client in clients if (one := registry.by_client(client.address)) is not None]
         assert world.open == {(one.port, family) for one in allocations for family in one.relayed}
         assert len({one.port for one in allocations}) == world.server.allocations == len(allocations)
-        holdings = world.server._allocator.holdings
-        assert holdings.channels == sum(len(one.channels) for one in allocations)
-        assert holdings.permissions == sum(len(one.permissions) for one in allocations)
+        quota = world.server._allocator.quota
+        assert quota.channels == sum(len(one.channels) for one in allocations)
+        assert quota.permissions == sum(len(one.permissions) for one in allocations)
         assert all(set(one.channels_by_peer.values()) == set(one.channels.values()) for one in allocations)
 
     world.advance(3600 + QUARANTINE)
     assert (world.server.allocations, world.open) == (0, set())
-    assert (holdings.channels, holdings.permissions) == (0, 0) if steps else True
+    assert (quota.channels, quota.permissions) == (0, 0) if steps else True
     assert world.server.next_timeout() is None
     world.occupied = lambda port: False
     again = [Client(world, SocketAddress("5.5.5.6", 1000 + number)) for number in range(8)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firezone_tunnel.relaying.budget import ANSWERS_PER_SECOND, MAX_ANSWER, MAX_CREDIT, AnswerBudget
+from firezone_tunnel.relaying.budget import MAX_CREDIT, MAX_RESPONSE, RESPONSES_PER_SECOND, ResponseBudget
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.stun import message as stun
 from firezone_tunnel.stun.message import Kind, Message, Method
@@ -103,7 +103,7 @@ def test_answers_to_strangers_are_at_most_100_bytes(source: SocketAddress, finge
             sizes.append(len(sent.datagrams[0]))
 
     assert len(sizes) == 20
-    assert max(sizes) <= MAX_ANSWER
+    assert max(sizes) <= MAX_RESPONSE
 
 
 @pytest.mark.parametrize("request_", [BINDING, ALLOCATE])
@@ -113,12 +113,12 @@ def test_one_address_gets_at_most_100_answers_a_second(request_: bytes) -> None:
     def answered() -> int:
         return sum(len(world.deliver(SocketAddress("5.5.5.5", port), request_)) for port in range(1, 301))
 
-    assert answered() == ANSWERS_PER_SECOND
+    assert answered() == RESPONSES_PER_SECOND
     world.now += 0.9
     assert answered() == 0
     assert len(world.deliver(SocketAddress("5.5.5.6", 1), request_)) == 1
     world.now += 0.1
-    assert answered() == ANSWERS_PER_SECOND
+    assert answered() == RESPONSES_PER_SECOND
 
 
 def test_the_addresses_of_an_ipv6_network_count_as_one() -> None:
@@ -126,7 +126,7 @@ def test_the_addresses_of_an_ipv6_network_count_as_one() -> None:
 
     answered = sum(len(world.deliver(SocketAddress(f"2a03:3::{number:x}", 5000), BINDING)) for number in range(1, 301))
 
-    assert answered == ANSWERS_PER_SECOND
+    assert answered == RESPONSES_PER_SECOND
     assert len(world.deliver(SocketAddress("2a03:3:0:1::1", 5000), BINDING)) == 1
 
 
@@ -151,7 +151,7 @@ def test_over_a_flood_from_forged_addresses_less_leaves_than_arrives(source: str
 
     assert answers > 1000
     assert bytes_out <= bytes_in
-    assert world.server.counters.withheld_answers == 20_000 - answers
+    assert world.server.counters.withheld_responses == 20_000 - answers
 
 
 def test_a_flood_does_not_silence_the_relay_for_its_clients() -> None:
@@ -181,7 +181,7 @@ def test_forged_allocates_leave_nothing_behind() -> None:
 
 
 def test_a_budget_is_of_a_fixed_size_and_recovers() -> None:
-    budget = AnswerBudget(random.Random(1).randbytes, 0.0)
+    budget = ResponseBudget(random.Random(1).randbytes, 0.0)
     source = iter(SocketAddress(f"6.{number // 250}.{number % 250}.1", 1) for number in range(10_000))
 
     spent = 0
@@ -197,10 +197,10 @@ def test_workers_share_what_strangers_may_be_answered() -> None:
     worlds = [World(workers=4, worker=worker) for worker in range(4)]
 
     one_address = [len(world.deliver(SocketAddress("5.5.5.5", n), BINDING)) for world in worlds for n in range(1, 200)]
-    budgets = [AnswerBudget(random.Random(1).randbytes, 0.0, workers=4) for _ in range(4)]
+    budgets = [ResponseBudget(random.Random(1).randbytes, 0.0, workers=4) for _ in range(4)]
     spent = [sum(budget.spend(SocketAddress(f"6.0.{n}.1", 1), 100, 0.0) for n in range(200)) for budget in budgets]
 
-    assert sum(one_address) == ANSWERS_PER_SECOND
+    assert sum(one_address) == RESPONSES_PER_SECOND
     assert MAX_CREDIT - 400 < sum(spent) * 100 <= MAX_CREDIT
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from firezone_tunnel.relaying.authentication import AuthenticatedRequest, AuthenticationRefusal
-from firezone_tunnel.relaying.budget import MAX_ANSWER, AnswerBudget
+from firezone_tunnel.relaying.budget import MAX_RESPONSE, ResponseBudget
 from firezone_tunnel.relaying.credentials import CredentialSource
 from firezone_tunnel.relaying.nonce import Nonces
 from firezone_tunnel.relaying.outputs import Outbox, RelayTransmit
@@ -18,10 +18,10 @@ Attributes = tuple[tuple[Attribute[Any], Any], ...]
 _MAX_NAMED = 16  # of the unknown attributes: an answer stays below 100 bytes
 
 
-class Answers:
+class Responder:
     """Writes responses. They bear no SOFTWARE and no reason, and a FINGERPRINT if the request had one."""
 
-    def __init__(self, credentials: CredentialSource, nonces: Nonces, budget: AnswerBudget, outbox: Outbox) -> None:
+    def __init__(self, credentials: CredentialSource, nonces: Nonces, budget: ResponseBudget, outbox: Outbox) -> None:
         self._credentials = credentials
         self._nonces = nonces
         self._budget = budget
@@ -44,9 +44,9 @@ class Answers:
                 (stun.NONCE, self._nonces.issue(client, now)),
             )
         response = _response(message, Kind.ERROR, attributes, refusal.key)
-        self._to_stranger(response, message, client, local, refusal.code, now)
+        self._to_unauthenticated(response, message, client, local, refusal.code, now)
 
-    def mirror(
+    def answer_binding(
         self, message: Message, client: SocketAddress, local: SocketAddress, now: float, *, proven: bool
     ) -> None:
         """Answer a Binding request, which anybody may send. `proven`: the client has an allocation."""
@@ -57,13 +57,13 @@ class Answers:
             kind = Kind.ERROR
             attributes = ((stun.ERROR_CODE, ErrorCode(420)), unknown)
         response = _response(message, kind, attributes, None)
-        self._to_stranger(response, message, client, local, 420 if unknown else 0, now, proven=proven)
+        self._to_unauthenticated(response, message, client, local, 420 if unknown else 0, now, proven=proven)
 
     def _answer(self, request: AuthenticatedRequest, kind: Kind, attributes: Attributes, code: int) -> None:
         response = _response(request.message, kind, attributes, request.key)
         self._send(response, request.message, request.client, request.local, code)
 
-    def _to_stranger(
+    def _to_unauthenticated(
         self,
         response: bytes,
         message: Message,
@@ -77,8 +77,8 @@ class Answers:
         size = len(message.raw)
         if not proven:
             self._budget.received(size)
-        if len(response) > max(MAX_ANSWER, size) or not self._budget.spend(client, len(response), now, proven=proven):
-            self._outbox.counters.withheld_answers += 1
+        if len(response) > max(MAX_RESPONSE, size) or not self._budget.spend(client, len(response), now, proven=proven):
+            self._outbox.counters.withheld_responses += 1
             return
         self._send(response, message, client, local, code)
 
