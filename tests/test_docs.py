@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from firezone_tunnel.cli.main import main
-from firezone_tunnel.policy.seed import Outside, parse_seed
+from firezone_tunnel.policy.seed import SeedContext, parse_seed
 from tools.options_reference import page, roles
 
 _ROOT = Path(__file__).parents[1]
@@ -51,7 +51,7 @@ def test_every_variable_that_is_named_exists(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [_ROOT / "docs/examples/portal.toml", _ROOT / "docker/portal.toml"], ids=str)
 def test_a_portal_would_serve_the_seed_files(path: Path) -> None:
-    account = parse_seed(path.read_text(), Outside(lambda name: (path.parent / name).read_text(), ZoneInfo))
+    account = parse_seed(path.read_text(), SeedContext(lambda name: (path.parent / name).read_text(), ZoneInfo))
 
     assert len(account.tokens) >= 2
     assert len(account.resources) >= 1

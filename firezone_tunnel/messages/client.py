@@ -18,8 +18,8 @@ from firezone_tunnel.messages.common import (
     RelaysPresence,
     Site,
     SnownetCapabilities,
-    fitting,
     read,
+    readable,
     rename,
 )
 
@@ -58,7 +58,7 @@ Resource = DnsResource | CidrResource | InternetResource
 
 
 class Init(PortalMessage, frozen=True, kw_only=True):
-    """After each join, authoritative: what is not listed is gone."""
+    """Sent after each join, and authoritative: resources and relays that it doesn't list are gone."""
 
     EVENTS = ("init",)
 
@@ -92,7 +92,7 @@ class ResourceDeleted(PortalMessage, frozen=True, kw_only=True):
 
 
 class FlowCreated(PortalMessage, frozen=True, kw_only=True):
-    """The gateway admitted us: connect to it. The answer to `CreateFlow`, matched by the resource."""
+    """The gateway admitted us: connect to it. Answers the `CreateFlow` for the same resource."""
 
     EVENTS = ("flow_created", "authorization_created")
 
@@ -110,7 +110,7 @@ class FlowCreated(PortalMessage, frozen=True, kw_only=True):
 
 
 class FlowCreationFailed(PortalMessage, frozen=True, kw_only=True):
-    """`reason`: not_found, offline, forbidden, version_mismatch, …; unknown ones are only logged."""
+    """`reason`: not_found, offline, forbidden, version_mismatch, …; other values are only logged."""
 
     EVENTS = ("flow_creation_failed", "authorization_creation_failed")
 
@@ -134,7 +134,7 @@ class InvalidateIceCandidates(PortalMessage, frozen=True, kw_only=True):
 
 
 class CreateFlow(PortalMessage, frozen=True, kw_only=True):
-    """A packet wants this resource; the gateways are a hint for stickiness."""
+    """Ask for access to a resource. The portal prefers the connected gateways."""
 
     EVENTS = ("create_flow", "request_authorization")
 
@@ -178,10 +178,10 @@ _FROM_PORTAL: dict[str, type[PortalMessage]] = {
 }  # fmt: skip
 
 
-def parse(event: str, payload: object, misfits: list[str] | None = None) -> FromPortal | None:
-    """A portal's message to a client; None for an event we don't know, which is no error.
+def parse(event: str, payload: object, skipped: list[str] | None = None) -> FromPortal | None:
+    """Parse a portal's message to a client. None for an unknown event, which is not an error.
 
-    Resources and relays of a list that don't parse are left out one by one; why is added to `misfits`.
+    Resources and relays that don't parse are left out of their list, and the reasons are added to `skipped`.
 
     Raises: ProtocolError.
     """
@@ -194,15 +194,17 @@ def parse(event: str, payload: object, misfits: list[str] | None = None) -> From
         return None
     payload = rename(payload, {"site_id": "gateway_group_id"})
     if isinstance(payload, dict):
-        payload = _with_fitting_entries(payload, misfits)
+        payload = _with_readable(payload, skipped)
     return read(kind, payload)  # type: ignore[return-value]  # the table above holds FromPortal's members
 
 
-def _with_fitting_entries(payload: dict[str, Any], misfits: list[str] | None) -> dict[str, Any]:
-    those = payload | {key: fitting(Relay, payload[key], misfits) for key in ("relays", "connected") if key in payload}
+def _with_readable(payload: dict[str, Any], skipped: list[str] | None) -> dict[str, Any]:
+    lists: dict[str, object] = {
+        key: readable(Relay, payload[key], skipped) for key in ("relays", "connected") if key in payload
+    }
     if isinstance(payload.get("resources"), list):
-        those["resources"] = fitting(Resource, [_with_groups(entry) for entry in payload["resources"]], misfits)
-    return those
+        lists["resources"] = readable(Resource, [_with_groups(entry) for entry in payload["resources"]], skipped)
+    return payload | lists
 
 
 def _with_groups(resource: object) -> object:

@@ -1,4 +1,4 @@
-"""Types that occur in several messages, and how a message is read and written (spec/portal-protocol.md, 2.0)."""
+"""Types that several messages share, and reading and writing messages (spec/portal-protocol.md, 2.0)."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ class IceCredentials(Record, frozen=True, kw_only=True):
 class Relay(Record, frozen=True, kw_only=True):
     """One address of a relay; a dual-stack relay is two adjacent entries with one id.
 
-    A `realm` is ours, and told to our own peers only: it is what upstream's don't speak to, a standard TURN server.
-    None stands for the realm that the server names.
+    `realm` is an extension of ours, sent to our own peers only: it marks a standard TURN server, which upstream's
+    peers don't support. None stands for the realm that the server names.
     """
 
     id: str
@@ -90,7 +90,7 @@ class Relay(Record, frozen=True, kw_only=True):
     realm: str | msgspec.UnsetType | None = msgspec.UNSET
 
     def __post_init__(self) -> None:
-        """Raises: ValueError, so that a list leaves out an entry whose address is none."""
+        """Raises: ValueError for an invalid address, so that a list leaves out the entry."""
         SocketAddress.parse(self.addr)
 
     @property
@@ -99,7 +99,7 @@ class Relay(Record, frozen=True, kw_only=True):
 
 
 class Filter(Record, frozen=True, kw_only=True, omit_defaults=False):
-    """What passes: a port range (inclusive) of TCP or UDP, or ICMP."""
+    """Traffic that passes: an inclusive port range of TCP or UDP, or ICMP."""
 
     protocol: Literal["tcp", "udp", "icmp"]
     port_range_start: Port = 0
@@ -107,7 +107,7 @@ class Filter(Record, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class Site(Record, frozen=True, kw_only=True):
-    """What the wire calls a gateway group."""
+    """The wire calls it a gateway group."""
 
     id: str
     name: str
@@ -137,7 +137,7 @@ class RelaysPresence(PortalMessage, frozen=True, kw_only=True):
 
 
 class NoRelays(PortalMessage, frozen=True, kw_only=True):
-    """We must connect and know no relay; the portal answers with `RelaysPresence`."""
+    """We have to connect without knowing a relay; the portal answers with `RelaysPresence`."""
 
     EVENTS = ("no_relays",)
 
@@ -164,22 +164,23 @@ def read(kind: type[M], payload: object) -> M:
         raise ProtocolError(f"{kind.__name__}: {error}") from error
 
 
-def fitting(kind: Any, entries: object, misfits: list[str] | None) -> object:
-    """The entries of a list that can be read as `kind`: the others are never fatal (spec, 2.0), and why they can't is
-    added to `misfits`. What is no list is returned as it is.
+def readable(kind: Any, entries: object, skipped: list[str] | None) -> object:
+    """The entries of a list that can be read as `kind`, or `entries` itself if it isn't a list.
+
+    An unreadable entry is never fatal (spec, 2.0): it is left out, and the reason is added to `skipped`.
     """
     if not isinstance(entries, list):
         return entries
-    those = []
+    found = []
     for entry in entries:
         try:
             msgspec.convert(entry, kind, dec_hook=_read_special, strict=True)
         except (msgspec.ValidationError, ValueError) as error:
-            if misfits is not None:
-                misfits.append(str(error))
+            if skipped is not None:
+                skipped.append(str(error))
         else:
-            those.append(entry)
-    return those
+            found.append(entry)
+    return found
 
 
 def write(message: Record) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from firezone_tunnel.messages.common import (
     Relay,
     RelaysPresence,
     SnownetCapabilities,
-    fitting,
     read,
+    readable,
 )
 
 TOPIC = "gateway"
@@ -44,14 +44,14 @@ Resource = DnsResource | CidrResource | InternetResource
 
 
 class Config(Record, frozen=True, kw_only=True):
-    """Unused by gateways, but `init` doesn't decode without it."""
+    """Gateways don't use it, but can't decode an `init` without it."""
 
     ipv4_masquerade_enabled: bool = True
     ipv6_masquerade_enabled: bool = True
 
 
 class Init(PortalMessage, frozen=True, kw_only=True):
-    """After each join; everything the authorizations don't list is revoked."""
+    """Sent after each join. Whatever its authorizations don't list is revoked."""
 
     EVENTS = ("init",)
 
@@ -166,10 +166,10 @@ _FROM_PORTAL: dict[str, type[PortalMessage]] = {
 }  # fmt: skip
 
 
-def parse(event: str, payload: object, misfits: list[str] | None = None) -> FromPortal | None:
-    """A portal's message to a gateway; None for an event we don't know, which is no error.
+def parse(event: str, payload: object, skipped: list[str] | None = None) -> FromPortal | None:
+    """Parse a portal's message to a gateway. None for an unknown event, which is not an error.
 
-    Relays of a list that don't parse are left out one by one; why is added to `misfits`.
+    Relays that don't parse are left out of their list, and the reasons are added to `skipped`.
 
     Raises: ProtocolError.
     """
@@ -179,6 +179,6 @@ def parse(event: str, payload: object, misfits: list[str] | None = None) -> From
     if kind is None:
         return None
     if isinstance(payload, dict):
-        relays = {key: fitting(Relay, payload[key], misfits) for key in ("relays", "connected") if key in payload}
+        relays = {key: readable(Relay, payload[key], skipped) for key in ("relays", "connected") if key in payload}
         payload = payload | relays
     return read(kind, payload)  # type: ignore[return-value]  # the table above holds FromPortal's members

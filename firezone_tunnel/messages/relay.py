@@ -8,7 +8,7 @@ TOPIC = "relay"
 
 
 class Join(PortalMessage, frozen=True, kw_only=True):
-    """The payload of a relay's `phx_join`: credentials for it are derived from this secret."""
+    """The payload of a relay's `phx_join`. The credentials for the relay are derived from its secret."""
 
     EVENTS = ("phx_join",)
 

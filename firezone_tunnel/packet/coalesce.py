@@ -70,9 +70,7 @@ class Arena:
         return columns
 
 
-def coalesce(
-    packets: Rows, *, arena: Arena, keep: npt.NDArray[np.bool_] | None = None
-) -> list[SuperPacket]:
+def coalesce(packets: Rows, *, arena: Arena, keep: npt.NDArray[np.bool_] | None = None) -> list[SuperPacket]:
     """Parse packets that lie in one buffer and merge what can be merged.
 
     Where `keep` is given and false a packet is left out, as are empty ones (keepalives) and malformed ones (counted

@@ -44,7 +44,7 @@ def judge(account: Account, stored: StoredFlow, utc_now: float) -> Flow | None:
     return attrs.evolve(flow, policy_id=granted.policy_id, expires_at=expires_at)
 
 
-def tell_turn_servers(old: Account, new: Account, session: DeviceSession) -> None:
+def push_turn_servers(old: Account, new: Account, session: DeviceSession) -> None:
     """Push which TURN servers are gone, and those that are there now."""
     if old.turn_servers == new.turn_servers or not session.agent.is_ours:
         return
@@ -52,30 +52,30 @@ def tell_turn_servers(old: Account, new: Account, session: DeviceSession) -> Non
     views.push_relays(session, RelaysPresence(disconnected_ids=gone, connected=views.turn_servers(new, session)))
 
 
-def tell_client(old: Account, new: Account, session: DeviceSession, utc_now: float) -> None:
+def push_client_changes(old: Account, new: Account, session: DeviceSession, utc_now: float) -> None:
     """Push what differs from what this client was told."""
     if old.dns != new.dns:
-        session.outlet.push("config_changed", {"interface": views.client_interface(session.device, new.dns)})
-    tell_client_of_resources(new, session, utc_now)
+        session.socket.push("config_changed", {"interface": views.client_interface(session.device, new.dns)})
+    push_resource_changes(new, session, utc_now)
 
 
-def tell_client_of_resources(account: Account, session: DeviceSession, utc_now: float) -> None:
+def push_resource_changes(account: Account, session: DeviceSession, utc_now: float) -> None:
     """Push the resources that it gained, lost or that changed; time alone can do that too."""
     known, visible = session.resources, visible_resources(account, session, utc_now)
     session.resources = visible
     for id_ in known:
         if id_ not in visible or _sites(known[id_]) != _sites(visible[id_]):
-            session.outlet.push("resource_deleted", id_)
+            session.socket.push("resource_deleted", id_)
     for id_, view in visible.items():
         if known.get(id_) != view:
-            session.outlet.push("resource_created_or_updated", view)
+            session.socket.push("resource_created_or_updated", view)
 
 
-def tell_gateway(old: Account, new: Account, session: DeviceSession) -> None:
+def push_gateway_changes(old: Account, new: Account, session: DeviceSession) -> None:
     """Push resources of the gateway's site whose filters (or name) changed; a new address ended their flows."""
     for resource in _changed_in_place(old, new):
         if session.device.identity.owner in resource.sites:
-            session.outlet.push("resource_updated", views.gateway_resource(resource))
+            session.socket.push("resource_updated", views.gateway_resource(resource))
 
 
 def _changed_in_place(old: Account, new: Account) -> Iterator[Resource]:

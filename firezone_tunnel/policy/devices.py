@@ -43,7 +43,7 @@ class Device:
         return Party(self.id, self.public_key, self.psk_base)
 
 
-class Outlet(Protocol):
+class PeerSocket(Protocol):
     """How a decision reaches a connected peer. Nothing here waits, and nothing here fails."""
 
     def push(self, event: str, payload: Any) -> None: ...
@@ -63,7 +63,7 @@ class DeviceSession:
     generation: Generation
     agent: UserAgent
     token: Token
-    outlet: Outlet
+    socket: PeerSocket
     is_joined: bool = False
     relays: dict[str, str] = attrs.Factory(dict)
     """What it was given: relay id to the stamp secret that its credentials were made from."""

@@ -110,7 +110,7 @@ def visible_resources(account: Account, session: DeviceSession, utc_now: float) 
     return visible
 
 
-class FlowBook:
+class FlowAuthorizer:
     """Decides about requests for flows and keeps those that wait for a gateway."""
 
     def __init__(self, *, reference_key: bytes, ingest_key: bytes, entropy: Entropy) -> None:
@@ -184,7 +184,7 @@ class FlowBook:
             "flow_logs_ingest_token": self._ingest_token(account, pending, "responder"),
         }
         event = "authorize_flow" if gateway.generation is Generation.V1 else "create_authorization"
-        gateway.outlet.push(event, payload)
+        gateway.socket.push(event, payload)
 
     def answered(self, gateway: DeviceSession, reference: str) -> PendingFlow | Literal["invalid_ref"] | None:
         """The gateway let the client in. None: too late, or asked for anew in the meantime."""
@@ -197,7 +197,7 @@ class FlowBook:
             return None
         return self._pending.pop(key)
 
-    def tell_client(self, account: Account, pending: PendingFlow) -> None:
+    def push_created(self, account: Account, pending: PendingFlow) -> None:
         """The gateway is ready: the client may connect."""
         client_, gateway = pending.client.device, pending.gateway.device
         credentials = ice_credentials(client_.party, gateway.party)

@@ -9,7 +9,7 @@ import attrs
 from firezone_tunnel.messages.common import Relay, RelaysPresence
 from firezone_tunnel.policy.account import PeerRole, Token
 from firezone_tunnel.policy.derived_credentials import FOREVER, relay_credentials
-from firezone_tunnel.policy.devices import DeviceSession, Outlet
+from firezone_tunnel.policy.devices import DeviceSession, PeerSocket
 from firezone_tunnel.sansio import SocketAddress, Timeout
 
 RELAYS_EACH = 2  # spec, 3.3
@@ -23,7 +23,7 @@ class RelaySession:
     id: str
     token: Token
     addresses: tuple[SocketAddress, ...]
-    outlet: Outlet
+    socket: PeerSocket
     stamp_secret: str = attrs.field(default="", repr=False)
 
 
@@ -52,7 +52,7 @@ class RelayRegistry:
     def all(self) -> list[RelaySession]:
         return list(self._relays.values())
 
-    def give(self, session: DeviceSession) -> list[Relay]:
+    def assign(self, session: DeviceSession) -> list[Relay]:
         """Choose at most two relays for a client or gateway, remember them in its session, and make credentials.
 
         A dual-stack relay is two adjacent entries. The choice depends on nothing but who asks and who is there, so a
@@ -75,30 +75,30 @@ class RelayRegistry:
             for address in relay.addresses
         ]
 
-    def urgent_news(self, sessions: list[DeviceSession]) -> list[tuple[DeviceSession, RelaysPresence]]:
+    def urgent_updates(self, sessions: list[DeviceSession]) -> list[tuple[DeviceSession, RelaysPresence]]:
         """What can't wait for the debounce: a relay is back with another secret, or somebody had none at all."""
         if not self._urgent:
             return []
         self._urgent = False
-        return self._news([one for one in sessions if not one.relays or self._has_restarted_relay(one)])
+        return self._updates([one for one in sessions if not one.relays or self._has_restarted_relay(one)])
 
     def next_timeout(self) -> Timeout | None:
         return None if self._settles_at is None else Timeout(self._settles_at, "relays settled")
 
-    def settled_news(self, sessions: list[DeviceSession], now: float) -> list[tuple[DeviceSession, RelaysPresence]]:
+    def settled_updates(self, sessions: list[DeviceSession], now: float) -> list[tuple[DeviceSession, RelaysPresence]]:
         """Once the debounce is over: who has a relay that is gone, or too few, and what to tell each of them."""
         if self._settles_at is None or now < self._settles_at:
             return []
         self._settles_at = None
-        return self._news(sessions)
+        return self._updates(sessions)
 
-    def _news(self, sessions: list[DeviceSession]) -> list[tuple[DeviceSession, RelaysPresence]]:
-        news = []
+    def _updates(self, sessions: list[DeviceSession]) -> list[tuple[DeviceSession, RelaysPresence]]:
+        updates = []
         for session in sessions:
             gone = [id_ for id_, secret in session.relays.items() if not self._is_good(id_, secret)]
             if gone or len(session.relays) < min(RELAYS_EACH, len(self._relays)):
-                news.append((session, RelaysPresence(disconnected_ids=gone, connected=self.give(session))))
-        return news
+                updates.append((session, RelaysPresence(disconnected_ids=gone, connected=self.assign(session))))
+        return updates
 
     def _is_good(self, id_: str, secret: str) -> bool:
         return id_ in self._relays and self._relays[id_].stamp_secret == secret

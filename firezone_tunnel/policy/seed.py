@@ -43,19 +43,19 @@ _PATH = re.compile(r"\$\.(\w+)(?:\[(\d+)\])?")
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
-class Outside(NamedTuple):
+class SeedContext(NamedTuple):
     """What lies outside the file: the text of another file, a time zone by its name. Both may raise ValueError."""
 
     read_file: Callable[[str], str]
     time_zone: Callable[[str], tzinfo]
 
 
-def parse_seed(text: str, outside: Outside) -> Account:
+def parse_seed(text: str, context: SeedContext) -> Account:
     """Read the whole file.
 
     Raises: ConfigurationError.
     """
-    return _Reader(text, outside).account()
+    return _Reader(text, context).account()
 
 
 class _Table(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
@@ -150,9 +150,9 @@ _P = ParamSpec("_P")
 class _Reader:
     """One file on its way to an account; `_fail` knows which table is being read."""
 
-    def __init__(self, text: str, outside: Outside) -> None:
+    def __init__(self, text: str, context: SeedContext) -> None:
         self._text = text
-        self._outside = outside
+        self._context = context
         self._at: tuple[str, int | None] = ("account", None)
         self._account_id = ""
 
@@ -237,7 +237,7 @@ class _Reader:
             return table.sha3_256
         text = table.token
         if text is None:
-            text = self._try(self._outside.read_file, given[0])
+            text = self._try(self._context.read_file, given[0])
         text = "".join(text.split())
         if not text:
             self._fail("the token is empty")
@@ -267,7 +267,7 @@ class _Reader:
         group = self._find("group", table.group, groups)
         resource = self._find("resource", table.resource, {one.id: one.name for one in resources.values()})
         conditions = tuple(
-            self._try(parse_condition, one.property, one.operator, one.values, self._outside.time_zone)
+            self._try(parse_condition, one.property, one.operator, one.values, self._context.time_zone)
             for one in table.conditions
         )
         name = f"{group}:{resource}:{msgspec.json.encode(table.conditions).decode()}"

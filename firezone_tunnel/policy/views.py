@@ -117,14 +117,14 @@ def turn_servers(account: Account, session: DeviceSession) -> list[Relay]:
 
 
 def push_relays(session: DeviceSession, presence: RelaysPresence) -> None:
-    session.outlet.push(RelaysPresence.event(session.generation), write(presence))
+    session.socket.push(RelaysPresence.event(session.generation), write(presence))
 
 
 def push_to_client(session: DeviceSession, message: client.FlowCreated | client.FlowCreationFailed) -> None:
     payload = write(message)
     if session.agent.knows_sites and "gateway_group_id" in payload:
         payload["site_id"] = payload.pop("gateway_group_id")
-    session.outlet.push(message.event(session.generation), payload)
+    session.socket.push(message.event(session.generation), payload)
 
 
 def _wire_type(resource: Resource) -> str:

@@ -41,7 +41,7 @@ class JoinRefused:
     reason: str
 
 
-class Unknown(Exception):
+class UnknownMessage(Exception):
     """A message that this role doesn't send, or not like this (spec, 2.8)."""
 
 
@@ -74,7 +74,7 @@ class ClientChannel:
             return JoinRefused("invalid_version")
         session.resources = visible_resources(state.account, session, state.utc_now())
         session.is_joined = True
-        return JoinAccepted("init", views.client_init(state.account, session, state.relays.give(session)))
+        return JoinAccepted("init", views.client_init(state.account, session, state.relays.assign(session)))
 
     async def handle(self, message: MessageReceived) -> str | None:
         is_v1 = self._session.generation is Generation.V1
@@ -126,7 +126,7 @@ class ClientChannel:
             peer = self._state.presence.get(PeerRole.GATEWAY, id_)
             if peer is not None:
                 payload = {"client_id": self._session.device.id, "candidates": candidates}
-                peer.outlet.push(kind.event(peer.generation), payload)
+                peer.socket.push(kind.event(peer.generation), payload)
 
 
 class GatewayChannel:
@@ -138,7 +138,7 @@ class GatewayChannel:
         session = self._session
         authorizations = await current_authorizations(self._state, session)
         session.is_joined = True
-        relays = self._state.relays.give(session)
+        relays = self._state.relays.assign(session)
         return JoinAccepted("init", views.gateway_init(self._state.account, session, relays, authorizations))
 
     async def handle(self, message: MessageReceived) -> str | None:
@@ -168,7 +168,7 @@ class GatewayChannel:
         if pending is not None:
             flow = pending.flow
             log.info("portal:flow_authorized", cid=flow.client_id, gid=flow.gateway_id, rid=flow.resource_id)
-            self._state.flows.tell_client(self._state.account, pending)
+            self._state.flows.push_created(self._state.account, pending)
         return None
 
     def _forward(self, event: str, client_ids: list[str], candidates: list[str]) -> None:
@@ -177,7 +177,7 @@ class GatewayChannel:
             peer = self._state.presence.get(PeerRole.CLIENT, id_)
             if peer is not None:
                 payload = {"gateway_id": self._session.device.id, "candidates": candidates}
-                peer.outlet.push(kind.event(peer.generation), payload)
+                peer.socket.push(kind.event(peer.generation), payload)
 
 
 class RelayChannel:
@@ -189,11 +189,11 @@ class RelayChannel:
         self._session.stamp_secret = _read(relay.Join, request.payload).stamp_secret
         displaced = self._state.relays.join(self._session, self._state.now())
         if displaced is not None:
-            self._state.displace(displaced.id, displaced.outlet)
+            self._state.displace(displaced.id, displaced.socket)
         return JoinAccepted("init", {})
 
     async def handle(self, message: MessageReceived) -> str | None:
-        raise Unknown(message.event)
+        raise UnknownMessage(message.event)
 
     def answers(self, event: str) -> bool:
         return False
@@ -224,22 +224,22 @@ def _handle_common(state: PortalState, session: DeviceSession, message: MessageR
     """Handle what V2 clients and gateways both send; V1 peers don't send it, but may."""
     match message.event:
         case "no_relays":
-            connected = [*state.relays.give(session), *views.turn_servers(state.account, session)]
+            connected = [*state.relays.assign(session), *views.turn_servers(state.account, session)]
             views.push_relays(session, RelaysPresence(disconnected_ids=[], connected=connected))
         case "set_snownet_capabilities":
             _read(SnownetCapabilities, message.payload)  # well-formed or not; nothing here depends on what it says
         case _:
-            raise Unknown(message.event)
+            raise UnknownMessage(message.event)
 
 
 def _read(kind: type[_M], payload: object) -> _M:
     try:
         return read(kind, payload)
     except ProtocolError as error:
-        raise Unknown(str(error)) from error
+        raise UnknownMessage(str(error)) from error
 
 
 def _table(message: MessageReceived) -> dict[str, Any]:
     if not isinstance(message.payload, dict):
-        raise Unknown(f"{message.event} without an object")
+        raise UnknownMessage(f"{message.event} without an object")
     return message.payload

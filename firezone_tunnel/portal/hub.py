@@ -34,18 +34,18 @@ _RETRY_AFTER = 1  # seconds
 
 
 @attrs.frozen
-class WelcomeDevice:
+class RegisteredDevice:
     admitted: AdmittedDevice
     device: Device
 
 
 @attrs.frozen
-class WelcomeRelay:
+class RegisteredRelay:
     admitted: AdmittedRelay
     id: str
 
 
-Welcome = WelcomeDevice | WelcomeRelay
+Registered = RegisteredDevice | RegisteredRelay
 
 
 class Hub:
@@ -59,7 +59,7 @@ class Hub:
         self._sweep_at = state.now() + SWEEP_INTERVAL
         self._idle_check_at = state.now() + _IDLE_CHECK_INTERVAL
 
-    async def welcome(self, request: UpgradeRequest) -> Welcome:
+    async def register(self, request: UpgradeRequest) -> Registered:
         """Decide about an upgrade request and make sure that the device is stored.
 
         Raises: Refused.
@@ -67,11 +67,11 @@ class Hub:
         state = self._state
         try:
             admitted = admit(state.account, request, state.utc_now())
-            welcome: Welcome
+            registered: Registered
             if isinstance(admitted, AdmittedRelay):
-                welcome = WelcomeRelay(admitted, await state.store.upsert_relay(admitted, state.utc_now()))
+                registered = RegisteredRelay(admitted, await state.store.upsert_relay(admitted, state.utc_now()))
             else:
-                welcome = WelcomeDevice(admitted, await state.store.upsert_device(admitted, state.utc_now()))
+                registered = RegisteredDevice(admitted, await state.store.upsert_device(admitted, state.utc_now()))
             if admit(state.account, request, state.utc_now()) != admitted:  # the configuration changed meanwhile
                 raise Refused(503, "try_again", "The configuration has just changed.", retry_after=_RETRY_AFTER)
         except Refused as refused:
@@ -80,13 +80,13 @@ class Hub:
         except PlatformError as error:
             log.error("portal:store_failed", path=request.path, reason=one_line(error))
             raise Refused(503, "store_unavailable", "The portal can't store it.", retry_after=_RETRY_AFTER) from error
-        return welcome
+        return registered
 
-    def open(self, welcome: Welcome, web_socket: WebSocket) -> WebSocketConnection:
+    def open(self, registered: Registered, web_socket: WebSocket) -> WebSocketConnection:
         """The WebSocket of a welcome request is up."""
-        if isinstance(welcome, WelcomeRelay):
-            return self._open_relay(welcome, web_socket)
-        return self._open_device(welcome, web_socket)
+        if isinstance(registered, RegisteredRelay):
+            return self._open_relay(registered, web_socket)
+        return self._open_device(registered, web_socket)
 
     async def apply(self, account: Account) -> None:
         """Replace the configuration, end what it no longer allows, and tell everyone connected what changed.
@@ -98,12 +98,12 @@ class Hub:
         self._check_tokens()
         utc_now = state.utc_now()
         for session in list(state.presence.joined(PeerRole.CLIENT)):
-            changes.tell_client(old, account, session, utc_now)
+            changes.push_client_changes(old, account, session, utc_now)
         for session in list(state.presence.joined(PeerRole.GATEWAY)):
-            changes.tell_gateway(old, account, session)
+            changes.push_gateway_changes(old, account, session)
         for session in list(state.presence.all()):
             if session.is_joined:
-                changes.tell_turn_servers(old, account, session)
+                changes.push_turn_servers(old, account, session)
         await self.review_flows()
         if old.slug != account.slug:
             for session in list(state.presence.joined(PeerRole.GATEWAY)):
@@ -126,9 +126,9 @@ class Hub:
             verdict = changes.judge(state.account, self._up_to_date(stored), state.utc_now())
             if verdict == flow:
                 continue
-            if verdict is None or not self._tell_shortened(flow, verdict):
+            if verdict is None or not self._push_expiry(flow, verdict):
                 gone.append(flow.id)
-                self._tell_rejected(flow)
+                self._push_rejection(flow)
             else:
                 changed.append(verdict)
         await state.store.drop_flows(gone)
@@ -153,7 +153,7 @@ class Hub:
         state = self._state
         for pending in state.flows.overdue(now):
             refuse_flow(pending.client, pending.flow.resource_id, Failure("offline"))
-        for session, presence in state.relays.settled_news(self._relay_users(), now):
+        for session, presence in state.relays.settled_updates(self._relay_users(), now):
             views.push_relays(session, presence)
         self._check_tokens()
         if now >= self._idle_check_at:
@@ -169,29 +169,29 @@ class Hub:
         for connection in list(self._peers):
             connection.close(is_failure=True)
 
-    def _open_device(self, welcome: WelcomeDevice, web_socket: WebSocket) -> WebSocketConnection:
-        state, admitted, device = self._state, welcome.admitted, welcome.device
+    def _open_device(self, registered: RegisteredDevice, web_socket: WebSocket) -> WebSocketConnection:
+        state, admitted, device = self._state, registered.admitted, registered.device
         connection = self._connection(admitted, web_socket, lambda: self._device_lost(connection, session))
         session = DeviceSession(
             device=device,
             generation=admitted.generation,
             agent=admitted.agent,
             token=admitted.token,
-            outlet=connection,
+            socket=connection,
         )
         is_client = session.role is PeerRole.CLIENT
         connection.channel = ClientChannel(state, session) if is_client else GatewayChannel(state, session)
         connection.fields["cid" if is_client else "gid"] = device.id
         displaced = state.presence.arrive(session)
         if displaced is not None:
-            state.displace(device.id, displaced.outlet)
+            state.displace(device.id, displaced.socket)
         self._opened(connection, session, admitted)
         return connection
 
-    def _open_relay(self, welcome: WelcomeRelay, web_socket: WebSocket) -> WebSocketConnection:
-        admitted = welcome.admitted
+    def _open_relay(self, registered: RegisteredRelay, web_socket: WebSocket) -> WebSocketConnection:
+        admitted = registered.admitted
         connection = self._connection(admitted, web_socket, lambda: self._lost(connection))
-        relay = RelaySession(welcome.id, admitted.token, admitted.addresses, connection)
+        relay = RelaySession(registered.id, admitted.token, admitted.addresses, connection)
         connection.channel = RelayChannel(self._state, relay)
         connection.fields["relay"] = relay.id
         self._opened(connection, relay, admitted)
@@ -233,7 +233,7 @@ class Hub:
 
     def _handled(self) -> None:
         """A mailbox was dealt with, which may have changed anything."""
-        for session, presence in self._state.relays.urgent_news(self._relay_users()):
+        for session, presence in self._state.relays.urgent_updates(self._relay_users()):
             views.push_relays(session, presence)
         self._on_timeout_changed()
 
@@ -247,7 +247,7 @@ class Hub:
         for peer in list(self._peers.values()):
             token = state.account.live_token(peer.token.role, peer.token.hash, utc_now)
             if token is None or token.owner != peer.token.owner:
-                peer.outlet.disconnect("token_expired")
+                peer.socket.disconnect("token_expired")
                 continue
             peer.token = token
             first = earlier(first, token.expires_at)
@@ -261,14 +261,14 @@ class Hub:
 
     async def _send_gateway_init(self, session: DeviceSession) -> None:
         authorizations = await current_authorizations(self._state, session)
-        relays = self._state.relays.give(session)
-        session.outlet.push("init", views.gateway_init(self._state.account, session, relays, authorizations))
+        relays = self._state.relays.assign(session)
+        session.socket.push("init", views.gateway_init(self._state.account, session, relays, authorizations))
 
     def _up_to_date(self, stored: StoredFlow) -> StoredFlow:
         session = self._state.presence.connected(PeerRole.CLIENT, stored.flow.client_id)
         return stored if session is None else attrs.evolve(stored, remote_ip=session.device.remote_ip)
 
-    def _tell_shortened(self, flow: Flow, verdict: Flow) -> bool:
+    def _push_expiry(self, flow: Flow, verdict: Flow) -> bool:
         """Notify the gateway of a flow's new end; False if it can't be: V2 has no message for it."""
         session = self._state.presence.connected(PeerRole.GATEWAY, flow.gateway_id)
         if session is None or flow.expires_at == verdict.expires_at:
@@ -278,21 +278,21 @@ class Hub:
         message = gateway.ExpiryUpdated(
             client_id=flow.client_id, resource_id=flow.resource_id, expires_at=verdict.expires_at
         )
-        session.outlet.push(message.event(session.generation), write(message))
+        session.socket.push(message.event(session.generation), write(message))
         return True
 
-    def _tell_rejected(self, flow: Flow) -> None:
+    def _push_rejection(self, flow: Flow) -> None:
         log.info("portal:flow_revoked", cid=flow.client_id, gid=flow.gateway_id, rid=flow.resource_id)
         session = self._state.presence.connected(PeerRole.GATEWAY, flow.gateway_id)
         if session is not None:
             message = gateway.RejectAccess(client_id=flow.client_id, resource_id=flow.resource_id)
-            session.outlet.push(message.event(session.generation), write(message))
+            session.socket.push(message.event(session.generation), write(message))
 
     async def _sweep(self, now: float) -> None:
         state, utc_now = self._state, self._state.utc_now()
         state.swaps.forget_old(now)
         for session in list(state.presence.joined(PeerRole.CLIENT)):
-            changes.tell_client_of_resources(state.account, session, utc_now)
+            changes.push_resource_changes(state.account, session, utc_now)
         try:
             await state.store.drop_expired_flows(utc_now)
         except PlatformError as error:

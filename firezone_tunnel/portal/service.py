@@ -21,8 +21,8 @@ from twisted.python.failure import Failure
 from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.policy.account import Account
-from firezone_tunnel.policy.flows import FlowBook
-from firezone_tunnel.policy.seed import Outside, parse_seed
+from firezone_tunnel.policy.flows import FlowAuthorizer
+from firezone_tunnel.policy.seed import SeedContext, parse_seed
 from firezone_tunnel.portal.hub import Hub
 from firezone_tunnel.portal.state import PortalState
 from firezone_tunnel.portal.store import Store
@@ -86,7 +86,7 @@ class PortalService(Service):
         endpoint = self._endpoint()
         await self._store.open()
         now, utc_now = self._clocks
-        flows = FlowBook(
+        flows = FlowAuthorizer(
             reference_key=await self._store.secret("reference"),
             ingest_key=await self._store.secret("ingest"),
             entropy=self._entropy,
@@ -166,7 +166,7 @@ def load_seed(path: str) -> Account:
             raise ValueError(f"can't read {directory / name}: {error.strerror}") from error
 
     try:
-        return parse_seed(Path(path).read_text(), Outside(read_file, _time_zone))
+        return parse_seed(Path(path).read_text(), SeedContext(read_file, _time_zone))
     except OSError as error:
         raise ConfigurationError(f"can't read the seed file {path}: {error.strerror}") from None
     except UnicodeDecodeError:

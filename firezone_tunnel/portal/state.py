@@ -8,8 +8,8 @@ import attrs
 
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.policy.account import Account
-from firezone_tunnel.policy.devices import Outlet
-from firezone_tunnel.policy.flows import FlowBook
+from firezone_tunnel.policy.devices import PeerSocket
+from firezone_tunnel.policy.flows import FlowAuthorizer
 from firezone_tunnel.policy.presence import Presence, SwapCounter
 from firezone_tunnel.policy.relay_registry import RelayRegistry
 from firezone_tunnel.portal.store import Store
@@ -22,7 +22,7 @@ class PortalState:
 
     account: Account
     store: Store
-    flows: FlowBook
+    flows: FlowAuthorizer
     entropy: Entropy
     now: Callable[[], float]
     utc_now: Callable[[], float]
@@ -30,8 +30,8 @@ class PortalState:
     swaps: SwapCounter = attrs.Factory(SwapCounter)
     relays: RelayRegistry = attrs.Factory(RelayRegistry)
 
-    def displace(self, id_: str, outlet: Outlet) -> None:
+    def displace(self, id_: str, socket: PeerSocket) -> None:
         """A newer connection of the same device or relay took over: close the older one (decision 25)."""
         if self.swaps.note(id_, self.now()):
             log.warning("portal:identity_shared", device=id_, advice="two hosts use one identity: give each its own")
-        outlet.close()
+        socket.close()

@@ -19,7 +19,7 @@ from zope.interface import implementer
 from firezone_tunnel.policy.admission import Refused, UpgradeRequest
 
 if TYPE_CHECKING:
-    from firezone_tunnel.portal.hub import Hub, Welcome
+    from firezone_tunnel.portal.hub import Hub, Registered
     from firezone_tunnel.portal.websocket_connection import WebSocketConnection
 
 HEALTH_PATH = "/healthz"
@@ -38,7 +38,7 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
     factory: PortalFactory
 
     _refused: Refused | None = None
-    _welcome: Welcome | None = None
+    _registered: Registered | None = None
     _connection: WebSocketConnection | None = None
     _is_congested = False
     _is_producing = False
@@ -49,19 +49,19 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
     async def _connect(self, request: ConnectionRequest) -> None:
         asked = UpgradeRequest(request.path, request.params, request.headers, self._remote_ip())
         try:
-            self._welcome = await self.factory.hub.welcome(asked)
+            self._registered = await self.factory.hub.register(asked)
         except Refused as refused:
             self._refused = refused
             raise ConnectionDeny(refused.status, refused.detail) from refused
 
     def onOpen(self) -> None:
-        assert self._welcome is not None
+        assert self._registered is not None
         self._backlog: deque[bytes] = deque()
         self._backlog_bytes = 0
         self._is_producing = True
         self.transport.setTcpNoDelay(True)  # else each small frame may wait 40 ms for the peer's delayed ACK
         self.transport.registerProducer(self, True)
-        self._connection = self.factory.hub.open(self._welcome, self)
+        self._connection = self.factory.hub.open(self._registered, self)
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         assert self._connection is not None

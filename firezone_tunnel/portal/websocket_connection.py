@@ -12,7 +12,7 @@ from firezone_tunnel.errors import PlatformError, ProtocolError, one_line
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.phoenix.codec import Form
 from firezone_tunnel.phoenix.server_socket import Delivery, JoinRequested, Left, MessageReceived, ServerSocket
-from firezone_tunnel.portal.channels import ChannelHandler, JoinAccepted, Unknown
+from firezone_tunnel.portal.channels import ChannelHandler, JoinAccepted, UnknownMessage
 
 
 class WebSocket(Protocol):
@@ -26,7 +26,7 @@ class WebSocket(Protocol):
 
 
 class WebSocketConnection:
-    """A peer's socket; for the policy it is an `Outlet`."""
+    """A peer's socket; for the policy it is an `PeerSocket`."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class WebSocketConnection:
             return
         self._flush()
         if not self._is_working:
-            Deferred.fromCoroutine(self._work()).addErrback(self._stumbled)
+            Deferred.fromCoroutine(self._work()).addErrback(self._work_failed)
         self._balance_reading()
 
     def push(self, event: str, payload: Any) -> None:
@@ -120,7 +120,7 @@ class WebSocketConnection:
             self._log_crash(Failure())
             self._crash(delivery)
 
-    def _stumbled(self, failure: Failure) -> None:
+    def _work_failed(self, failure: Failure) -> None:
         """Over the socket itself: without it there is nobody to tell."""
         self._log_crash(failure)
         self.close(is_failure=True)
@@ -139,7 +139,7 @@ class WebSocketConnection:
     async def _handle(self, channel: ChannelHandler, message: MessageReceived) -> None:
         try:
             refusal = await channel.handle(message)
-        except Unknown as error:
+        except UnknownMessage as error:
             log.info("portal:message_unknown", **self.fields, event=message.event, reason=str(error))
             self._socket.refuse(message, "unknown_message")
             return

@@ -52,7 +52,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
 
     def __init__(self, request: bytes, key: bytes, listener: Listener, utc_clock: Callable[[], float]) -> None:
         super().__init__()
-        self.log = _Silence()
+        self.log = _NullLogger()
         self.is_writable = True
         self._is_lost = False
         self._request = request
@@ -186,7 +186,7 @@ class PortalLinkFactory(WebSocketClientFactory):  # type: ignore[misc]  # Autoba
         utc_clock: Callable[[], float],
     ) -> None:
         super().__init__(reactor=reactor)
-        self.log = _Silence()
+        self.log = _NullLogger()
         self.setProtocolOptions(
             openHandshakeTimeout=DIAL_TIMEOUT,
             closeHandshakeTimeout=0,  # Autobahn's 1 s may be over before the frame has left; whoever closes has his own
@@ -291,7 +291,7 @@ def _clean(text: str) -> str:
     return "".join(character for character in " ".join(text.split()) if character.isprintable())[:200]
 
 
-class _Silence:
+class _NullLogger:
     """Autobahn's logger for us: it would tell a debug log every request, and what the service logs anyway."""
 
     def _ignore(self, *arguments: object, **fields: object) -> None:

@@ -13,13 +13,8 @@ from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.host.kernel import Kernel
 from firezone_tunnel.portal_connection.service import trust_from_file
 from firezone_tunnel.portal_connection.url import LoginUrl
-from firezone_tunnel.relay.config import EngineConfig
-from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
-from firezone_tunnel.relaying.allocator import RelayConfig
-from firezone_tunnel.relaying.credentials import StaticUsers
-from firezone_tunnel.relaying.peer_policy import PRIVATE, Network
-from firezone_tunnel.process.health import HealthServer
 from firezone_tunnel.process.application import ApplicationService
+from firezone_tunnel.process.health import HealthServer
 from firezone_tunnel.process.settings import (
     API_URL,
     CA_FILE,
@@ -35,9 +30,9 @@ from firezone_tunnel.process.settings import (
 from firezone_tunnel.process.settings import Options as CommonOptions
 from firezone_tunnel.relay.config import EngineConfig
 from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
-from firezone_tunnel.relaying.addresses import PRIVATE, Network
-from firezone_tunnel.relaying.allocating import RelayConfig
+from firezone_tunnel.relaying.allocator import RelayConfig
 from firezone_tunnel.relaying.credentials import StaticUsers
+from firezone_tunnel.relaying.peer_policy import PRIVATE, Network
 from firezone_tunnel.stun.message import FIREZONE_REALM
 
 MAX_WORKERS = 64

@@ -363,7 +363,7 @@ def _push_megabytes(portal: Portal, count: int) -> None:
     assert portal.service.hub is not None
     (session,) = portal.service.hub._state.presence.all()
     for number in range(count):
-        session.outlet.push("x", {"number": number, "much": "x" * 1_000_000})
+        session.socket.push("x", {"number": number, "much": "x" * 1_000_000})
 
 
 async def _start_error(portal: Portal, database: Path, **options: Any) -> str:

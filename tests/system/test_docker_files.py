@@ -16,7 +16,7 @@ import pytest
 from firezone_tunnel.client.options import Options as ClientOptions
 from firezone_tunnel.gateway.options import Options as GatewayOptions
 from firezone_tunnel.policy.account import PeerRole
-from firezone_tunnel.policy.seed import Outside, parse_seed
+from firezone_tunnel.policy.seed import SeedContext, parse_seed
 from firezone_tunnel.process.settings import Options
 
 yaml = pytest.importorskip("yaml")
@@ -125,7 +125,7 @@ def test_compose_gives_a_tunnel_the_device_and_the_capability_it_needs(role: str
 
 @pytest.mark.parametrize(("role", "topic"), [("client", PeerRole.CLIENT), ("gateway", PeerRole.GATEWAY)])
 def test_the_portal_of_compose_knows_the_tokens_of_compose(role: str, topic: PeerRole) -> None:
-    account = parse_seed((_DOCKER / "portal.toml").read_text(), Outside(str, ZoneInfo))
+    account = parse_seed((_DOCKER / "portal.toml").read_text(), SeedContext(str, ZoneInfo))
     compose = _compose()
     token = (_ROOT / compose["secrets"][f"{role}-token"]["file"]).read_text().strip()
 
@@ -135,7 +135,7 @@ def test_the_portal_of_compose_knows_the_tokens_of_compose(role: str, topic: Pee
 
 
 def test_the_portal_of_compose_serves_the_private_network_of_compose() -> None:
-    account = parse_seed((_DOCKER / "portal.toml").read_text(), Outside(str, ZoneInfo))
+    account = parse_seed((_DOCKER / "portal.toml").read_text(), SeedContext(str, ZoneInfo))
     (pool,) = _compose()["networks"]["private"]["ipam"]["config"]
 
     assert [resource.address for resource in account.resources.values()] == [pool["subnet"]]

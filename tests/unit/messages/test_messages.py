@@ -357,11 +357,11 @@ def test_unknown_keys_are_ignored_at_every_depth() -> None:
     ],
 )
 def test_a_resource_that_does_not_parse_is_left_out_of_a_list_and_refused_alone(broken: object) -> None:
-    misfits: list[str] = []
-    init = client.parse("init", _CLIENT_INIT | {"resources": [_DNS, broken, _CIDR]}, misfits)
+    skipped: list[str] = []
+    init = client.parse("init", _CLIENT_INIT | {"resources": [_DNS, broken, _CIDR]}, skipped)
 
     assert isinstance(init, client.Init)
-    assert len(misfits) == 1
+    assert len(skipped) == 1
     assert [resource.id for resource in init.resources] == [_DNS["id"], _CIDR["id"]]
     with pytest.raises(ProtocolError, match=r"^ResourceChanged: .*\$\.resource"):
         client.parse("resource_created_or_updated", broken)
@@ -381,13 +381,13 @@ def test_a_resource_that_does_not_parse_is_left_out_of_a_list_and_refused_alone(
 )
 @pytest.mark.parametrize(("module", "init"), [(client, _CLIENT_INIT), (gateway, _GATEWAY_INIT)])
 def test_a_relay_that_does_not_parse_is_left_out(module: Any, init: dict[str, Any], broken: object) -> None:
-    misfits: list[str] = []
-    message = module.parse("init", init | {"relays": [broken, _RELAY, broken, _RELAY_IPV6]}, misfits)
-    presence = module.parse("relays_presence", {"disconnected_ids": [], "connected": [broken, _RELAY]}, misfits)
+    skipped: list[str] = []
+    message = module.parse("init", init | {"relays": [broken, _RELAY, broken, _RELAY_IPV6]}, skipped)
+    presence = module.parse("relays_presence", {"disconnected_ids": [], "connected": [broken, _RELAY]}, skipped)
 
     assert [one.addr for one in message.relays] == [_RELAY["addr"], _RELAY_IPV6["addr"]]
     assert [one.addr for one in presence.connected] == [_RELAY["addr"]]
-    assert len(misfits) == 3
+    assert len(skipped) == 3
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from firezone_tunnel.policy.account import Account, PeerRole, Token, token_hash
 from firezone_tunnel.policy.changes import StoredFlow, judge
 from firezone_tunnel.policy.conditions import Circumstances
 from firezone_tunnel.policy.devices import DeviceSession
-from firezone_tunnel.policy.flows import Failure, FlowBook, Grant, PendingFlow, grant
+from firezone_tunnel.policy.flows import Failure, FlowAuthorizer, Grant, PendingFlow, grant
 from firezone_tunnel.policy.presence import Presence
 from tests.unit.policy.worlds import account, heard, session
 
@@ -143,8 +143,8 @@ def test_a_stored_flow_is_judged_by_the_present_configuration() -> None:
     assert judge(account((_Until(end),), ()), stored, _UTC) == attrs.evolve(stored.flow, expires_at=end)
 
 
-def _book(number: int = 0) -> FlowBook:
-    return FlowBook(reference_key=bytes(32), ingest_key=bytes(32), entropy=number.to_bytes)
+def _book(number: int = 0) -> FlowAuthorizer:
+    return FlowAuthorizer(reference_key=bytes(32), ingest_key=bytes(32), entropy=number.to_bytes)
 
 
 def _client(world: Account, generation: Generation = Generation.V1) -> DeviceSession:
@@ -160,6 +160,6 @@ def _online(*sessions: DeviceSession) -> Presence:
     return presence
 
 
-def _request(book: FlowBook, world: Account, presence: Presence, client: DeviceSession) -> PendingFlow | Failure:
+def _request(book: FlowAuthorizer, world: Account, presence: Presence, client: DeviceSession) -> PendingFlow | Failure:
     message = CreateFlow(resource_id="lab", connected_gateway_ids=[])
     return book.request(world, presence, client, message, new_id="f1", now=_NOW, utc_now=_UTC)

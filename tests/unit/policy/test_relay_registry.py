@@ -19,19 +19,19 @@ def test_a_burst_is_told_once_a_second_after_it_began() -> None:
     registry = RelayRegistry()
     client = session(PeerRole.CLIENT, "c1")
     registry.join(_relay(0), 0.0)
-    registry.give(client)
+    registry.assign(client)
     for number in range(1, 4):
         registry.join(_relay(number), 10.0 + number / 10)
-        registry.urgent_news([client])
+        registry.urgent_updates([client])
 
     timeout = registry.next_timeout()
     assert timeout is not None
-    assert registry.settled_news([client], timeout.at - 0.01) == []
-    ((told, news),) = registry.settled_news([client], timeout.at)
+    assert registry.settled_updates([client], timeout.at - 0.01) == []
+    ((told, news),) = registry.settled_updates([client], timeout.at)
     assert told is client
     assert (news.disconnected_ids, len(news.connected)) == ([], 2)
     assert registry.next_timeout() is None
-    assert registry.settled_news([client], 100.0) == []
+    assert registry.settled_updates([client], 100.0) == []
 
 
 def test_a_restart_is_told_together_with_what_else_is_gone() -> None:
@@ -39,15 +39,15 @@ def test_a_restart_is_told_together_with_what_else_is_gone() -> None:
     one, two = _relay(1), _relay(2)
     registry.join(one, 0.0)
     registry.join(two, 0.0)
-    registry.give(client)
+    registry.assign(client)
 
     registry.leave(two, 5.0)
     registry.join(_relay(1, secret="new"), 5.1)
-    ((_, news),) = registry.urgent_news([client])
+    ((_, news),) = registry.urgent_updates([client])
 
     assert sorted(news.disconnected_ids) == ["r1", "r2"]
     assert [relay.id for relay in news.connected] == ["r1"]
-    assert registry.settled_news([client], 50.0) == []
+    assert registry.settled_updates([client], 50.0) == []
 
 
 def test_an_older_connection_that_ends_takes_nothing_away() -> None:
@@ -66,8 +66,8 @@ def test_a_clients_credentials_end_with_its_token_and_a_gateways_never() -> None
     registry.join(_relay(1), 0.0)
     token = Token("token", PeerRole.CLIENT, "hash", "actor", 1_900_000_000)
 
-    (for_client,) = registry.give(session(PeerRole.CLIENT, "c1", token=token))
-    (for_gateway,) = registry.give(session(PeerRole.GATEWAY, "g1", token=token))
+    (for_client,) = registry.assign(session(PeerRole.CLIENT, "c1", token=token))
+    (for_gateway,) = registry.assign(session(PeerRole.GATEWAY, "g1", token=token))
 
     assert (for_client.expires_at, for_gateway.expires_at) == (1_900_000_000, 2145916800)
 
@@ -83,10 +83,10 @@ def test_after_any_course_everybody_holds_exactly_relays_that_are_there(course: 
             registry.join(connected[number], float(now))
         elif number in connected:
             registry.leave(connected.pop(number), float(now))
-        _apply(registry.urgent_news([client]), known)
+        _apply(registry.urgent_updates([client]), known)
         if now % 3 == 0:
-            _apply(registry.settled_news([client], float(now)), known)
-    _apply(registry.settled_news([client], 1000.0), known)
+            _apply(registry.settled_updates([client], float(now)), known)
+    _apply(registry.settled_updates([client], 1000.0), known)
 
     there = {relay.id: relay.stamp_secret for relay in connected.values()}
     assert len(known) == min(2, len(there))

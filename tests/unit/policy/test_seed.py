@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.messages.common import Filter
 from firezone_tunnel.policy.account import Account, PeerRole, token_hash
-from firezone_tunnel.policy.seed import Outside, parse_seed
+from firezone_tunnel.policy.seed import SeedContext, parse_seed
 
 _EXAMPLE = Path(__file__).parents[3] / "docs/examples/portal.toml"
 _HEAD = """\
@@ -40,11 +40,11 @@ def _read_file(name: str) -> str:
     return " .from-a-file\n"
 
 
-_OUTSIDE = Outside(_read_file, ZoneInfo)
+_CONTEXT = SeedContext(_read_file, ZoneInfo)
 
 
 def _parse(text: str) -> Account:
-    return parse_seed(text, _OUTSIDE)
+    return parse_seed(text, _CONTEXT)
 
 
 def _mistake(text: str) -> str:

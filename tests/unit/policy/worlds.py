@@ -86,7 +86,7 @@ def session(
         generation=generation,
         agent=parsed,
         token=token or Token("token", role, token_hash(role.value), owner, None),
-        outlet=Heard(),
+        socket=Heard(),
         is_joined=True,
     )
     if role is PeerRole.CLIENT:
@@ -95,5 +95,5 @@ def session(
 
 
 def heard(session_: DeviceSession) -> list[tuple[str, Any]]:
-    assert isinstance(session_.outlet, Heard)
-    return session_.outlet.pushed
+    assert isinstance(session_.socket, Heard)
+    return session_.socket.pushed
