@@ -175,7 +175,7 @@ class Channel:
     def connect(self, now: float) -> None:
         """Dial at once, from whatever state, and forget the backoff."""
         if self._state in _ONLINE:
-            self._events.append(HangUp("a new connection was asked for"))
+            self._events.append(HangUp("a new connection was requested"))
         self._backoff.reset()
         self._attempt = 0
         self._dial(now)
@@ -201,7 +201,7 @@ class Channel:
         except MalformedFrame as error:
             self.counters.malformed += 1
             if error.is_truncated:
-                self._lose("a frame of the portal ended too early", now)
+                self._lose("the portal sent a truncated frame", now)
             return
         self.counters.received += 1
         if frame.event == "phx_reply":
@@ -333,7 +333,7 @@ class Channel:
             self._backoff.reset()
             self._events.append(Joined())
         elif status == "error":
-            self._fail(PortalError(f"The portal refused to let us join: {reason or 'no reason given'}"))
+            self._fail(PortalError(f"The portal refused the join: {reason or 'no reason given'}"))
 
     def _handle_push(self, frame: Frame, now: float) -> None:
         if frame.event == "phx_close":
@@ -365,7 +365,7 @@ class Channel:
     def _lose(self, reason: str, now: float, *, retry_after: float | None = None) -> None:
         delay = self._backoff.next() if retry_after is None else min(retry_after, RETRY_AFTER_MAX)
         if delay is None:
-            self._fail(PortalError(f"Gave up reaching the portal after {self._attempt} attempts: {reason}"))
+            self._fail(PortalError(f"Gave up on the portal after {self._attempt} attempts: {reason}"))
             return
         was_joined = self._state is ChannelState.JOINED
         self._enter(ChannelState.WAITING)

@@ -86,17 +86,17 @@ def admit(account: Account, request: UpgradeRequest, utc_now: float) -> Admitted
     Raises: Refused.
     """
     if request.path not in _PATHS:
-        raise Refused(404, "not_found", "There is no such path.")
+        raise Refused(404, "not_found", "The path does not exist.")
     role, generation = _PATHS[request.path]
     form = _FORMS.get(request.parameter("vsn") or "1.0.0")
     if form is None:
-        raise Refused(403, "unsupported_vsn", "This serialiser version is not served.")
+        raise Refused(403, "unsupported_vsn", "The vsn is not supported.")
     token = _token(account, request, role, utc_now)
     user_agent = request.headers.get("user-agent", "")
     invalid = _Invalid(generation)
     agent = parse_user_agent(user_agent)
     if agent is None:
-        raise invalid("The User-Agent names no known component and version.")
+        raise invalid("The User-Agent has no known component and version.")
     name = request.parameter("name")
     if name is not None and len(name) > _NAME_LENGTH:
         raise invalid(f"The name is longer than {_NAME_LENGTH} characters.")
@@ -125,7 +125,7 @@ def _token(account: Account, request: UpgradeRequest, role: PeerRole, utc_now: f
     scheme, _, header = request.headers.get("x-authorization", "").strip().partition(" ")
     text = "".join((header if scheme.lower() == "bearer" else "").split()) or request.parameter("token")
     if not text:
-        raise Refused(401, "missing_token", "No token was given.")
+        raise Refused(401, "missing_token", "The token is missing.")
     token = account.token(role, text, utc_now)
     if token is None:
         raise Refused(401, "invalid_token", "The token is unknown, expired, or not for this path.")
@@ -139,14 +139,14 @@ def _public_key(request: UpgradeRequest, invalid: _Invalid) -> str:
     except (binascii.Error, ValueError):
         raw = b""
     if len(raw) != 32:
-        raise invalid("The public_key is not the base64 of 32 bytes.")
+        raise invalid("The public_key is not 32 bytes in base64.")
     return base64.b64encode(raw).decode()
 
 
 def _relay_addresses(request: UpgradeRequest, invalid: _Invalid) -> tuple[SocketAddress, ...]:
     port = request.parameter("port") or str(_RELAY_PORT)
     if not (port.isascii() and port.isdigit() and 0 < int(port) <= 0xFFFF):
-        raise invalid("The port is none.")
+        raise invalid("The port is invalid.")
     addresses = []
     for family, name in ((4, "ipv4"), (6, "ipv6")):
         text = request.parameter(name)
@@ -155,10 +155,10 @@ def _relay_addresses(request: UpgradeRequest, invalid: _Invalid) -> tuple[Socket
         try:
             address = ipaddress.ip_address(text)
         except ValueError:
-            raise invalid(f"The {name} is no IP address.") from None
+            raise invalid(f"The {name} is not an IP address.") from None
         if address.version != family:
-            raise invalid(f"The {name} is of the other family.")
+            raise invalid(f"The {name} is not of that family.")
         addresses.append(SocketAddress(str(address), int(port)))
     if not addresses:
-        raise invalid("A relay needs an ipv4 or an ipv6.")
+        raise invalid("A relay needs an ipv4 or ipv6 parameter.")
     return tuple(addresses)

@@ -112,7 +112,7 @@ def parse_condition(
             return RemoteAddress(networks=networks, negated=operator == "is_not_in_cidr")
         case "current_utc_datetime", "is_in_day_of_week_time_ranges":
             return TimeWindows(windows=tuple(window for value in values for window in _parse_windows(value, zone)))
-    raise ValueError(f"the condition {property_name!r} {operator!r} is not one that this portal knows")
+    raise ValueError(f"the condition {property_name!r} {operator!r} is unknown")
 
 
 def _parse_windows(text: str, zone: Callable[[str], tzinfo]) -> list[Window]:
@@ -137,9 +137,9 @@ def _parse_windows(text: str, zone: Callable[[str], tzinfo]) -> list[Window]:
 def _parse_time(text: str) -> int:
     found = _TIME.fullmatch(text.strip())
     if found is None:
-        raise ValueError(f"{text!r} is no time of the day (HH, HH:MM or HH:MM:SS)")
+        raise ValueError(f"{text!r} is not a time of day (HH, HH:MM or HH:MM:SS)")
     hours, minutes, seconds = (int(part or 0) for part in found.groups())
     total = hours * 3600 + minutes * 60 + seconds
     if minutes > 59 or seconds > 59 or total > _DAY_SECONDS:
-        raise ValueError(f"{text!r} is no time of the day")
+        raise ValueError(f"{text!r} is not a time of day")
     return total

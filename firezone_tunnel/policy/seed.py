@@ -211,9 +211,9 @@ class _Reader:
     def _token(self, table: _TokenTable, actors: Mapping[str, Actor], sites: Mapping[str, Site]) -> Token:
         role = PeerRole(table.kind)
         if (role is PeerRole.CLIENT) is (table.actor is None):
-            self._fail("a client's token, and no other, names its `actor`")
+            self._fail("`actor` is required for a client's token, and allowed for no other")
         if (role is PeerRole.GATEWAY) is (table.site is None):
-            self._fail("a gateway's token, and no other, names its `site`")
+            self._fail("`site` is required for a gateway's token, and allowed for no other")
         owner = self._account_id
         if table.actor is not None:
             owner = self._find("actor", table.actor, {one.id: one.name for one in actors.values()})
@@ -230,7 +230,7 @@ class _Reader:
     def _token_hash(self, table: _TokenTable) -> str:
         given = [value for value in (table.token, table.token_file, table.sha3_256) if value is not None]
         if len(given) != 1:
-            self._fail("exactly one of `token`, `token_file` and `sha3_256` says which token it is")
+            self._fail("exactly one of `token`, `token_file` and `sha3_256` must be given")
         if table.sha3_256 is not None:
             if not _HASH.fullmatch(table.sha3_256):
                 self._fail("`sha3_256` is not 64 lower-case hex digits")
@@ -276,7 +276,7 @@ class _Reader:
     def _turn_server(self, table: _TurnServerTable) -> TurnServer:
         addresses = tuple(self._try(SocketAddress.parse, text) for text in table.addresses)
         if len({address.is_ipv6 for address in addresses}) != len(addresses):
-            self._fail("a TURN server has at most one address of each family")
+            self._fail("a TURN server can have at most one address of each family")
         return TurnServer(
             id=self._id(table.id, "turn_servers", table.name),
             name=table.name,
@@ -290,7 +290,7 @@ class _Reader:
         self._at = ("dns", None)
         for url in table.upstream_doh:
             if not url.startswith("https://"):
-                self._fail(f"{url!r} is no https:// address")
+                self._fail(f"{url!r} is not an https:// URL")
         if table.search_domain is not None:
             self._try(_check_host, table.search_domain)
         upstream = tuple(self._try(_resolver, text) for text in table.upstream)
@@ -302,7 +302,7 @@ class _Reader:
             self._at = (kind, number)
             one = make(table)
             if one.id in made:
-                self._fail("it is there twice")
+                self._fail("it is a duplicate")
             made[one.id] = one
         return made
 
@@ -312,7 +312,7 @@ class _Reader:
         for number, thing in enumerate(things):
             self._at = (kind, number)
             if thing.name in seen:
-                self._fail(f"the name {thing.name!r} is there twice")
+                self._fail(f"the name {thing.name!r} is used twice")
             seen.add(thing.name)
 
     def _find(self, kind: str, name: str, names: Mapping[str, str]) -> str:
@@ -347,11 +347,11 @@ def _address(table: _ResourceTable) -> str:
         return _pattern(table.address)
     network = ipaddress.ip_network(table.address, strict=False)
     if table.type == "ip" and network.num_addresses != 1:
-        raise ValueError(f"{table.address!r} is a network, not an address: its type is cidr")
+        raise ValueError(f"{table.address!r} is a network, not an address: use type cidr")
     if network.prefixlen == 0:
-        raise ValueError(f"{table.address} is everything: that is a resource of type internet")
+        raise ValueError(f"{table.address} covers everything: use type internet")
     if network.is_loopback:
-        raise ValueError(f"{table.address} is the loopback network of whoever uses it")
+        raise ValueError(f"{table.address} is the loopback network, which every host has for itself")
     if any(network.version == one.version and network.overlaps(one) for one in RESERVED):
         raise ValueError(f"{table.address} overlaps the tunnel's own addresses (100.64.0.0/10, fd00:2021:1111::/48)")
     return str(network)
@@ -361,18 +361,18 @@ def _pattern(text: str) -> str:
     pattern = text.lower().rstrip(".")
     labels = pattern.split(".")
     if not pattern or len(pattern) > 253 or not all(_PATTERN_LABEL.fullmatch(label) for label in labels):
-        raise ValueError(f"{text!r} is no domain name or pattern")
+        raise ValueError(f"{text!r} is not a domain name or pattern")
     last = labels[-1]
     if "*" in last or "?" in last or last == "localhost":
         raise ValueError(f"{text!r}: the last label must be a plain top-level domain")
     if last.isdigit():
-        raise ValueError(f"{text!r} is an IP address: its type is ip")
+        raise ValueError(f"{text!r} is an IP address: use type ip")
     return pattern
 
 
 def _check_host(text: str) -> None:
     if len(text) > 253 or not all(_HOST_LABEL.fullmatch(label) for label in text.lower().split(".")):
-        raise ValueError(f"{text!r} is no domain name")
+        raise ValueError(f"{text!r} is not a domain name")
 
 
 def _filter(text: str) -> Filter:
@@ -382,10 +382,10 @@ def _filter(text: str) -> Filter:
         return Filter(protocol="icmp")
     first, dash, last = ports.partition("-")
     if protocol not in {"tcp", "udp"} or (ports and not (first.isdigit() and (last.isdigit() if dash else True))):
-        raise ValueError(f"{text!r} is no filter (icmp, tcp, udp/53, tcp/8000-8080)")
+        raise ValueError(f"{text!r} is not a filter (icmp, tcp, udp/53, tcp/8000-8080)")
     start, end = int(first or 0), int(last or first or 0xFFFF)
     if not start <= end <= 0xFFFF:
-        raise ValueError(f"{text!r} is no range of ports")
+        raise ValueError(f"{text!r} is not a valid port range")
     return Filter(protocol="tcp" if protocol == "tcp" else "udp", port_range_start=start, port_range_end=end)
 
 
@@ -398,7 +398,7 @@ def _resolver(text: str) -> tuple[str, int]:
         host, _, port = text.partition(":")
     address = ipaddress.ip_address(host)
     if not port.isdigit() or not 0 < int(port) <= 0xFFFF:
-        raise ValueError(f"{text!r} is no address of a resolver")
+        raise ValueError(f"{text!r} is not the address of a resolver")
     if any(address in one for one in RESERVED):
         raise ValueError(f"the resolver {text} lies in the tunnel's own addresses")
     return str(address), int(port)

@@ -79,7 +79,9 @@ class Hub:
             raise
         except PlatformError as error:
             log.error("portal:store_failed", path=request.path, reason=one_line(error))
-            raise Refused(503, "store_unavailable", "The portal can't store it.", retry_after=_RETRY_AFTER) from error
+            raise Refused(
+                503, "store_unavailable", "The portal can't store this connection.", retry_after=_RETRY_AFTER
+            ) from error
         return registered
 
     def open(self, registered: Registered, web_socket: WebSocket) -> WebSocketConnection:

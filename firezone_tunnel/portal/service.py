@@ -144,7 +144,7 @@ class PortalService(Service):
         host, port = self._listen
         cert, key = self._tls
         if (cert is None) is not (key is None):
-            raise ConfigurationError("TLS takes both --tls-cert and --tls-key, only one is given")
+            raise ConfigurationError("TLS needs both --tls-cert and --tls-key, but only one is given")
         if cert is not None and key is not None:
             options = _certificate_options(cert, key)
             return SSL4ServerEndpoint(self._reactor, port, options, interface=host)
@@ -172,7 +172,7 @@ def load_seed(path: str) -> Account:
     except UnicodeDecodeError:
         raise ConfigurationError(f"the seed file {path} is not UTF-8 text") from None
     except ConfigurationError as error:
-        raise ConfigurationError(f"the seed file {path} has a mistake: {error}") from None
+        raise ConfigurationError(f"the seed file {path} is invalid: {error}") from None
 
 
 def _time_zone(name: str) -> ZoneInfo:
@@ -204,11 +204,11 @@ def _certificate_options(cert: str, key: str) -> CertificateOptions:
         chain = _pem_certificates(Path(cert).read_text())
         private = crypto.load_privatekey(crypto.FILETYPE_PEM, Path(key).read_bytes())
         if not chain:
-            raise ConfigurationError(f"{cert} holds no certificate in PEM form")
+            raise ConfigurationError(f"{cert} contains no certificate in PEM format")
         options = CertificateOptions(privateKey=private, certificate=chain[0], extraCertChain=chain[1:])
         options.getContext()
     except OSError as error:
         raise ConfigurationError(f"can't read {error.filename}: {error.strerror}") from error
     except (SSL.Error, crypto.Error, ValueError) as error:
-        raise ConfigurationError(f"{cert} and {key} are no certificate and its private key in PEM form") from error
+        raise ConfigurationError(f"{cert} and {key} are not a certificate and its private key in PEM format") from error
     return options

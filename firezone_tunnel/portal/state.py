@@ -33,5 +33,5 @@ class PortalState:
     def displace(self, id_: str, socket: PeerSocket) -> None:
         """A newer connection of the same device or relay took over: close the older one (decision 25)."""
         if self.swaps.note(id_, self.now()):
-            log.warning("portal:identity_shared", device=id_, advice="two hosts use one identity: give each its own")
+            log.warning("portal:identity_shared", device=id_, advice="two hosts share one identity: give each its own")
         socket.close()

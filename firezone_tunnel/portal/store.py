@@ -229,7 +229,7 @@ class Store:
         network = TUNNEL_IPV4 if column.name == "ipv4" else TUNNEL_IPV6
         address = allocate(network, taken, self._entropy)
         if address is None:
-            raise PlatformError(f"every address of {network} is assigned: remove devices that are no longer used")
+            raise PlatformError(f"all addresses of {network} are assigned: remove devices that are no longer used")
         return str(address)
 
     def _transact(self, work: Callable[[sa.Connection], _T]) -> Deferred[_T]:
@@ -291,12 +291,12 @@ def _configure(connection: Any, record: object) -> None:
 
 
 _SENTENCES = {
-    sqlite3.SQLITE_NOTADB: "is no SQLite database: restore it from a backup, or move it away to begin anew",
-    sqlite3.SQLITE_CORRUPT: "is damaged: restore it from a backup, or move it away to begin anew",
+    sqlite3.SQLITE_NOTADB: "is not an SQLite database: restore it from a backup, or move it away to start afresh",
+    sqlite3.SQLITE_CORRUPT: "is damaged: restore it from a backup, or move it away to start afresh",
     sqlite3.SQLITE_FULL: "can't grow, the disk is full: free some space",
     sqlite3.SQLITE_READONLY: "is not writable: give the portal's user write access to it and to its directory",
     sqlite3.SQLITE_CANTOPEN: "can't be opened: give the portal's user write access to it and to its directory",
-    sqlite3.SQLITE_BUSY: "is locked by another program: end that",
+    sqlite3.SQLITE_BUSY: "is locked by another program: stop that program",
     sqlite3.SQLITE_IOERR: "can't be read or written, the disk reports an error: see the kernel's log",
 }
 

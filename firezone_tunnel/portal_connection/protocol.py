@@ -103,7 +103,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
         try:
             super().processHandshake()
         except UnicodeDecodeError:
-            super().failHandshake("the header of the portal's answer is no UTF-8")
+            super().failHandshake("the header of the portal's answer is not UTF-8")
 
     def failHandshake(self, reason: str) -> None:
         """The answer is not the upgrade: wait for the refusal's body, unless it is no HTTP answer at all."""

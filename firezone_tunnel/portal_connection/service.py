@@ -409,7 +409,7 @@ def _tls_options(host: str, trust: Any) -> Any:
     try:
         return ssl.optionsForClientTLS(host, trustRoot=trust)
     except (UnicodeError, ValueError) as problem:
-        raise ConfigurationError(f"No certificate can be for the portal's host {host!r}: {problem}") from problem
+        raise ConfigurationError(f"No certificate can match the portal's host {host!r}: {problem}") from problem
 
 
 def _is_ip(host: str) -> bool:

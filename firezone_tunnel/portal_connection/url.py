@@ -109,7 +109,7 @@ class LoginUrl:
         Raises: ConfigurationError, if the URL or the token can't be used, or there is no address.
         """
         if ipv4 is None and ipv6 is None:
-            raise ConfigurationError("A relay needs a public IPv4 or IPv6 address to tell the portal")
+            raise ConfigurationError("A relay needs a public IPv4 or IPv6 address to announce to the portal")
         name = name and name[:_NAME_MAX]
         return cls._build(base, "relay", token, RELAY_AGENT, name=name, ipv4=ipv4, ipv6=ipv6, port=str(port))
 
@@ -161,14 +161,16 @@ def _parse_base(base: str) -> tuple[str, int, bool, str]:
     try:
         parts = urlsplit(base.strip())
         if parts.username is not None:
-            raise ConfigurationError("The portal's URL must not hold a user name or password: that is the token's part")
+            raise ConfigurationError(
+                "The portal's URL must not contain a user name or password: the token authenticates"
+            )
         host, port = parts.hostname, parts.port
     except ValueError as error:
         raise ConfigurationError(f"The portal's URL {base!r} can't be read: {error}") from None
     if parts.scheme not in _SCHEMES:
         raise ConfigurationError(f"The portal's URL {base!r} must begin with https://, wss://, http:// or ws://")
     if not host:
-        raise ConfigurationError(f"The portal's URL {base!r} names no host")
+        raise ConfigurationError(f"The portal's URL {base!r} has no host")
     path = quote(parts.path.removesuffix("/"), safe="/%:@!$&'()*+,;=~")
     return _ascii_host(host, base), DEFAULT_PORT if port is None else port, parts.scheme in _SECURE, path
 
@@ -183,7 +185,7 @@ def _ascii_host(host: str, base: str) -> str:
     except UnicodeError:
         name = ""
     if not _HOST.fullmatch(name):
-        raise ConfigurationError(f"The portal's URL {base!r} names no valid host")
+        raise ConfigurationError(f"The portal's URL {base!r} has no valid host")
     return name
 
 
@@ -191,7 +193,7 @@ def _clean_token(token: str) -> str:
     """Tokens are pasted: white space anywhere, line ends included, is none of theirs."""
     cleaned = "".join(token.split())
     if not all("!" <= character <= "~" for character in cleaned):
-        raise ConfigurationError("The token holds characters that no token has: check how it was copied")
+        raise ConfigurationError("The token contains invalid characters: check how it was copied")
     return cleaned
 
 

@@ -61,7 +61,7 @@ class Engine:
         relayed = {family: host if is_bindable(host) else config.bind_host(family) for family, host in hosts.items()}
         self._ports = AllocationPorts(reactor, relayed, self._buffer, self._peer_received, self._crashed)
         self._listening: dict[bool, UdpTransport] = {}
-        self._boundary = Boundary("relay:stumbled")
+        self._boundary = Boundary("relay:event_failed")
         self._timer: BoottimeTimer | None = None
         self._report = Report(reactor, self._server)
         self._drained: Deferred[None] | None = None
@@ -133,7 +133,7 @@ class Engine:
 
     def _crashed(self, reason: Failure) -> None:
         log.error("relay:crashed", reason=reason.getErrorMessage(), traceback=reason.getTraceback())
-        self._failed(PlatformError(f"The relay broke: {reason.getErrorMessage()}"))
+        self._failed(PlatformError(f"The relay failed: {reason.getErrorMessage()}"))
 
     def _settle(self) -> None:
         """Carry out what the core wants; opening a port makes it want to answer."""
@@ -241,7 +241,7 @@ class Report:
                     "relay:private_peers_refused",
                     network=network,
                     times=count - self._refused[network],
-                    advice=f"if users are to reach peers in there, --allow-peers {network}",
+                    advice=f"to let users reach peers there, set --allow-peers {network}",
                 )
                 self._refused[network] = count
                 self._advised[network] = now

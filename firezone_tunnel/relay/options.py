@@ -43,7 +43,7 @@ def parse_port(text: str) -> int:
     Raises: ValueError.
     """
     if not text.isdecimal() or not 0 < int(text) <= 0xFFFF:
-        raise ValueError(f"{text!r} is no port")
+        raise ValueError(f"{text!r} is not a valid port")
     return int(text)
 
 
@@ -53,7 +53,7 @@ def parse_limit(text: str) -> int:
     Raises: ValueError.
     """
     if not text.isdecimal():
-        raise ValueError(f"{text!r} is no number")
+        raise ValueError(f"{text!r} is not a number")
     return int(text)
 
 
@@ -62,7 +62,7 @@ def parse_workers(text: str) -> int:
     Raises: ValueError.
     """
     if not text.isdecimal() or not 0 < int(text) <= MAX_WORKERS:
-        raise ValueError(f"{text!r} is no number from 1 to {MAX_WORKERS}")
+        raise ValueError(f"{text!r} is not a number from 1 to {MAX_WORKERS}")
     return int(text)
 
 
@@ -193,10 +193,10 @@ def make_service(reactor: Any, options: Options) -> Application:
     if not relaying.hosts:
         raise ConfigurationError("A relay needs --public-ip4-addr or --public-ip6-addr, or both")
     if relaying.lowest_port > relaying.highest_port:
-        raise ConfigurationError("--lowest-port is greater than --highest-port: no port is left for allocations")
+        raise ConfigurationError("--lowest-port is greater than --highest-port, which leaves no port for allocations")
     if relaying.lowest_port <= options["listen-port"] <= relaying.highest_port:
         raise ConfigurationError(
-            "--listen-port must lie outside of --lowest-port to --highest-port: from there allocations reach each other"
+            "--listen-port must lie outside the range from --lowest-port to --highest-port, which belongs to allocations"
         )
     if relaying.workers > relaying.highest_port - relaying.lowest_port + 1:
         raise ConfigurationError("--workers is greater than the number of ports from --lowest-port to --highest-port")
@@ -248,17 +248,17 @@ def _read_users(path: Path, realm: str) -> Mapping[str, str]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"Can't read the users in {path}: {error}") from None
+        raise ConfigurationError(f"Can't read the users file {path}: {error}") from None
     users: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         name, colon, password = line.strip().partition(":")
         if not name or not colon:
             if line.strip() and not line.startswith("#"):
-                raise ConfigurationError(f"{path}, line {number}: a user is written as name:password")
+                raise ConfigurationError(f"{path}, line {number}: expected name:password")
             continue
         users[name] = password
     if not users:
-        raise ConfigurationError(f"There is no user in {path}: write a name:password into each line")
+        raise ConfigurationError(f"{path} lists no users: write one name:password per line")
     try:
         StaticUsers(users, realm)
     except ValueError as error:

@@ -115,7 +115,7 @@ class WorkerGroup:
         """Whether it is to be replaced: not before all have served, as the next would have the same trouble."""
         if self._serving.called:
             return True
-        self._failed(PlatformError(f"Worker {number} of the relay can't begin: {reason}"))
+        self._failed(PlatformError(f"Worker {number} of the relay can't start: {reason}"))
         return False
 
     def worker_ended(self) -> None:
@@ -164,7 +164,7 @@ class WorkerProcess:
                 self._pipes, _COMMAND[0], _COMMAND, env=environment, childFDs={**pipes, **inherited}
             )
         except OSError as error:
-            self.died(f"it can't be started: {error.strerror}")
+            self.died(f"can't start: {error.strerror}")
             return
         log.info("relay:worker_started", worker=self.number, pid=process.pid)
         self._pipes.send(self._begin)
@@ -187,7 +187,7 @@ class WorkerProcess:
         try:
             report = decode_report(line)
         except msgspec.MsgspecError as error:
-            log.error("relay:worker_misunderstood", worker=self.number, reason=str(error))
+            log.error("relay:worker_report_rejected", worker=self.number, reason=str(error))
             return
         if not isinstance(report, WorkerServing):
             self._reason = report.reason
@@ -239,7 +239,7 @@ class _Pipes(ProcessProtocol):
             self.transport.writeToChild(ORDERS, encode(order))
 
     def kill(self) -> None:
-        log.error("relay:worker_killed", worker=self._worker.number, reason="it was told to end and did not")
+        log.error("relay:worker_killed", worker=self._worker.number, reason="it did not stop in time")
         try:
             self.transport.signalProcess("KILL")
         except ProcessExitedAlready:
@@ -253,11 +253,11 @@ class _Pipes(ProcessProtocol):
     def processEnded(self, reason: Failure) -> None:
         problem: Any = reason.value
         if reason.check(ProcessDone) is not None:
-            self._worker.died("it ended by itself")
+            self._worker.died("exited unexpectedly")
         elif problem.signal is not None:
-            self._worker.died(f"ended by signal {problem.signal}")
+            self._worker.died(f"killed by signal {problem.signal}")
         else:
-            self._worker.died(f"ended with code {problem.exitCode}")
+            self._worker.died(f"exited with code {problem.exitCode}")
 
     def _logged(self, line: bytes) -> None:
         """A message of the worker's log, as one of ours."""

@@ -67,7 +67,7 @@ class StaticUsers:
     def __init__(self, passwords: Mapping[str, str], realm: str) -> None:
         """Raises: ValueError for a realm that is empty or longer than 32 bytes."""
         if not 0 < len(realm.encode()) <= MAX_REALM:
-            raise ValueError(f"a realm has 1 to {MAX_REALM} bytes: {realm!r}")
+            raise ValueError(f"a realm must have 1 to {MAX_REALM} bytes: {realm!r}")
         self._realm = realm
         self._keys = {name: long_term_key(name, realm, password) for name, password in passwords.items()}
 

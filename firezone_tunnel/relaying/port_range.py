@@ -17,7 +17,7 @@ class PortRange:
     def __init__(self, ours: range, entropy: Entropy) -> None:
         """Raises: ValueError for an empty range."""
         if not 0 < ours.start < ours.stop <= 0x10000 or ours.step != 1:
-            raise ValueError(f"no range of ports: {ours}")
+            raise ValueError(f"not a valid port range: {ours}")
         self.ours = ours
         self._lowest = ours.start
         self._states = bytearray(len(ours))

@@ -50,7 +50,7 @@ def test_the_environment_stands_in_for_what_is_not_given() -> None:
         (("--seed", "x", "--log-format", "xml"), "--log-format"),
     ],
 )
-def test_a_mistake_is_a_usage_error(arguments: tuple[str, ...], complaint: str) -> None:
+def test_an_invalid_option_is_a_usage_error(arguments: tuple[str, ...], complaint: str) -> None:
     with pytest.raises(UsageError, match=complaint):
         _parse(*arguments)
 
@@ -80,9 +80,9 @@ async def test_it_serves_tls_with_the_given_certificate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "complaint"),
     [
-        (("cert.pem", None), "TLS takes both --tls-cert and --tls-key, only one is given"),
+        (("cert.pem", None), "TLS needs both --tls-cert and --tls-key, but only one is given"),
         (("gone.pem", "key.pem"), "can't read .*gone.pem: No such file or directory"),
-        (("key.pem", "cert.pem"), "are no certificate and its private key in PEM form"),
+        (("key.pem", "cert.pem"), "are not a certificate and its private key in PEM format"),
     ],
 )
 @pytest_twisted.ensureDeferred
@@ -96,12 +96,12 @@ async def test_a_certificate_that_is_none_is_one_sentence(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_seed_with_a_mistake_is_one_sentence(tmp_path: Path) -> None:
-    await _fails(tmp_path, "[account", f"the seed file {tmp_path}/portal.toml has a mistake: not valid TOML: ")
+async def test_an_invalid_seed_is_reported_in_one_sentence(tmp_path: Path) -> None:
+    await _fails(tmp_path, "[account", f"the seed file {tmp_path}/portal.toml is invalid: not valid TOML: ")
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_seed_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+async def test_a_missing_seed_is_reported_in_one_sentence(tmp_path: Path) -> None:
     await _fails(tmp_path, None, f"can't read the seed file {tmp_path}/portal.toml: No such file or directory")
 
 

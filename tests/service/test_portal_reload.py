@@ -195,7 +195,7 @@ async def test_what_changed_while_the_portal_was_down_is_revoked_at_its_start(po
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_mistake_is_logged_with_its_line_and_changes_nothing(
+async def test_an_invalid_seed_is_logged_with_its_line_and_changes_nothing(
     portal: Portal, logged: list[dict[str, Any]]
 ) -> None:
     gateway, client, _ = await _with_flow(portal)

@@ -82,7 +82,7 @@ async def test_a_file_that_is_no_database_is_one_sentence(tmp_path: Path) -> Non
     path.write_bytes(b"not a database" * 1000)
 
     assert await _open_error(path) == (
-        f"the database {path} is no SQLite database: restore it from a backup, or move it away to begin anew"
+        f"the database {path} is not an SQLite database: restore it from a backup, or move it away to start afresh"
     )
 
 

@@ -70,7 +70,7 @@ def test_it_is_ready_when_it_serves_and_not_before(portal: Program) -> None:
         assert answer.status == 200
 
 
-def test_hangup_reads_the_seed_anew_and_a_mistake_in_it_changes_nothing(portal: Program, directory: Path) -> None:
+def test_hangup_reloads_the_seed_and_an_invalid_seed_changes_nothing(portal: Program, directory: Path) -> None:
     portal.send_signal(signal.SIGHUP)
     portal.wait_for("portal:seed_reloaded")
     (directory / "portal.toml").write_text("[account")
@@ -99,12 +99,12 @@ def test_no_core_is_dumped(portal: Program) -> None:
 @pytest.mark.parametrize(
     ("seed", "complaint"),
     [
-        ("[account", "the seed file portal.toml has a mistake: not valid TOML"),
-        ("", "the seed file portal.toml has a mistake"),
+        ("[account", "the seed file portal.toml is invalid: not valid TOML"),
+        ("", "the seed file portal.toml is invalid"),
         (None, "can't read the seed file portal.toml: No such file or directory\n"),
     ],
 )
-def test_a_seed_with_a_mistake_is_one_sentence_and_code_1(directory: Path, seed: str | None, complaint: str) -> None:
+def test_an_invalid_seed_is_one_sentence_and_code_1(directory: Path, seed: str | None, complaint: str) -> None:
     (directory / "portal.toml").unlink()
     if seed is not None:
         (directory / "portal.toml").write_text(seed)

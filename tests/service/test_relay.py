@@ -200,7 +200,11 @@ def test_an_occupied_listening_port_is_told_and_ends_it_with_1(start: Start, tmp
         (("--listen-port", "0"), 2, "--listen-port"),
         (("--allow-peers", "10.0.0.1/8"), 2, "--allow-peers"),
         (("--lowest-port", "9", "--highest-port", "8"), 1, "--lowest-port"),
-        (("--listen-port", "50000"), 1, "--listen-port must lie outside of --lowest-port to --highest-port"),
+        (
+            ("--listen-port", "50000"),
+            1,
+            "--listen-port must lie outside the range from --lowest-port to --highest-port",
+        ),
         (("--users-file", "/nonexistent"), 1, "/nonexistent"),
     ],
 )

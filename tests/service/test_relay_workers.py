@@ -180,7 +180,7 @@ def test_a_port_that_another_relay_shares_among_its_workers_is_refused(relay: Re
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (("--workers", "0"), 2, "--workers: '0' is no number from 1 to 64"),
+        (("--workers", "0"), 2, "--workers: '0' is not a number from 1 to 64"),
         (("--highest-port", str(_LOWEST)), 1, "--workers is greater"),
     ],
 )

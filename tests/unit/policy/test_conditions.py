@@ -87,8 +87,8 @@ def test_a_window_is_in_its_own_time_zone() -> None:
     "value",
     ["", "T", "X/09-17/UTC", "T/09-17", "T/17-09/UTC", "T/9:5-17/UTC", "T/25-26/UTC", "T/09:60-10/UTC", "T/a-b/UTC"],
 )
-def test_what_is_no_window_says_so(value: str) -> None:
-    with pytest.raises(ValueError, match=r"form|before|time of the day"):
+def test_an_invalid_window_is_refused(value: str) -> None:
+    with pytest.raises(ValueError, match=r"form|before|time of day"):
         _windows(value)
 
 

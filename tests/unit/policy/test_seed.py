@@ -47,7 +47,7 @@ def _parse(text: str) -> Account:
     return parse_seed(text, _CONTEXT)
 
 
-def _mistake(text: str) -> str:
+def _error(text: str) -> str:
     with pytest.raises(ConfigurationError) as raised:
         _parse(text)
     return str(raised.value)
@@ -134,21 +134,21 @@ def test_addresses_are_brought_into_their_usual_form(kind: str, address: str, ex
     [
         ("cidr", "100.64.0.0/16", "overlaps the tunnel's own addresses"),
         ("cidr", "fd00::/8", "overlaps the tunnel's own addresses"),
-        ("cidr", "0.0.0.0/0", "is a resource of type internet"),
+        ("cidr", "0.0.0.0/0", "use type internet"),
         ("cidr", "127.0.0.0/8", "loopback"),
         ("cidr", "10.0.0.0/33", "10.0.0.0/33"),
-        ("ip", "10.0.0.0/24", "its type is cidr"),
+        ("ip", "10.0.0.0/24", "use type cidr"),
         ("dns", "corp.*", "top-level domain"),
-        ("dns", "a b.example", "no domain name"),
-        ("dns", "10.0.0.1", "its type is ip"),
-        ("dns", "", "no domain name"),
+        ("dns", "a b.example", "not a domain name"),
+        ("dns", "10.0.0.1", "use type ip"),
+        ("dns", "", "not a domain name"),
     ],
 )
 def test_an_address_that_cannot_be_served_is_refused(kind: str, address: str, complaint: str) -> None:
-    mistake = _mistake(f'{_HEAD}{_RESOURCE}type = "{kind}"\naddress = "{address}"\n')
+    error = _error(f'{_HEAD}{_RESOURCE}type = "{kind}"\naddress = "{address}"\n')
 
-    assert mistake.startswith("[[resources]] in line 15: ")
-    assert complaint in mistake
+    assert error.startswith("[[resources]] in line 15: ")
+    assert complaint in error
 
 
 @pytest.mark.parametrize(
@@ -158,42 +158,45 @@ def test_an_address_that_cannot_be_served_is_refused(kind: str, address: str, co
         ("\nname = \n", "not valid TOML: Invalid value (at line 2, column 8)"),
         ("\nname =", "not valid TOML: Invalid value (at line 2, the last)"),
         (_HEAD.replace("acme", "A!"), "[account] in line 1: expected `str` matching regex"),
-        (_HEAD + '[[actors]]\nname = "Dev"\n', "[[actors]] in line 14: it is there twice"),
+        (_HEAD + '[[actors]]\nname = "Dev"\n', "[[actors]] in line 14: it is a duplicate"),
         (_HEAD + '[[actors]]\nname = "Ops"\ngroups = ["Admins"]\n', "in line 14: there is no group named 'Admins'"),
         (_HEAD + "[[sites]]\nnme = 1\n", "[[sites]] in line 14: object"),
-        (_HEAD + '[[tokens]]\nkind = "client"\ntoken = "x"\n', "in line 14: a client's token, and no other, names"),
-        (_HEAD + '[[tokens]]\nkind = "relay"\nsite = "HQ"\ntoken = "x"\n', "a gateway's token, and no other, names"),
+        (_HEAD + '[[tokens]]\nkind = "client"\ntoken = "x"\n', "in line 14: `actor` is required for a client's token"),
+        (_HEAD + '[[tokens]]\nkind = "relay"\nsite = "HQ"\ntoken = "x"\n', "`site` is required for a gateway's token"),
         (_HEAD + '[[tokens]]\nkind = "relay"\n', "exactly one of `token`, `token_file` and `sha3_256`"),
         (_HEAD + '[[tokens]]\nkind = "relay"\ntoken_file = "gone"\n', "can't read gone: No such file"),
         (_HEAD + '[[tokens]]\nkind = "relay"\ntoken = " "\n', "the token is empty"),
         (_HEAD + '[[tokens]]\nkind = "relay"\ntoken = "x"\nexpires_at = 2030-01-01T00:00:00\n', "needs an offset"),
         (_HEAD + '[[policies]]\ngroup = "Everyone"\nresource = "Lab"\n', "there is no resource named 'Lab'"),
         (_HEAD + '[dns]\nupstream = ["100.64.0.1"]\n', "[dns] in line 14: the resolver 100.64.0.1 lies in"),
-        (_HEAD + '[dns]\nupstream = ["10.0.0.1:99999"]\n', "no address of a resolver"),
-        (_HEAD + '[dns]\nsearch_domain = "a b"\n', "'a b' is no domain name"),
+        (_HEAD + '[dns]\nupstream = ["10.0.0.1:99999"]\n', "not the address of a resolver"),
+        (_HEAD + '[dns]\nsearch_domain = "a b"\n', "'a b' is not a domain name"),
         (_HEAD + _TURN + 'addresses = ["192.0.2.3"]\n', "turn_servers"),
         (_HEAD + _TURN + 'addresses = ["192.0.2.3:1", "192.0.2.4:1"]\n', "at most one address of each family"),
         (_HEAD + _RESOURCE + 'type = "internet"\nfilters = ["icmp"]\n', "an internet resource has no filters"),
         (_HEAD + '[[resources]]\nname = "Lab"\ntype = "internet"\n', "a resource needs a `site`"),
-        (_HEAD + _RESOURCE + 'type = "cidr"\naddress = "10.0.0.0/8"\nfilters = ["tcp/9-8"]\n', "no range of ports"),
-        (_HEAD + _RESOURCE + 'type = "cidr"\naddress = "10.0.0.0/8"\nfilters = ["sctp/9"]\n', "is no filter"),
+        (
+            _HEAD + _RESOURCE + 'type = "cidr"\naddress = "10.0.0.0/8"\nfilters = ["tcp/9-8"]\n',
+            "not a valid port range",
+        ),
+        (_HEAD + _RESOURCE + 'type = "cidr"\naddress = "10.0.0.0/8"\nfilters = ["sctp/9"]\n', "is not a filter"),
     ],
 )
-def test_a_mistake_is_one_sentence_with_its_place(text: str, complaint: str) -> None:
-    mistake = _mistake(text)
+def test_an_error_is_one_sentence_with_its_place(text: str, complaint: str) -> None:
+    error = _error(text)
 
-    assert complaint in mistake
-    assert "\n" not in mistake
+    assert complaint in error
+    assert "\n" not in error
 
 
 @given(st.text())
-def test_any_text_is_a_seed_or_a_mistake(text: str) -> None:
+def test_any_text_is_a_seed_or_an_error(text: str) -> None:
     with pytest.raises(ConfigurationError):
         _parse(text)
 
 
 @given(st.sampled_from(["upstream", "slug", "address", "filters", "conditions", "groups", "token"]), st.text())
-def test_any_value_is_accepted_or_a_mistake(key: str, value: str) -> None:
+def test_any_value_is_accepted_or_an_error(key: str, value: str) -> None:
     quoted = "".join(one if one.isalnum() else f"\\U{ord(one):08x}" for one in value if not "\ud800" <= one <= "\udfff")
     text = _EXAMPLE.read_text().replace(f"{key} = ", f'{key} = "{quoted}" # ')
 
