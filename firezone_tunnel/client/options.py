@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from firezone_tunnel.client.events import Disconnected, EventStream, TunInterfaceUpdated
-from firezone_tunnel.client.service import TunnelService
+from firezone_tunnel.client.service import ClientService
 from firezone_tunnel.client.session import DEFAULT_STATE_DIRECTORY, IDENTITY_FILE, Session
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.portal_connection.service import trust_from_file
@@ -16,7 +16,7 @@ from firezone_tunnel.process.application import ApplicationService
 from firezone_tunnel.process.identity import load_identity
 from firezone_tunnel.process.settings import LOG_SETTINGS, MAX_PARTITION_TIME, Setting, device_settings, read_token
 from firezone_tunnel.process.settings import Options as CommonOptions
-from firezone_tunnel.runtime.device import DeviceConfig
+from firezone_tunnel.runtime.endpoint import EndpointConfig
 from firezone_tunnel.tun.device import DEFAULT_NAME
 
 
@@ -60,9 +60,9 @@ class Options(CommonOptions):
 class Application(ApplicationService):
     """A session for as long as the process lives."""
 
-    def __init__(self, reactor: Any, options: Options, config: DeviceConfig) -> None:
+    def __init__(self, reactor: Any, options: Options, config: EndpointConfig) -> None:
         self._events = EventStream()
-        tunnel = TunnelService(reactor, config, self._events)
+        tunnel = ClientService(reactor, config, self._events)
         super().__init__(reactor, "firezone-client", options, tunnel)
         self.process.on_hangup(lambda: Session(tunnel).reset("SIGHUP"))
         self._exit_when_ready = options["exit"]
@@ -86,7 +86,7 @@ def make_service(reactor: Any, options: Options) -> Application:
     Raises: ConfigurationError; SystemExit with 0 after `--check`.
     """
     ca_file = options["ca-file"]
-    config = DeviceConfig(
+    config = EndpointConfig(
         url=LoginUrl.client(
             options["api-url"],
             read_token(options.environment, options["token-path"]),

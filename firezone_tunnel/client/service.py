@@ -1,4 +1,4 @@
-"""The client's tunnel service: its core, its host, and what of both a front end gets to know."""
+"""The client as a service: its core, its host, and the events for a front end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from firezone_tunnel.host.rpfilter import ReplyMarks
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.messages import client as messages
 from firezone_tunnel.reactor.clock import boottime
-from firezone_tunnel.runtime.device import DeviceConfig, DeviceService
+from firezone_tunnel.runtime.endpoint import EndpointConfig, TunnelEndpoint
 from firezone_tunnel.tunnel.client import (
     ClientTunnel,
     FlowIgnored,
@@ -39,12 +39,12 @@ _REFUSALS: dict[str, Callable[[str], Event]] = {
 }
 
 
-class TunnelService(DeviceService):
-    """One client at work. It tells `events` what a front end wants to know, and ends them when it has stopped."""
+class ClientService(TunnelEndpoint):
+    """One client at work. It puts news into `events`, which end when it has stopped."""
 
-    name = "tunnel"
+    name = "client"
 
-    def __init__(self, reactor: Any, config: DeviceConfig, events: EventStream) -> None:
+    def __init__(self, reactor: Any, config: EndpointConfig, events: EventStream) -> None:
         self._client = ClientTunnel(entropy=os.urandom, now=boottime(), pool=seal_pool())
         super().__init__(reactor, config, self._client, role=messages.TOPIC, peer_field="gid", parse=messages.parse)
         self._events = events
@@ -52,16 +52,16 @@ class TunnelService(DeviceService):
         self._wanted: TunConfig | None = None
         self._applied: TunConfig | None = None
         self._families = Families(ipv4=False, ipv6=False)
-        self._told: dict[Event, None] = {}
+        self._reported: dict[Event, None] = {}
 
     def reset(self, reason: str) -> None:
-        """Begin anew with a new key and new sockets: after the network has changed, or because somebody wants it."""
+        """Start again with a new key and new sockets, after the network has changed or on request."""
         log.info("client:reset", reason=reason)
         self._client.reset(boottime())
         self.rebind()
 
     async def set_up_host(self) -> None:
-        """See to it that answers to our own sockets arrive whatever the tunnel's routes are (decision 13)."""
+        """Let replies to our own sockets arrive whatever the tunnel's routes are (decision 13)."""
         await self._reply_marks.ensure(self.monitor.interfaces)
 
     async def restore_host(self) -> None:
@@ -83,7 +83,7 @@ class TunnelService(DeviceService):
             case FlowRefused(rid, reason):
                 log.debug("tunnel:flow_refused", rid=rid, reason=reason)
                 if reason in _REFUSALS:
-                    self._tell_once(_REFUSALS[reason](rid))
+                    self._put_once(_REFUSALS[reason](rid))
             case FlowIgnored(rid, gid, reason):
                 log.warning("tunnel:flow_ignored", rid=rid, gid=gid, reason=reason)
 
@@ -92,13 +92,13 @@ class TunnelService(DeviceService):
             self._events.put(Disconnected(error))
         self._events.end()
 
-    def _tell_once(self, event: Event) -> None:
-        if event not in self._told:
-            self._told[event] = None
+    def _put_once(self, event: Event) -> None:
+        if event not in self._reported:
+            self._reported[event] = None
             self._events.put(event)
 
     async def _apply(self) -> None:
-        """Set up the interface as it is wanted now; what came in between need not be.
+        """Set up the interface for the newest configuration.
 
         Raises: PlatformError.
         """

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from twisted.internet.defer import Deferred
 
 from firezone_tunnel.client.events import EventStream
-from firezone_tunnel.client.service import TunnelService
+from firezone_tunnel.client.service import ClientService
 from firezone_tunnel.errors import SessionClosed
 from firezone_tunnel.portal_connection.service import trust_from_file
 from firezone_tunnel.portal_connection.url import LoginUrl, default_name
 from firezone_tunnel.process.identity import load_identity
-from firezone_tunnel.runtime.device import DeviceConfig
+from firezone_tunnel.runtime.endpoint import EndpointConfig
 from firezone_tunnel.tun.device import DEFAULT_NAME
 
 DEFAULT_STATE_DIRECTORY = Path("/var/lib/dev.firezone.client/config")  # upstream's, so that a device keeps its identity
@@ -32,7 +32,7 @@ IDENTITY_FILE = "firezone-id.json"
 class Session:
     """Commands to a running client. None of them blocks; once the session is closed all but `close` raise."""
 
-    def __init__(self, service: TunnelService) -> None:
+    def __init__(self, service: ClientService) -> None:
         """For `connect` and its like only."""
         self._service = service
 
@@ -59,7 +59,7 @@ class Session:
 
         Raises: ConfigurationError.
         """
-        config = DeviceConfig(
+        config = EndpointConfig(
             url=LoginUrl.client(
                 url,
                 token,
@@ -74,7 +74,7 @@ class Session:
         if reactor is None:
             from twisted.internet import reactor
         events = EventStream()
-        service = TunnelService(reactor, config, events)
+        service = ClientService(reactor, config, events)
         service.startService()
         return Connected(cls(service), events)
 

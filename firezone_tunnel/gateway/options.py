@@ -18,7 +18,7 @@ from firezone_tunnel.process.settings import (
     read_token,
 )
 from firezone_tunnel.process.settings import Options as CommonOptions
-from firezone_tunnel.runtime.device import DeviceConfig
+from firezone_tunnel.runtime.endpoint import EndpointConfig
 from firezone_tunnel.tun.device import DEFAULT_NAME
 
 _IDENTITY_FILE = "gateway_id"
@@ -40,7 +40,7 @@ class Options(CommonOptions):
 class Application(ApplicationService):
     """A gateway for as long as the process lives."""
 
-    def __init__(self, reactor: Any, options: Options, config: DeviceConfig) -> None:
+    def __init__(self, reactor: Any, options: Options, config: EndpointConfig) -> None:
         self._gateway = GatewayService(reactor, config)
         health = HealthServer(reactor, options["health-check-addr"], lambda: self._gateway.is_ready)
         super().__init__(reactor, "firezone-gateway", options, health, self._gateway)
@@ -55,7 +55,7 @@ def make_service(reactor: Any, options: Options) -> Application:
     Raises: ConfigurationError.
     """
     ca_file = options["ca-file"]
-    config = DeviceConfig(
+    config = EndpointConfig(
         url=LoginUrl.gateway(
             options["api-url"],
             read_token(options.environment, options["token-path"]),

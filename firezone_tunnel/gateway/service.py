@@ -12,7 +12,7 @@ from firezone_tunnel.host.firewall import GatewayFirewall
 from firezone_tunnel.logs import events as log
 from firezone_tunnel.messages import gateway as messages
 from firezone_tunnel.reactor.clock import boottime, utc
-from firezone_tunnel.runtime.device import DeviceConfig, DeviceService
+from firezone_tunnel.runtime.endpoint import EndpointConfig, TunnelEndpoint
 from firezone_tunnel.tunnel.gateway import (
     FlowAuthorized,
     FlowEnded,
@@ -25,7 +25,7 @@ from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 from firezone_tunnel.wireguard.seal import seal_pool
 
 
-class GatewayService(DeviceService):
+class GatewayService(TunnelEndpoint):
     """One gateway at work.
 
     `ready` fires with None once clients can be admitted; `failed` with the FirezoneError that ended the service.
@@ -33,7 +33,7 @@ class GatewayService(DeviceService):
 
     name = "gateway"
 
-    def __init__(self, reactor: Any, config: DeviceConfig) -> None:
+    def __init__(self, reactor: Any, config: EndpointConfig) -> None:
         self._gateway = GatewayTunnel(entropy=os.urandom, now=boottime(), utc_now=utc(), pool=seal_pool())
         super().__init__(reactor, config, self._gateway, role=messages.TOPIC, peer_field="cid", parse=messages.parse)
         self.ready: Deferred[None] = Deferred()
@@ -56,7 +56,7 @@ class GatewayService(DeviceService):
         """Unlike a client, a gateway keeps its key and its connections: it only takes other paths (decision 3)."""
         self.rebind()
         self._gateway.restart_relays(boottime())
-        self._runtime.settle()
+        self._tunnel.settle()
 
     def handle_event(self, event: Any) -> None:
         match event:

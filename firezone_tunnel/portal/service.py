@@ -10,7 +10,6 @@ from typing import Any
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from OpenSSL import SSL, crypto
-from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredLock, maybeDeferred
 from twisted.internet.endpoints import SSL4ServerEndpoint, TCP4ServerEndpoint, TCP6ServerEndpoint
 from twisted.internet.error import CannotListenError
@@ -28,6 +27,7 @@ from firezone_tunnel.portal.state import PortalState
 from firezone_tunnel.portal.store import Store
 from firezone_tunnel.portal.web import PortalFactory
 from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.reactor.service import Service
 from firezone_tunnel.sansio import Entropy, SocketAddress
 
 _PEM_BEGIN = "-----BEGIN CERTIFICATE-----"
@@ -68,12 +68,12 @@ class PortalService(Service):
         self._timer: BoottimeTimer | None = None
 
     def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().startService()
         started = self._lock.run(lambda: Deferred.fromCoroutine(self._start()))
         started.addCallbacks(self.ready.callback, self.ready.errback)
 
     def stopService(self) -> Deferred[None]:
-        super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().stopService()
         return self._lock.run(lambda: Deferred.fromCoroutine(self._stop()))
 
     def reload(self) -> Deferred[bool]:

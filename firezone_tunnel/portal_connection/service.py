@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 from cryptography import x509
 from OpenSSL import crypto
-from twisted.application.service import Service
 from twisted.internet import error, ssl
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.endpoints import wrapClientTLS
@@ -42,6 +41,7 @@ from firezone_tunnel.phoenix.channel import (
 from firezone_tunnel.portal_connection.protocol import PortalLinkFactory, PortalLinkProtocol
 from firezone_tunnel.portal_connection.url import LoginUrl
 from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.reactor.service import Service
 from firezone_tunnel.sansio import Entropy
 from firezone_tunnel.udp.stream import MarkedEndpoint, RacingEndpoint
 
@@ -131,7 +131,7 @@ class PortalLink(Service):
         """
         Raises: ConfigurationError, where no certificate could ever be for the portal's host name.
         """
-        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().startService()
         if self._url.is_secure and self._tls is None:
             self._tls = _tls_options(self._url.host, self._trust)
         self._timer = self._make_timer(self._timed_out)
@@ -140,7 +140,7 @@ class PortalLink(Service):
 
     def stopService(self) -> Deferred[None]:
         """Close the WebSocket in good order, or, after a second, without."""
-        super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().stopService()
         self._is_wanted = False
         self._channel.close()
         self._pump()

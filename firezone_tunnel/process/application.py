@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from twisted.application.service import IServiceCollection, MultiService, Service
+from twisted.application.service import IServiceCollection
 from twisted.internet.defer import Deferred
 from twisted.logger import ILogObserver
 from twisted.python.failure import Failure
@@ -14,6 +14,7 @@ from firezone_tunnel.logs.file import LogFile
 from firezone_tunnel.logs.writer import LogWriter, TwistedMessages
 from firezone_tunnel.process.process import Process, stdout
 from firezone_tunnel.process.settings import Options
+from firezone_tunnel.reactor.service import MultiService, Service
 
 
 class ApplicationService(MultiService):
@@ -22,11 +23,11 @@ class ApplicationService(MultiService):
     Its parts start in order, each only if those before it did; they stop at once, and the process waits for all.
     """
 
-    def __init__(self, reactor: Any, name: str, options: Options, *parts: Service) -> None:
+    def __init__(self, reactor: Any, name: str, options: Options, *parts: Service | MultiService) -> None:
         """
         Raises: ConfigurationError.
         """
-        super().__init__()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().__init__()
         self.process = Process(reactor, name)
         self._log_level = options["log-level"]
         self._logs = [LogWriter(stdout(), style=options["log-format"])]
@@ -43,7 +44,7 @@ class ApplicationService(MultiService):
         self.process.install(*self._logs)
         if IServiceCollection(parent, None) is not None:
             parent.setComponent(ILogObserver, TwistedMessages())
-        super().setServiceParent(parent)  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().setServiceParent(parent)
 
     def startService(self) -> None:
         """Whatever goes wrong, now or later, ends the process: twistd would swallow it."""
@@ -51,7 +52,7 @@ class ApplicationService(MultiService):
         running.addErrback(self._failed)
 
     async def _run(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().startService()
         await self.watch()
 
     def _failed(self, failure: Failure) -> None:

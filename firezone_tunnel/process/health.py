@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from twisted.application.service import Service
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
@@ -17,6 +16,7 @@ from twisted.web.server import Site
 from firezone_tunnel import __version__
 from firezone_tunnel.errors import InUseError, PlatformError
 from firezone_tunnel.logs import events as log
+from firezone_tunnel.reactor.service import Service
 from firezone_tunnel.sansio import SocketAddress
 
 
@@ -33,7 +33,7 @@ class HealthServer(Service):
         """
         Raises: InUseError, PlatformError.
         """
-        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().startService()
         if self._address is None:
             return
         root = Resource()
@@ -53,7 +53,7 @@ class HealthServer(Service):
         log.debug("health:listening", address=str(self._address))
 
     def stopService(self) -> Deferred[Any]:
-        super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().stopService()
         port, self._port = self._port, None
         return maybeDeferred(lambda: port.stopListening() if port is not None else None)
 

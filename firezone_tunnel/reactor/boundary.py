@@ -1,4 +1,4 @@
-"""Where an exception out of a core ends: whoever sent what it stumbled over must not end the service for all others."""
+"""The outermost frame around a core's calls: an exception over one peer's input must not end the service for all."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from types import TracebackType
 from firezone_tunnel.errors import one_line
 from firezone_tunnel.logs import events as log
 
-_TOLD = 10
+_MAX_LOGGED = 10
 
 
 class Boundary:
-    """`with boundary:` swallows a mistake of ours and logs it with its traceback; only the first ten, so that nobody
-    can fill a disk with them.
+    """`with boundary:` swallows an exception and logs it with its traceback.
+
+    It logs only the first ten, so that no peer can fill the disk.
     """
 
     def __init__(self, message_type: str) -> None:
-        self.mistakes = 0
+        self.failures = 0
         self._message_type = message_type
 
     def __enter__(self) -> None:
@@ -28,7 +29,7 @@ class Boundary:
     ) -> bool:
         if not isinstance(error, Exception):
             return False
-        self.mistakes += 1
-        if self.mistakes <= _TOLD:
+        self.failures += 1
+        if self.failures <= _MAX_LOGGED:
             log.error(self._message_type, reason=one_line(error), traceback="".join(format_exception(error)))
         return True

@@ -42,7 +42,7 @@ class BoottimeTimer:
         """
         self._reactor = reactor
         self._callback = callback
-        self._boundary = Boundary("process:timer_stumbled")
+        self._boundary = Boundary("process:timer_failed")
         self._deadline: float | None = None
         self._fd = _create_timer()
         reactor.addReader(self)

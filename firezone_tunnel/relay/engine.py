@@ -185,7 +185,7 @@ class Engine:
             self._timer.close()
         self._report.stop()
         counters = {**log.nonzero(self._server.counters), **log.nonzero(self._ports.counters)}
-        log.info("relay:stopped", mistakes=self._boundary.mistakes, **counters)
+        log.info("relay:stopped", failures=self._boundary.failures, **counters)
 
     async def _drain(self) -> None:
         log.info("relay:draining", allocations=self._server.allocations, seconds=self._config.drain_time)

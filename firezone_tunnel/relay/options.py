@@ -196,7 +196,7 @@ def make_service(reactor: Any, options: Options) -> Application:
         raise ConfigurationError("--lowest-port is greater than --highest-port, which leaves no port for allocations")
     if relaying.lowest_port <= options["listen-port"] <= relaying.highest_port:
         raise ConfigurationError(
-            "--listen-port must lie outside the range from --lowest-port to --highest-port, which belongs to allocations"
+            "--listen-port must lie outside the range from --lowest-port to --highest-port, which allocations use"
         )
     if relaying.workers > relaying.highest_port - relaying.lowest_port + 1:
         raise ConfigurationError("--workers is greater than the number of ports from --lowest-port to --highest-port")

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import attrs
-from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
@@ -17,6 +16,7 @@ from firezone_tunnel.phoenix.channel import Fatal, Joined
 from firezone_tunnel.portal_connection.service import Notice, PortalLink
 from firezone_tunnel.portal_connection.url import LoginUrl
 from firezone_tunnel.reactor.queues import BoundedQueue
+from firezone_tunnel.reactor.service import Service
 from firezone_tunnel.relay.config import EngineConfig, Secrets
 from firezone_tunnel.relay.engine import Engine
 from firezone_tunnel.relay.listening import bind_listening
@@ -74,7 +74,7 @@ class RelayService(Service):
         """
         Raises: PlatformError, ConfigurationError.
         """
-        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        super().startService()
         engine = self._options.engine
         sockets = bind_listening(engine, self._options.listen_port)
         if len(sockets) == 1:
@@ -93,7 +93,7 @@ class RelayService(Service):
         Fires when they have, or after the drain time. May be called more than once.
         """
         if self._stopped is None:
-            super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+            super().stopService()
             self._stopped = Deferred.fromCoroutine(self._stop()).addErrback(self._not_stopped)
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))

@@ -1,7 +1,7 @@
-"""Where a tunnel's core meets its TUN device, its UDP sockets and the clocks.
+"""The tunnel as a service: a core on its TUN device, its UDP sockets and the clocks.
 
-The core says what to do, the transports do it in batches, and nothing here decides anything. Each read handler of the
-transports does a bounded amount of work; a socket that takes no more stops the reading of packets.
+The core decides, the transports carry batches. Each read handler of the transports does a bounded amount of work. A
+socket without room stops the reading of packets.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from firezone_tunnel.packet.superpacket import SuperPacket
 from firezone_tunnel.reactor.boundary import Boundary
 from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.reactor.lag import LoopLag
+from firezone_tunnel.reactor.service import Service
 from firezone_tunnel.sansio import SocketAddress, Timeout, Transmit
 from firezone_tunnel.snownet.node import Node
 from firezone_tunnel.tun.device import TunDevice
@@ -59,25 +60,30 @@ class TunnelCore(Protocol):
     def close(self, now: float) -> None: ...
 
 
-class TunnelRuntime:
-    """One core at work, from `open` to `close`. Whoever calls the core itself calls `settle` afterwards."""
+class TunnelService(Service):
+    """One core at work while the service runs. A caller of the core calls `settle` afterwards."""
+
+    name = "tunnel"
 
     def __init__(
         self,
         reactor: Any,
         core: TunnelCore,
         *,
+        open_device: Callable[[], TunDevice],
         on_event: Callable[[Any], object],
         on_lost: Callable[[PlatformError], object],
         mark: int | None,
     ) -> None:
-        """`on_event` gets the core's events, in order; `on_lost` is told once if the TUN device or a socket is gone.
+        """`on_event` gets the core's events, in order. `on_lost` is called once if the TUN device or a socket is gone.
 
-        `mark` is the firewall mark of the sockets, which keeps their datagrams out of the tunnel.
+        `open_device` opens the TUN device, or raises PlatformError. `mark` is the firewall mark of the sockets, which
+        keeps their datagrams out of the tunnel.
         """
         self.lag = LoopLag(reactor)
         self._reactor = reactor
         self._core = core
+        self._open_device = open_device
         self._on_event = on_event
         self._on_lost = on_lost
         self._mark = mark
@@ -86,15 +92,31 @@ class TunnelRuntime:
         self._tun: TunTransport | None = None
         self._udp: dict[bool, UdpTransport] = {}
         self._blocked: list[UdpTransport] = []
-        self._boundary = Boundary("tunnel:stumbled")
+        self._boundary = Boundary("tunnel:callback_failed")
 
-    def open(self, device: TunDevice) -> None:
-        """Take over the TUN device and bind the sockets. One address family is enough.
+    def startService(self) -> None:
+        """Open the TUN device and bind the sockets. One address family is enough.
 
-        Raises: PlatformError; then the device is closed.
+        Raises: PlatformError.
         """
-        self._tun = TunTransport(self._reactor, _TunSide(self), device)
+        super().startService()
+        self._tun = TunTransport(self._reactor, TunnelPacketProtocol(self), self._open_device())
         self.bind()
+
+    def stopService(self) -> None:
+        """Let the core say goodbye to its peers, then close everything. May be called more than once."""
+        super().stopService()
+        self._core.close(boottime())
+        self.settle()
+        self._log_counters()
+        self._timer.close()
+        self.lag.close()
+        for transport in self._udp.values():
+            transport.close()
+        self._udp.clear()
+        if self._tun is not None:
+            self._tun.close()
+            self._tun = None
 
     def bind(self) -> None:
         """Open the UDP sockets, anew where there are some.
@@ -109,7 +131,11 @@ class TunnelRuntime:
         for is_ipv6 in (False, True):
             try:
                 self._udp[is_ipv6] = UdpTransport(
-                    self._reactor, _UdpSide(self), host=_ANY_HOST[is_ipv6], mark=self._mark, buffer=self._buffer
+                    self._reactor,
+                    TunnelDatagramProtocol(self),
+                    host=_ANY_HOST[is_ipv6],
+                    mark=self._mark,
+                    buffer=self._buffer,
                 )
             except PlatformError as error:
                 failures.append(error)
@@ -130,12 +156,12 @@ class TunnelRuntime:
         self.settle()
 
     def forget_paths(self) -> None:
-        """The network changed: what the paths could not do, they may be able to do now."""
+        """The network changed: paths may support segmented sends now."""
         for transport in self._udp.values():
             transport.forget_paths()
 
     def settle(self) -> None:
-        """Carry out what the core wants after it has been called."""
+        """Carry out the core's output after a call."""
         for transmit in self._core.transmits():
             transport = self._udp.get(transmit.destination.is_ipv6)
             if transport is None:
@@ -147,21 +173,7 @@ class TunnelRuntime:
         timeout = self._core.next_timeout()
         self._timer.set(None if timeout is None else timeout.at)
 
-    def close(self) -> None:
-        """Let the core say goodbye, then close everything. May be called more than once."""
-        self._core.close(boottime())
-        self.settle()
-        self._log_counters()
-        self._timer.close()
-        self.lag.close()
-        for transport in self._udp.values():
-            transport.close()
-        self._udp.clear()
-        if self._tun is not None:
-            self._tun.close()
-            self._tun = None
-
-    # What follows is called by the protocols below.
+    # The protocols below call the rest.
 
     def packets_received(self, packets: list[SuperPacket]) -> None:
         now = boottime()
@@ -217,10 +229,10 @@ class TunnelRuntime:
             )
 
     def _log_counters(self) -> None:
-        """What was not carried, and what the transports have done and seen: what is not zero of it."""
+        """Log the counters of the core and the transports that are not zero."""
         node = self._core.node
         counters = {**log.nonzero(self._core.counters), **log.nonzero(node.counters), **log.nonzero(node.layers)}
-        log.info("tunnel:closed", mistakes=self._boundary.mistakes, **counters)
+        log.info("tunnel:closed", failures=self._boundary.failures, **counters)
         if self._tun is not None:
             log.info("tun:closed", interface=self._tun.device.name, **log.nonzero(self._tun.counters))
         for transport in self._udp.values():
@@ -245,27 +257,31 @@ def _portions(packets: list[SuperPacket]) -> Iterator[list[SuperPacket]]:
 
 
 @implementer(IPacketProtocol)
-class _TunSide:
-    def __init__(self, runtime: TunnelRuntime) -> None:
-        self.packetsReceived = runtime.packets_received
-        self.connectionLost = runtime.lost
+class TunnelPacketProtocol:
+    """The protocol on the TUN device: hands the host's packets to the tunnel."""
+
+    def __init__(self, tunnel: TunnelService) -> None:
+        self.packetsReceived = tunnel.packets_received
+        self.connectionLost = tunnel.lost
 
     def makeConnection(self, transport: TunTransport) -> None:
         log.info("tun:opened", interface=transport.device.name, offload=transport.device.offload.name.lower())
 
 
 @implementer(IBatchProtocol)
-class _UdpSide:
-    def __init__(self, runtime: TunnelRuntime) -> None:
-        self._runtime = runtime
-        self.batchReceived = runtime.batch_received
-        self.connectionLost = runtime.lost
+class TunnelDatagramProtocol:
+    """The protocol on a UDP socket: hands batches to the tunnel, and stops its reading where the socket has no room."""
+
+    def __init__(self, tunnel: TunnelService) -> None:
+        self._tunnel = tunnel
+        self.batchReceived = tunnel.batch_received
+        self.connectionLost = tunnel.lost
 
     def makeConnection(self, transport: UdpTransport) -> None:
         self._transport = transport
 
     def sendingPaused(self) -> None:
-        self._runtime.sending_paused(self._transport)
+        self._tunnel.sending_paused(self._transport)
 
     def sendingResumed(self) -> None:
-        self._runtime.sending_resumed(self._transport)
+        self._tunnel.sending_resumed(self._transport)

@@ -28,7 +28,7 @@ from firezone_tunnel import (
 from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
 from firezone_tunnel.host.monitor import NetworkMonitor
 from firezone_tunnel.policy.account import PeerRole
-from firezone_tunnel.runtime.tunnel import TunnelRuntime
+from firezone_tunnel.runtime.tunnel import TunnelService
 from tests.service.portal_peers import CLIENT_TOKEN, Portal, start_portal, stop_portal, until
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
@@ -194,7 +194,7 @@ async def test_without_new_sockets_a_reset_is_the_end(
         session, events = _connect(portal, tmp_path)
         await _read(events, TunInterfaceUpdated)
 
-        monkeypatch.setattr(TunnelRuntime, "bind", _refuse)
+        monkeypatch.setattr(TunnelService, "bind", _refuse)
         session.reset("a test")
 
         disconnected = [event async for event in events][-1]
@@ -203,7 +203,7 @@ async def test_without_new_sockets_a_reset_is_the_end(
         assert _host_state(host) == before
 
 
-def _refuse(runtime: TunnelRuntime) -> None:
+def _refuse(runtime: TunnelService) -> None:
     raise PlatformError("no family works")
 
 
@@ -230,7 +230,7 @@ async def test_a_reset_connects_anew_with_another_key(host: Host, tmp_path: Path
     ("arguments", "complaint"),
     [
         ({"url": "portal.example"}, "must begin with"),
-        ({"token": "with\x00nul"}, "characters that no token has"),
+        ({"token": "with\x00nul"}, "invalid characters"),
         ({"ca_file": Path("/nonexistent.pem")}, "/nonexistent.pem"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Between the core and the transports: what the core gets at once, and what becomes of a mistake in it."""
+"""Between the core and the transports: portions, and exceptions out of the core."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twisted.internet import reactor
 
 from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.runtime.tunnel import TunnelRuntime
+from firezone_tunnel.runtime.tunnel import TunnelService
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.snownet.events import LayerCounters, NodeCounters
 from firezone_tunnel.tunnel.client import ClientCounters
@@ -21,8 +21,8 @@ from firezone_tunnel.tunnel.client import ClientCounters
 PEER, OURS = SocketAddress("192.0.2.1", 1), SocketAddress("192.0.2.2", 2)
 
 
-class StumblingCore:
-    """Fails over whatever it is told to, and remembers the rest."""
+class FailingCore:
+    """Fails while `fails` is set, and records its input otherwise."""
 
     def __init__(self) -> None:
         self.counters = ClientCounters()
@@ -33,13 +33,13 @@ class StumblingCore:
 
     def handle_packets(self, packets: list[SuperPacket], now: float, utc_now: float) -> list[SuperPacket]:
         if self.fails:
-            raise KeyError("a mistake")
+            raise KeyError("a bug")
         self.portions.append(packets)
         return []
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[SuperPacket]:
         if self.fails:
-            raise RecursionError("a mistake")
+            raise RecursionError("a bug")
         self.datagrams += batch.count
         return []
 
@@ -57,50 +57,50 @@ class StumblingCore:
 
 
 @pytest.fixture
-def core() -> StumblingCore:
-    return StumblingCore()
+def core() -> FailingCore:
+    return FailingCore()
 
 
 @pytest.fixture
-def runtime(core: StumblingCore) -> Iterator[TunnelRuntime]:
-    runtime = _runtime(core)
-    yield runtime
-    runtime.close()
+def tunnel(core: FailingCore) -> Iterator[TunnelService]:
+    tunnel = _tunnel(core)
+    yield tunnel
+    tunnel.stopService()
 
 
-def test_a_mistake_over_one_batch_is_told_and_the_next_one_is_handled(
-    core: StumblingCore, runtime: TunnelRuntime, logged: list[dict[str, Any]]
+def test_a_failure_over_one_batch_is_logged_and_the_next_batch_is_handled(
+    core: FailingCore, tunnel: TunnelService, logged: list[dict[str, Any]]
 ) -> None:
     core.fails = True
-    runtime.batch_received(_batch())
-    runtime.packets_received([_packet(run=False)])
+    tunnel.batch_received(_batch())
+    tunnel.packets_received([_packet(run=False)])
 
     core.fails = False
-    runtime.batch_received(_batch())
-    runtime.packets_received([_packet(run=False)])
+    tunnel.batch_received(_batch())
+    tunnel.packets_received([_packet(run=False)])
 
     assert core.datagrams == 1
     assert len(core.portions) == 1
-    told = [message for message in logged if message["message_type"] == "tunnel:stumbled"]
+    told = [message for message in logged if message["message_type"] == "tunnel:callback_failed"]
     assert ["handle_datagrams" in message["traceback"] for message in told] == [True, False]
-    assert all("a mistake" in message["traceback"] for message in told)
+    assert all("a bug" in message["traceback"] for message in told)
 
 
-def test_mistakes_do_not_fill_the_log(
-    core: StumblingCore, runtime: TunnelRuntime, logged: list[dict[str, Any]]
+def test_failures_do_not_fill_the_log(
+    core: FailingCore, tunnel: TunnelService, logged: list[dict[str, Any]]
 ) -> None:
     core.fails = True
 
     for _ in range(1000):
-        runtime.batch_received(_batch())
+        tunnel.batch_received(_batch())
 
-    assert len([message for message in logged if message["message_type"] == "tunnel:stumbled"]) == 10
+    assert len([message for message in logged if message["message_type"] == "tunnel:callback_failed"]) == 10
 
 
-def test_at_the_end_all_that_was_not_carried_is_told(core: StumblingCore, logged: list[dict[str, Any]]) -> None:
+def test_at_the_end_all_that_was_not_carried_is_told(core: FailingCore, logged: list[dict[str, Any]]) -> None:
     core.node.counters.unrecognized = 3
     core.node.layers.wireguard.forged = 2
-    _runtime(core).close()
+    _tunnel(core).stopService()
 
     (closed,) = [message for message in logged if message["message_type"] == "tunnel:closed"]
     assert (closed["unrecognized"], closed["wireguard"]) == (3, {"forged": 2})
@@ -109,20 +109,20 @@ def test_at_the_end_all_that_was_not_carried_is_told(core: StumblingCore, logged
 
 @given(st.lists(st.booleans(), min_size=1, max_size=64))
 def test_packets_come_in_order_with_no_more_runs_at_once_than_buffers_hold(are_runs: list[bool]) -> None:
-    core = StumblingCore()
-    runtime = _runtime(core)
+    core = FailingCore()
+    tunnel = _tunnel(core)
     packets = [_packet(run=run) for run in are_runs]
 
-    runtime.packets_received(packets)
-    runtime.close()
+    tunnel.packets_received(packets)
+    tunnel.stopService()
 
     assert [packet for portion in core.portions for packet in portion] == packets
     assert all(sum(bool(packet.segment_size) for packet in portion) <= 3 for portion in core.portions)
 
 
-def _runtime(core: StumblingCore) -> TunnelRuntime:
+def _tunnel(core: FailingCore) -> TunnelService:
     ignore = [].append
-    return TunnelRuntime(reactor, core, on_event=ignore, on_lost=ignore, mark=None)
+    return TunnelService(reactor, core, open_device=ignore, on_event=ignore, on_lost=ignore, mark=None)
 
 
 def _batch() -> DatagramBatch:

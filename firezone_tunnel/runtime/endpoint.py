@@ -1,4 +1,4 @@
-"""What a client and a gateway have in common: a tunnel between its host and its portal, begun and ended in order."""
+"""The common half of client and gateway: a tunnel between its host and its portal, started and stopped in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
-from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredLock, maybeDeferred
 from twisted.python.failure import Failure
 
@@ -24,7 +23,8 @@ from firezone_tunnel.portal_connection.service import Notice, PortalLink
 from firezone_tunnel.portal_connection.url import LoginUrl
 from firezone_tunnel.reactor.clock import boottime, utc
 from firezone_tunnel.reactor.queues import BoundedQueue
-from firezone_tunnel.runtime.tunnel import TunnelCore, TunnelRuntime
+from firezone_tunnel.reactor.service import MultiService
+from firezone_tunnel.runtime.tunnel import TunnelCore, TunnelService
 from firezone_tunnel.snownet.events import (
     ConnectionClosed,
     ConnectionEstablished,
@@ -39,8 +39,8 @@ _PORTAL_EVENTS = 128  # spec/client-application.md, 0.3
 
 
 @attrs.frozen
-class DeviceConfig:
-    """Everything a client or a gateway must be told."""
+class EndpointConfig:
+    """The configuration of a client or a gateway."""
 
     url: LoginUrl
     state_directory: Path
@@ -49,8 +49,8 @@ class DeviceConfig:
     max_partition_time: float | None = None  # seconds without a portal; None: without end
 
 
-class DeviceCore(TunnelCore, Protocol):
-    """A tunnel core that listens to a portal."""
+class EndpointCore(TunnelCore, Protocol):
+    """A tunnel core that handles the portal's messages."""
 
     @property
     def public_key(self) -> bytes: ...
@@ -62,25 +62,29 @@ class DeviceCore(TunnelCore, Protocol):
     def handle_message(self, message: Any, now: float, utc_now: float) -> None: ...
 
 
-class DeviceService(Service):
-    """One client or gateway at work. What goes wrong for good stops it.
+class TunnelEndpoint(MultiService):
+    """A client or a gateway at work. A fatal error stops it.
 
-    Subclasses say what is theirs in the methods at the end.
+    Its children are the tunnel and the link to the portal. They start and stop in an order that depends on the host,
+    so they are not left to MultiService: see `_start` and `_stop`. Subclasses implement the methods at the end.
     """
 
     def __init__(
         self,
         reactor: Any,
-        config: DeviceConfig,
-        core: DeviceCore,
+        config: EndpointConfig,
+        core: EndpointCore,
         *,
         role: str,
         peer_field: str,
         parse: Callable[[str, object, list[str]], Any],
     ) -> None:
-        """`role` is the portal's topic, `peer_field` what logs call the other side: "cid" or "gid"; `parse` reads a
-        message by its event and payload, and adds to the list what it left out.
+        """`role` is the portal's topic, `peer_field` the log field for a peer's id: "cid" or "gid".
+
+        `parse(event, payload, left_out)` reads a message, and appends to the list a reason for each entry that it
+        leaves out.
         """
+        super().__init__()
         self.worker = WorkerThread(reactor)
         self.netlink = Netlink(self.worker)
         self.monitor = NetworkMonitor(
@@ -95,11 +99,16 @@ class DeviceService(Service):
         self._role = role
         self._peer_field = peer_field
         self._parse = parse
-        self._runtime = TunnelRuntime(
-            reactor, core, on_event=self._handle_event, on_lost=self._fail, mark=FIREZONE_MARK
+        self._tunnel = TunnelService(
+            reactor,
+            core,
+            open_device=lambda: open_tun(config.interface),
+            on_event=self._handle_event,
+            on_lost=self._fail,
+            mark=FIREZONE_MARK,
         )
         self._portal_events: BoundedQueue[Notice] = BoundedQueue(reactor, _PORTAL_EVENTS, self._handle_notice)
-        self._portal = PortalLink(
+        self._portal_link = PortalLink(
             reactor,
             url=config.url,
             topic=role,
@@ -108,26 +117,28 @@ class DeviceService(Service):
             trust=config.trust,
             max_partition_time=config.max_partition_time,
         )
+        for child in (self._tunnel, self._portal_link):
+            child.setServiceParent(self)
         self._instance: Instance | None = None
         self._lock = DeferredLock()  # one change of the host at a time, and none after the end
         self._stopped: Deferred[None] | None = None
         self._error: FirezoneError | None = None
 
     def startService(self) -> None:
-        super().startService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        self.running = 1
         self.run(self._start)
 
     def stopService(self) -> Deferred[None]:
         """Fires when the host is as it was before. May be called more than once."""
         if self._stopped is None:
-            super().stopService()  # type: ignore[no-untyped-call]  # Twisted has no types here
+            self.running = 0
             self._stopped = self._lock.run(lambda: Deferred.fromCoroutine(self._stop()))
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
 
     def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Change the host, one change at a time and none after the end; what fails ends the service."""
+        """Change the host, one change at a time and none after the end. A failure ends the service."""
 
         async def work_unless_stopped() -> None:
             if self.running:
@@ -137,7 +148,7 @@ class DeviceService(Service):
         done.addErrback(self._failed)
 
     async def configure(self, ipv4: str, ipv6: str) -> Families:
-        """Give the interface its addresses, and lead what is not marked into it; returns which families work.
+        """Give the interface its addresses, and route unmarked packets into it. Returns which families work.
 
         Raises: PlatformError.
         """
@@ -147,20 +158,18 @@ class DeviceService(Service):
 
     def say(self, message: PortalMessage) -> None:
         """Send a message to the portal. V2 portals understand the names of V1, too (decision 10)."""
-        self._portal.send(message.event(Generation.V1), write(message))
+        self._portal_link.send(message.event(Generation.V1), write(message))
 
     def rebind(self) -> None:
-        """Take new sockets, and call the portal anew: by the old ones nothing arrives any more. It is the end if
-        there are no new ones.
-        """
-        self._runtime.settle()
+        """Bind new sockets and connect to the portal again. Without new sockets the service ends."""
+        self._tunnel.settle()
         try:
-            self._runtime.bind()
+            self._tunnel.bind()
         except PlatformError as error:
             self._fail(error)
             return
         self._set_hosts(self.monitor.hosts)
-        self._portal.connect(self._core.public_key)
+        self._portal_link.connect(self._core.public_key)
 
     async def _start(self) -> None:
         """
@@ -169,17 +178,16 @@ class DeviceService(Service):
         self._instance = Instance(self._role)
         if removed := await self.netlink.remove_everything():
             log.info("host:leftovers_removed", count=removed)
-        self._runtime.open(open_tun(self._config.interface))
+        self._tunnel.startService()
         await self.monitor.start()
         await self.set_up_host()
-        self._portal.startService()
-        self._portal.connect(self._core.public_key)
+        self._portal_link.startService()
+        self._portal_link.connect(self._core.public_key)
 
     async def _stop(self) -> None:
-        """Goodbyes first, then the portal; the host last. Each step is tried, whatever became of those before."""
-        steps: list[Callable[[], Any]] = [self._portal_events.close, self.monitor.close, self._runtime.close]
-        if self._portal.running:
-            steps.append(self._portal.stopService)
+        """Say goodbye to the peers, leave the portal, restore the host. A step that fails doesn't stop the next."""
+        steps: list[Callable[[], Any]] = [self._portal_events.close, self.monitor.close]
+        steps += [child.stopService for child in (self._tunnel, self._portal_link) if child.running]
         if self._instance is not None:
             steps += [self.netlink.remove_everything, self.restore_host, self.netlink.close, self._instance.close]
         for step in (*steps, self.worker.stop, lambda: self.ended(self._error)):
@@ -206,7 +214,7 @@ class DeviceService(Service):
             self.stopService()
 
     def _set_hosts(self, hosts: list[str]) -> None:
-        self._runtime.set_hosts(hosts)
+        self._tunnel.set_hosts(hosts)
 
     def _handle_notice(self, notice: Notice) -> None:
         match notice:
@@ -218,20 +226,20 @@ class DeviceService(Service):
                 self._fail(error)
             case _:
                 self._core.handle_left()
-        self._runtime.settle()
+        self._tunnel.settle()
 
     def _handle_message(self, event: str, payload: object) -> None:
-        misfits: list[str] = []
+        left_out: list[str] = []
         try:
-            message = self._parse(event, payload, misfits)
+            message = self._parse(event, payload, left_out)
         except ProtocolError as error:
             log.warning("portal:message_malformed", event=event, reason=one_line(error))
             return
         if message is None:
             log.debug("portal:message_unknown", event=event)
             return
-        if misfits:  # of a kind that we don't know, or malformed
-            log.info("portal:entries_left_out", event=event, count=len(misfits), reasons=misfits[:5])
+        if left_out:  # unknown or malformed
+            log.info("portal:entries_left_out", event=event, count=len(left_out), reasons=left_out[:5])
         self._core.handle_message(message, boottime(), utc())
 
     def _handle_event(self, event: Any) -> None:
@@ -256,7 +264,7 @@ class DeviceService(Service):
             case ConnectionClosed():
                 log.info("tunnel:connection_closed", **peer)
 
-    # What follows is for subclasses.
+    # Subclasses implement the rest.
 
     async def set_up_host(self) -> None:
         """The interface exists, and the host's network is known.
@@ -271,13 +279,13 @@ class DeviceService(Service):
         """
 
     def moved(self) -> None:
-        """The host is in another network."""
+        """The host moved to another network."""
         raise NotImplementedError
 
     def handle_event(self, event: Any) -> None:
-        """An event of the core that says nothing about a connection."""
+        """Handle an event of the core that is not about a connection or a relay."""
         raise NotImplementedError
 
     def ended(self, error: FirezoneError | None) -> None:
-        """The service has stopped, and because of this error, if there was one."""
+        """The service has stopped, because of `error` if there was one."""
         raise NotImplementedError
