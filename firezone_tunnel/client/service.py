@@ -22,12 +22,12 @@ from firezone_tunnel.logs import events as log
 from firezone_tunnel.messages import client as messages
 from firezone_tunnel.reactor.clock import boottime
 from firezone_tunnel.runtime.endpoint import EndpointConfig, TunnelEndpoint
+from firezone_tunnel.tunnel.base import ToPortal
 from firezone_tunnel.tunnel.client import (
     ClientTunnel,
     FlowIgnored,
     FlowRefused,
     ResourcesChanged,
-    ToPortal,
     TunConfig,
     TunConfigChanged,
 )

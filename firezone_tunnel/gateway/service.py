@@ -13,13 +13,13 @@ from firezone_tunnel.logs import events as log
 from firezone_tunnel.messages import gateway as messages
 from firezone_tunnel.reactor.clock import boottime, utc
 from firezone_tunnel.runtime.endpoint import EndpointConfig, TunnelEndpoint
+from firezone_tunnel.tunnel.base import ToPortal
 from firezone_tunnel.tunnel.gateway import (
     FlowAuthorized,
     FlowEnded,
     FlowIgnored,
     GatewayTunnel,
     InterfaceChanged,
-    ToPortal,
 )
 from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 from firezone_tunnel.wireguard.seal import seal_pool

@@ -47,6 +47,8 @@ class Node:
         self._entropy = entropy
         self._pool = pool
         self._outbox = Outbox()
+        self.deadlines: Deadlines[object] = Deadlines()
+        """Of connections and allocations. The owner of the node may add keys of its own."""
         self._addresses: tuple[SocketAddress, ...] = ()
         self._begin()
 
@@ -77,7 +79,7 @@ class Node:
                 self._invalidate(connection, address, now)
             for address in new:
                 self._offer(connection, Candidate.host(address), now)
-            self._deadlines.no_later_than(connection, now, "other local addresses")
+            self.deadlines.no_later_than(connection, now, "other local addresses")
 
     def update_relays(self, gone: Iterable[str], connected: Iterable[RelayTerms], now: float) -> None:
         """Use other relays: some are gone, these are there (2.10)."""
@@ -134,7 +136,7 @@ class Node:
         if candidate is None or not connection.add_remote_candidate(candidate, now):
             self.counters.candidates_rejected += 1
             return
-        self._deadlines.no_later_than(connection, now, "another remote candidate")
+        self.deadlines.no_later_than(connection, now, "another remote candidate")
 
     def remove_remote_candidate(self, cid: str, sdp: str, now: float) -> None:
         """A peer invalidated a candidate. An unknown candidate is ignored."""
@@ -142,7 +144,7 @@ class Node:
         candidate = parse_sdp(sdp)
         if connection is not None and candidate is not None:
             connection.agent.remove_remote_candidate(candidate, now)
-            self._deadlines.no_later_than(connection, now, "one remote candidate less")
+            self.deadlines.no_later_than(connection, now, "one remote candidate less")
 
     def announce(self) -> None:
         """Signal all candidates to every peer again, the withdrawn ones too: the portal may have lost messages."""
@@ -166,7 +168,7 @@ class Node:
             return
         self._unflushed[connection] = None  # a packet that wakes a connection is gathered like any other
         if connection.encapsulate(packet, now):
-            self._deadlines.no_later_than(connection, now + TIMER_SLACK, "timers after sending")
+            self.deadlines.no_later_than(connection, now + TIMER_SLACK, "timers after sending")
         else:
             self._settle(connection, now, utc_now)
 
@@ -200,11 +202,12 @@ class Node:
             yield NewCandidates(cid, new)
 
     def next_timeout(self) -> Timeout | None:
-        self._relays.settle()
-        return self._deadlines.first()
+        """Drain `transmits` first: a call to a relay may set a deadline there."""
+        return self.deadlines.first()
 
-    def handle_timeout(self, now: float, utc_now: float) -> None:
-        due = self._deadlines.due(now)
+    def handle_timeout(self, now: float, utc_now: float) -> list[object]:
+        """Handle every deadline that is due. Returns the keys, the owner's own among them."""
+        due = self.deadlines.due(now)
         for key in due:
             if isinstance(key, Allocation):
                 self._relays.handle_timeout(key, now)
@@ -213,6 +216,7 @@ class Node:
             if isinstance(key, Connection):
                 key.handle_timeout(now, utc_now)
                 self._settle(key, now, utc_now)
+        return due
 
     def reset(self, now: float, *, farewell: bytes = b"") -> None:
         """Start again with a new key after the network has changed. All connections are closed.
@@ -223,6 +227,7 @@ class Node:
             transmit.release()
         for cid in list(self._connections):
             self.close_connection(cid, now, farewell=farewell)
+        self._relays.abandon()
         self._key.wipe()
         self._begin()
 
@@ -237,12 +242,11 @@ class Node:
         self._key = StaticKey.generate(self._entropy)
         self._cookie_checker = CookieChecker(self._key, self._entropy, self.layers.handshakes)
         self._directory = Directory(self._entropy)
-        self._deadlines: Deadlines[object] = Deadlines()  # of connections and allocations
-        self._relays = Relays(self._entropy, self.layers.turn, self._deadlines)
+        self._relays = Relays(self._entropy, self.layers.turn, self.deadlines)
         self._inbound = Inbound(
             self._directory,
             self._relays,
-            self._deadlines,
+            self.deadlines,
             self.counters,
             handle_control=self._handle_control,
             settle=self._settle,
@@ -278,7 +282,7 @@ class Node:
     def _drop(self, connection: Connection, now: float, farewell: bytes = b"") -> None:
         del self._connections[connection.cid]
         self._directory.remove(connection)
-        self._deadlines.set(connection, None)
+        self.deadlines.set(connection, None)
         self._unflushed.pop(connection, None)
         self._new.pop(connection.cid, None)
         self._invalidated.pop(connection.cid, None)
@@ -291,7 +295,7 @@ class Node:
         if connection.state is State.FAILED:
             self._drop(connection, now)
         else:
-            self._deadlines.set(connection, connection.next_timeout())
+            self.deadlines.set(connection, connection.next_timeout())
 
     def _offer(self, connection: Connection, candidate: Candidate, now: float) -> None:
         added = connection.agent.add_local_candidate(candidate, now)
@@ -323,11 +327,11 @@ class Node:
                 case CandidateFound(candidate) if candidate.kind is not CandidateKind.HOST:
                     for connection in self._connections.values():
                         self._offer(connection, candidate, now)
-                        self._deadlines.no_later_than(connection, now, "another candidate")
+                        self.deadlines.no_later_than(connection, now, "another candidate")
                 case CandidateLost(candidate) if candidate.kind is not CandidateKind.HOST:
                     for connection in self._connections.values():
                         self._withdraw(connection, candidate, now)
-                        self._deadlines.no_later_than(connection, now, "one candidate less")
+                        self.deadlines.no_later_than(connection, now, "one candidate less")
                 case CandidateFound() | CandidateLost():
                     pass  # `set_local_addresses` has our own addresses
                 case RelayAllocated():

@@ -117,6 +117,11 @@ class Relays:
         """Delete all allocations. Returns the requests, to send after everything that still goes through the relays."""
         return [farewell for rid in list(self._allocations) for farewell in self._give_back(rid)]
 
+    def abandon(self) -> None:
+        """Drop all relays without a message: our sockets are gone."""
+        for rid in list(self._allocations):
+            self._drop(rid)
+
     def candidates(self) -> list[Candidate]:
         """Reflexive and relayed candidates for a new connection, the relayed last."""
         found = [one for allocation in self._allocations.values() for one in allocation.candidates]

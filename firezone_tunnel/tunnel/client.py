@@ -1,4 +1,4 @@
-"""What a client does with packets: to which resource they go, through which gateway, and what may come back.
+"""The client's data plane: which resource a packet is for, through which gateway it goes, and which replies are valid.
 
 spec/data-plane.md, section 4; the packets themselves are carried by the node's connections.
 """
@@ -6,19 +6,17 @@ spec/data-plane.md, section 4; the packets themselves are carried by the node's 
 from __future__ import annotations
 
 import ipaddress
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import attrs
 
 from firezone_tunnel.datagrams import BufferPool, DatagramBatch
 from firezone_tunnel.errors import ProtocolError
-from firezone_tunnel.ice.agent import Credentials
 from firezone_tunnel.messages import client as messages
-from firezone_tunnel.messages.common import IceCredentials, Interface, Network, NoRelays, RelaysPresence
+from firezone_tunnel.messages.common import Interface, Network, PortalMessage, RelaysPresence
 from firezone_tunnel.packet.rewrite import icmp_error
 from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.sansio import Entropy, SocketAddress, Timeout, Transmit, earliest
+from firezone_tunnel.sansio import Entropy
 from firezone_tunnel.snownet.events import (
     ConnectionClosed,
     ConnectionEstablished,
@@ -29,12 +27,10 @@ from firezone_tunnel.snownet.events import (
     RelayNews,
     Role,
 )
-from firezone_tunnel.snownet.node import Node
-from firezone_tunnel.snownet.relays import RelayFailed
 from firezone_tunnel.tunnel import control
+from firezone_tunnel.tunnel.base import GOODBYE, ToPortal, Tunnel, ice_credentials
 from firezone_tunnel.tunnel.gateways import Gateways
 from firezone_tunnel.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
-from firezone_tunnel.tunnel.relays import relay_terms
 from firezone_tunnel.tunnel.resources import ActiveResource, ResourceTable, ResourceView, SiteStatuses
 from firezone_tunnel.tunnel.waiting import WaitingPackets
 from firezone_tunnel.wireguard.seal import SealBuffer
@@ -45,19 +41,12 @@ RECENT_TRAFFIC = 20.0  # how recently a resource was used whose flow is asked fo
 
 @attrs.frozen
 class TunConfig:
-    """How the host is to set up the tunnel's interface."""
+    """The configuration of the tunnel's interface."""
 
     ipv4: ipaddress.IPv4Address
     ipv6: ipaddress.IPv6Address
     routes: tuple[Network, ...]  # sorted, IPv4 first
     search_domain: str | None = None
-
-
-@attrs.frozen
-class ToPortal:
-    """A message to send; it is worth nothing later."""
-
-    message: messages.ToPortal
 
 
 @attrs.frozen
@@ -72,7 +61,7 @@ class ResourcesChanged:
 
 @attrs.frozen
 class FlowRefused:
-    """The portal knows no way to this resource: "offline", "version_mismatch", "forbidden", "not_found", ..."""
+    """The portal refused a flow: "offline", "version_mismatch", "forbidden", "not_found", ..."""
 
     rid: str
     reason: str
@@ -93,17 +82,17 @@ ClientEvent = ToPortal | TunConfigChanged | ResourcesChanged | FlowRefused | Flo
 
 @attrs.define
 class ClientCounters:
-    """Packets that were not carried, and why."""
+    """Packets that were dropped, by reason."""
 
     without_resource: int = 0
     foreign_source: int = 0
-    """Sent by the host from an address that is not the tunnel's."""
+    """Sent by the host from an address other than the tunnel's."""
     filtered: int = 0
     unexpected_source: int = 0
-    """From a gateway, for a resource that it doesn't serve or to an address that is not ours."""
+    """From a gateway that doesn't serve the source, or not to our own address."""
     unknown_control: int = 0
     waiting_overwritten: int = 0
-    """Dropped because too many were waiting for a flow."""
+    """Too many packets were waiting for a flow."""
 
 
 @attrs.define
@@ -112,35 +101,22 @@ class _PendingFlow:
     packets: WaitingPackets = attrs.field(factory=WaitingPackets)
 
 
-class ClientTunnel:
-    """A client's whole data plane, without I/O.
-
-    After each call drain `transmits` and `events`, then ask `next_timeout`. Packets are valid only until the next
-    `handle_packets` or `handle_datagrams`.
-    """
+class ClientTunnel(Tunnel):
+    """A client's data plane."""
 
     def __init__(self, *, entropy: Entropy, now: float, pool: BufferPool[SealBuffer]) -> None:
+        super().__init__(Role.CLIENT, entropy=entropy, now=now, pool=pool)
         self.counters = ClientCounters()
-        self.node = Node(role=Role.CLIENT, entropy=entropy, now=now, pool=pool)
         self._resources = ResourceTable(is_connected=lambda rid: self._gateways.serving(rid) is not None)
         self._sites = SiteStatuses()
         self._gateways = Gateways()
         self._pending: dict[str, _PendingFlow] = {}
-        self._interface: Interface | None = None
-        self._own: tuple[bytes, ...] = ()
         self._config: TunConfig | None = None
         self._views: tuple[ResourceView, ...] | None = None
         self._wanted_again: tuple[str, ...] = ()
-        self._is_joined = False
-        self._events: deque[ClientEvent] = deque()
-
-    @property
-    def public_key(self) -> bytes:
-        """What the portal is told at login; another one after each `reset`."""
-        return self.node.public_key
 
     def handle_packets(self, packets: Sequence[SuperPacket], now: float, utc_now: float) -> list[SuperPacket]:
-        """The host sends these into the tunnel. Returns what is to be answered to the host at once."""
+        """Handle packets that the host sent into the tunnel. Returns answers to the host."""
         answers: list[SuperPacket] = []
         lookup, serving = self._resources.lookup, self._gateways.serving
         encapsulate, own, counters = self.node.encapsulate, self._own, self.counters
@@ -168,7 +144,7 @@ class ClientTunnel:
         return answers
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[SuperPacket]:
-        """These arrived from outside. Returns the packets for the host."""
+        """Handle a batch from the network. Returns the packets for the host."""
         accepted: list[SuperPacket] = []
         own, counters = self._own, self.counters
         for cid, packets in self.node.handle_datagrams(batch, now, utc_now):
@@ -183,16 +159,8 @@ class ClientTunnel:
         self._follow_node()
         return accepted
 
-    def handle_joined(self) -> None:
-        """The portal takes messages again; its `init` follows."""
-        self._is_joined = True
-
-    def handle_left(self) -> None:
-        """The portal is gone; what is connected goes on."""
-        self._is_joined = False
-
     def handle_message(self, message: messages.FromPortal, now: float, utc_now: float) -> None:
-        """The portal said this."""
+        """Handle a message of the portal."""
         match message:
             case messages.Init():
                 self._handle_init(message, now)
@@ -209,56 +177,32 @@ class ClientTunnel:
             case messages.FlowCreationFailed():
                 self._handle_refusal(message, now)
             case messages.IceCandidates():
-                for candidate in message.candidates:
-                    self.node.add_remote_candidate(message.gateway_id, candidate, now)
+                self._add_candidates(message.gateway_id, message.candidates, now)
             case messages.InvalidateIceCandidates():
-                for candidate in message.candidates:
-                    self.node.remove_remote_candidate(message.gateway_id, candidate, now)
+                self._remove_candidates(message.gateway_id, message.candidates, now)
             case RelaysPresence():
-                self.node.update_relays(message.disconnected_ids, relay_terms(message.connected), now)
+                self._update_relays(message, now)
         self._follow_node()
         self._publish()
 
-    def set_local_addresses(self, addresses: Sequence[SocketAddress], now: float) -> None:
-        """Where our sockets can be reached, the preferred one of each family first."""
-        self.node.set_local_addresses(addresses, now)
-        self._follow_node()
-
     def reset(self, now: float) -> None:
-        """Begin anew with another key after the network has changed: the sockets are new, the portal is called again.
+        """Start again with a new key after the network has changed: with new sockets and a new portal connection.
 
         Flows with recent traffic are asked for again as soon as the portal has answered (decision 3).
         """
         entries = sorted(self._resources.entries(), key=_latest_first)
         self._wanted_again = tuple(entry.id for entry in entries if entry.used_at > now - RECENT_TRAFFIC)
         self._is_joined = False
-        self.node.reset(now, farewell=control.encode(control.Goodbye()))
+        self.node.reset(now, farewell=GOODBYE)
         self._gateways.forget_recent()
         self._follow_node()
         self._publish()
 
-    def close(self, now: float) -> None:
-        """Say goodbye to every gateway: what `transmits` gives after this is the last."""
-        self.node.close(now, farewell=control.encode(control.Goodbye()))
-        self._follow_node()
-
-    def transmits(self) -> Iterator[Transmit]:
-        return self.node.transmits()
-
-    def events(self) -> Iterator[ClientEvent]:
-        """What happened, in order; of several changes of the configuration or the resources only the newest."""
-        events = self._events
-        while events:
-            yield events.popleft()
-
-    def next_timeout(self) -> Timeout | None:
-        return earliest((self.node.next_timeout(), self._sites.next_timeout()))
-
     def handle_timeout(self, now: float, utc_now: float) -> None:
-        self.node.handle_timeout(now, utc_now)
-        self._follow_node()
-        if self._sites.handle_timeout(now):
+        if self._sites in self.node.handle_timeout(now, utc_now) and self._sites.handle_timeout(now):
             self._publish()
+        self._schedule_sites()
+        self._follow_node()
 
     def _send_to_gateway_itself(self, packet: SuperPacket, now: float, utc_now: float) -> None:
         gateway = self._gateways.at(packet.destination)
@@ -286,8 +230,7 @@ class ClientTunnel:
         self._set_interface(init.interface)
         for rid in self._resources.set(init.resources):
             self._forget_flow(rid, now)
-        self.node.update_relays((), relay_terms(init.relays), now)
-        self.node.announce()
+        self._start_relays(init.relays, now)
         for rid in self._wanted_again:
             if self._resources.get(rid) is not None and self._gateways.serving(rid) is None:
                 self._pending.setdefault(rid, _PendingFlow())
@@ -295,10 +238,6 @@ class ClientTunnel:
             if len(pending.packets) or rid in self._wanted_again:
                 self._ask(rid, pending, now)
         self._wanted_again = ()
-
-    def _set_interface(self, interface: Interface) -> None:
-        self._interface = interface
-        self._own = (interface.ipv4.packed, interface.ipv6.packed)
 
     def _handle_flow(self, flow: messages.FlowCreated, now: float, utc_now: float) -> None:
         rid, gid = flow.resource_id, flow.gateway_id
@@ -312,8 +251,8 @@ class ClientTunnel:
                 gid,
                 remote_public_key=flow.gateway_public_key,
                 preshared_key=flow.preshared_key,
-                local=_credentials(flow.client_ice_credentials),
-                remote=_credentials(flow.gateway_ice_credentials),
+                local=ice_credentials(flow.client_ice_credentials),
+                remote=ice_credentials(flow.gateway_ice_credentials),
                 now=now,
                 utc_now=utc_now,
             )
@@ -336,9 +275,10 @@ class ClientTunnel:
         resource = self._resources.get(rid)
         if reason == "offline" and resource is not None:
             self._sites.offline(resource.site_ids, now)
+            self._schedule_sites()
             self._pending.pop(rid, None)
         elif (pending := self._pending.get(rid)) is not None:
-            pending.packets.take()  # whoever sends another one has us ask again, in two seconds at the earliest
+            pending.packets.take()  # the next packet asks again, after two seconds at the earliest
 
     def _handle_control(self, gid: str, packet: SuperPacket, now: float) -> None:
         if isinstance(control.decode(packet), control.Goodbye):
@@ -351,42 +291,38 @@ class ClientTunnel:
         self._pending.pop(rid, None)
         gateway = self._gateways.stop_serving(rid)
         if gateway is not None and not gateway.resources:
-            self.node.close_connection(gateway.id, now, farewell=control.encode(control.Goodbye()))
+            self.node.close_connection(gateway.id, now, farewell=GOODBYE)
 
     def _follow_node(self) -> None:
-        if not self.node.has_events:
-            return
-        for event in self.node.events():
-            match event:
-                case NewCandidates(gid, candidates):
-                    self._tell_portal(messages.BroadcastIceCandidates, gid, candidates)
-                    continue
-                case InvalidatedCandidates(gid, candidates):
-                    self._tell_portal(messages.BroadcastInvalidatedIceCandidates, gid, candidates)
-                    continue
-                case ConnectionEstablished(gid):
-                    self._established(gid)
-                case ConnectionFailed(gid) | ConnectionClosed(gid):
-                    self._gateways.remove(gid)
-                    self._sites.disconnected(gid)
-                case RelayFailed(is_last=True) if self._is_joined:
-                    self._events.append(ToPortal(NoRelays()))
-            self._events.append(event)
-        self._publish()
+        if self.node.has_events:
+            super()._follow_node()
+            self._publish()
+
+    def _handle_node_event(self, event: ConnectionEvent | RelayNews) -> None:
+        match event:
+            case ConnectionEstablished(gid):
+                self._established(gid)
+            case ConnectionFailed(gid) | ConnectionClosed(gid):
+                self._gateways.remove(gid)
+                self._sites.disconnected(gid)
+
+    def _broadcast(self, event: NewCandidates | InvalidatedCandidates) -> PortalMessage:
+        is_new = isinstance(event, NewCandidates)
+        kind = messages.BroadcastIceCandidates if is_new else messages.BroadcastInvalidatedIceCandidates
+        return kind(gateway_ids=[event.cid], candidates=list(event.candidates))
 
     def _established(self, gid: str) -> None:
         gateway = self._gateways.get(gid)
         if gateway is not None:
             self._gateways.connected(gateway)
             self._sites.connected(gateway.site_id, gid)
+            self._schedule_sites()
 
-    def _tell_portal(self, kind: _Broadcast, gid: str, candidates: tuple[str, ...]) -> None:
-        """Whatever is not told because the portal is away is announced when it is back."""
-        if self._is_joined:
-            self._events.append(ToPortal(kind(gateway_ids=[gid], candidates=list(candidates))))
+    def _schedule_sites(self) -> None:
+        self.node.deadlines.set(self._sites, self._sites.next_timeout())
 
     def _publish(self) -> None:
-        """Tell the configuration and the resources, those that have changed."""
+        """Report the configuration and the resources if they have changed."""
         if self._interface is None:
             return
         config = self._tun_config(self._interface)
@@ -410,13 +346,6 @@ class ClientTunnel:
             routes=(TUNNEL_IPV4, *self._resources.networks(), TUNNEL_IPV6),
             search_domain=interface.search_domain,
         )
-
-
-_Broadcast = Callable[..., messages.BroadcastIceCandidates | messages.BroadcastInvalidatedIceCandidates]
-
-
-def _credentials(told: IceCredentials) -> Credentials:
-    return Credentials(told.username, told.password)
 
 
 def _latest_first(entry: ActiveResource) -> float:

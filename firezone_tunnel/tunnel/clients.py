@@ -1,4 +1,4 @@
-"""One client of a gateway: what it is authorized for, and what therefore passes (spec/data-plane.md, 6.1 and 6.5)."""
+"""One client of a gateway: its authorizations and their filters (spec/data-plane.md, 6.1 and 6.5)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UnsupportedResource(Exception):
 
 @attrs.frozen
 class Allowed:
-    """What a client may use, and until which unix time, if there is one."""
+    """A resource that a client may use, until unix time `expires_at` if there is one."""
 
     resource: CidrResource
     expires_at: int | None
@@ -32,12 +32,12 @@ class Allowed:
         if not isinstance(resource, CidrResource):
             raise UnsupportedResource(f"this gateway gives access to networks and addresses only, not to {resource.id}")
         if parse_network(resource.address) is None:
-            raise UnsupportedResource(f"{resource.address!r} is no network")
+            raise UnsupportedResource(f"{resource.address!r} is not a network")
         return cls(resource, expires_at)
 
 
-class Client:
-    """What survives of a client when its connection does not.
+class AdmittedClient:
+    """The authorizations and addresses of a client, which outlive its connection.
 
     `rules(address)` are those of an address of 4 or 16 bytes, for packets to it and from it.
     """
@@ -81,7 +81,7 @@ class Client:
         return min((one.expires_at for one in self.resources.values() if one.expires_at is not None), default=None)
 
     def expired(self, utc_now: float) -> list[str]:
-        """Resources whose time is over: allowed is what expires later than now (spec/gateway-and-relay.md, 3.6)."""
+        """Resources that expire now or have expired (spec/gateway-and-relay.md, 3.6)."""
         return [rid for rid, one in self.resources.items() if one.expires_at is not None and one.expires_at <= utc_now]
 
     def _rebuild(self) -> None:

@@ -86,9 +86,7 @@ def test_a_failure_over_one_batch_is_logged_and_the_next_batch_is_handled(
     assert all("a bug" in message["traceback"] for message in told)
 
 
-def test_failures_do_not_fill_the_log(
-    core: FailingCore, tunnel: TunnelService, logged: list[dict[str, Any]]
-) -> None:
+def test_failures_do_not_fill_the_log(core: FailingCore, tunnel: TunnelService, logged: list[dict[str, Any]]) -> None:
     core.fails = True
 
     for _ in range(1000):

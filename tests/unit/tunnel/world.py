@@ -17,10 +17,9 @@ from firezone_tunnel.packet.superpacket import UDP as UDP_PROTOCOL
 from firezone_tunnel.sansio import SocketAddress
 from firezone_tunnel.snownet.events import Role
 from firezone_tunnel.tunnel import control
+from firezone_tunnel.tunnel.base import ToPortal
 from firezone_tunnel.tunnel.client import ClientTunnel
-from firezone_tunnel.tunnel.client import ToPortal as ClientToPortal
 from firezone_tunnel.tunnel.gateway import GatewayTunnel
-from firezone_tunnel.tunnel.gateway import ToPortal as GatewayToPortal
 from tests.unit.packet.packets import ICMP, IP, UDP, ICMPv6EchoRequest, IPv6, built
 from tests.unit.snownet import world as snownet
 from tests.unit.snownet.world import LATENCY, stream
@@ -121,7 +120,7 @@ class Device(snownet.Host):
             self.world.carry(self, transmit)
             transmit.release()
         for event in self.tunnel.events():
-            if isinstance(event, ClientToPortal | GatewayToPortal):
+            if isinstance(event, ToPortal):
                 self.world.portal.hear(self, event.message)
             else:
                 self.told.append(event)
