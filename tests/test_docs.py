@@ -15,6 +15,8 @@ from tools.options_reference import page, roles
 _ROOT = Path(__file__).parents[1]
 _PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
 _OPTIONS_PAGE = _ROOT / "docs/options.md"
+# These also name what upstream's programs have.
+_REFERENCE_PAGES = [*sorted((_ROOT / "docs/protocol").glob("*.md")), _ROOT / "tests/data/vectors/README.md"]
 
 # Those of docker, curl, twistd and mypy; and the one that we refuse.
 _OPTIONS_OF_OTHERS = {"build", "device", "fail", "help", "pidfile", "strict", "token", "wait"}
@@ -26,11 +28,13 @@ def test_the_options_page_is_what_the_declarations_say() -> None:
     assert {"client", "gateway", "portal"} <= set(roles())
 
 
-@pytest.mark.parametrize("path", _PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*_PAGES, *_REFERENCE_PAGES], ids=lambda path: str(path.relative_to(_ROOT)))
 def test_every_link_within_the_repository_leads_somewhere(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
+    links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text())
+    targets = [((path.parent / link if link else path), anchor) for link, anchor in links]
 
-    assert [link for link in links if not (path.parent / link).exists()] == []
+    assert [target for target, _ in targets if not target.exists()] == []
+    assert [(target, anchor) for target, anchor in targets if anchor and anchor not in _anchors(target)] == []
 
 
 @pytest.mark.parametrize("path", [path for path in _PAGES if path != _OPTIONS_PAGE], ids=lambda path: path.name)
@@ -56,3 +60,9 @@ def test_a_portal_would_serve_the_seed_files(path: Path) -> None:
     assert len(account.tokens) >= 2
     assert len(account.resources) >= 1
     assert len(account.policies) >= 1
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
