@@ -6,8 +6,8 @@
                   └──────────── WAITING <───────────────────┘
     401, a refused join, an expired token, max_partition_time ─> FAILED             close ─> IDLE
 
-The shell opens a WebSocket when it takes a `Dial`, reports what becomes of it, and drops it at a `HangUp`. It never
-reports anything of a WebSocket that it was told to drop. The rules are upstream's of V2
+The shell opens a WebSocket on `Dial`, reports what happens to it, and drops it on `HangUp`. It never reports
+anything about a WebSocket after its `HangUp`. The rules are upstream's of V2
 (spec/portal-protocol.md, 1.4 to 1.9, column "Today"), without its limit of 15 s for the first join.
 """
 
@@ -36,7 +36,7 @@ BACKOFF_INITIAL = 0.5  # spec, 1.9
 BACKOFF_MULTIPLIER = 1.5
 BACKOFF_JITTER = 0.5
 BACKOFF_MAX = 60.0
-RETRY_AFTER_MAX = 3600.0  # a portal's mistake shall not keep us away for longer
+RETRY_AFTER_MAX = 3600.0  # a portal's error must not keep us away for longer
 
 
 class ChannelState(enum.Enum):
@@ -57,12 +57,12 @@ TRANSITIONS: Mapping[ChannelState, tuple[ChannelState, ...]] = {
     ChannelState.WAITING: (ChannelState.DIALING, ChannelState.IDLE),
     ChannelState.FAILED: (ChannelState.DIALING, ChannelState.IDLE),
 }
-"""Every change of state that there is; the diagram in the documentation is made of it."""
+"""All transitions; the diagram in the documentation is generated from them."""
 
 
 @attrs.frozen
 class UpgradeRefused:
-    """What the portal answered to the upgrade instead of 101."""
+    """The portal's answer to the upgrade, if it isn't 101."""
 
     status: int
     code: str | None = None  # of a problem+json body
@@ -90,7 +90,7 @@ class HangUp:
 
 @attrs.frozen
 class Joined:
-    """Messages can be sent; the portal's first one follows. Also after a channel was joined anew."""
+    """Messages can be sent; the portal's first message follows. Also sent after a rejoin."""
 
 
 @attrs.frozen
@@ -103,14 +103,14 @@ class PushReceived:
 
 @attrs.frozen
 class ChannelLost:
-    """The portal's side of the channel is gone while the socket is up: it is being joined anew."""
+    """The portal's side of the channel is gone while the socket is open: it is being rejoined."""
 
     reason: str
 
 
 @attrs.frozen
 class Lost:
-    """There is no connection; the next attempt follows in `delay` seconds. `was_joined`: there was one until now."""
+    """There is no connection; the next attempt follows in `delay` seconds. `was_joined`: the channel was joined."""
 
     reason: str
     attempt: int
@@ -120,7 +120,7 @@ class Lost:
 
 @attrs.frozen
 class Fatal:
-    """The portal wants nothing more of us: only another `connect` leads out of it."""
+    """The portal refused us for good: only another `connect` helps."""
 
     error: PortalError
 
@@ -130,7 +130,7 @@ Event = Dial | HangUp | Joined | PushReceived | ChannelLost | Lost | Fatal
 
 @attrs.define
 class ChannelCounters:
-    """Plain counts since the start, but for `heartbeat_late_max`: seconds between due and sent."""
+    """Counts since the start; `heartbeat_late_max` is the longest delay of a heartbeat, in seconds."""
 
     sent: int = 0
     received: int = 0
@@ -145,7 +145,7 @@ class ChannelCounters:
 
 
 class Channel:
-    """Feed it with what the WebSocket does, drain `events()` and `transmits()` after each call."""
+    """Call `handle_*` with the WebSocket's events, and drain `events()` and `transmits()` after each call."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class Channel:
         self._backoff = _Backoff(entropy, max_partition_time)
         self._state = ChannelState.IDLE
         self._attempt = 0
-        self._deadline: float | None = None  # what it is for follows from the state
+        self._deadline: float | None = None  # its meaning follows from the state
         self._joined_at: float | None = None
         self._link = _Link()
         self._queue: dict[tuple[str, bytes], None] = {}
@@ -181,7 +181,7 @@ class Channel:
         self._dial(now)
 
     def close(self) -> None:
-        """Want no connection any more. The shell closes the WebSocket, if any, in its own way."""
+        """End the connection. The shell closes the WebSocket, if any."""
         if self._state is not ChannelState.IDLE:
             self._enter(ChannelState.IDLE)
 
@@ -193,7 +193,7 @@ class Channel:
         self._join(now)
 
     def handle_text(self, text: bytes | str, now: float) -> None:
-        """A text frame came. What can't be read is counted and dropped, unless it was cut short."""
+        """A text frame arrived. An unreadable frame is counted and dropped; a truncated one ends the connection."""
         if self._state not in _OPEN:
             return
         try:
@@ -212,12 +212,12 @@ class Channel:
             self._handle_push(frame, now)
 
     def handle_lost(self, reason: str, now: float) -> None:
-        """The WebSocket is gone, or could not be opened."""
+        """The WebSocket was lost, or could not be opened."""
         if self._state in _ONLINE:
             self._lose(reason, now)
 
     def handle_refused(self, refusal: UpgradeRefused, now: float) -> None:
-        """The portal answered the upgrade with something else. Only 401 is for good."""
+        """The portal refused the upgrade. Only a 401 is final."""
         if self._state is not ChannelState.DIALING:
             return
         if refusal.status != 401:
@@ -227,10 +227,10 @@ class Channel:
         self._fail(AuthenticationError(f"Cannot sign in: {refusal}", requires_sign_in=discard))
 
     def send(self, event: str, payload: object) -> bool:
-        """Queue a message; the payload is what msgspec encodes.
+        """Queue a message; msgspec encodes the payload.
 
-        True: it will be sent if the connection lasts; a copy of one that still waits is not sent twice. False: there
-        is no connection to wait for, or too much waits already. Nothing outlives a connection.
+        True: it will be sent if the connection lasts; a duplicate of a waiting message is not sent twice. False: there
+        is no connection to wait for, or the queue is full. The queue does not outlive a connection.
         """
         if self._state not in _OPEN:
             self.counters.refused_not_connected += 1
@@ -246,7 +246,7 @@ class Channel:
         return True
 
     def transmits(self) -> Iterator[bytes]:
-        """Text frames to send, in order. The caller may stop early: what it didn't take stays queued."""
+        """Text frames to send, in order. The caller may stop early: the rest stays queued."""
         while self._link.urgent:
             yield self._link.urgent.popleft()
         while self._queue and self._state is ChannelState.JOINED:
@@ -256,7 +256,7 @@ class Channel:
             yield self._encode(self._topic, event, msgspec.Raw(payload))
 
     def events(self) -> Iterator[Event]:
-        """What happened, in order."""
+        """The events since the last call, in order."""
         while self._events:
             yield self._events.popleft()
 
@@ -393,7 +393,7 @@ class Channel:
 
 
 class _Link:
-    """What lives as long as one WebSocket: its refs, from 0, and its heartbeats."""
+    """The state of one WebSocket: its refs, from 0, and its heartbeats."""
 
     __slots__ = ("heartbeat_at", "join_ref", "next_ref", "unanswered", "urgent")
 
@@ -418,7 +418,7 @@ class _Backoff:
         self._total = 0.0
 
     def next(self) -> float | None:
-        """The next delay in seconds; None when all of them would sum up to more than the limit."""
+        """The next delay in seconds; None if the sum of all delays would exceed the limit."""
         fraction = int.from_bytes(self._entropy(4), "big") / 2**32
         delay = min(self._base * (1 - BACKOFF_JITTER + 2 * BACKOFF_JITTER * fraction), BACKOFF_MAX)
         self._base = min(self._base * BACKOFF_MULTIPLIER, BACKOFF_MAX)
@@ -429,7 +429,7 @@ class _Backoff:
 
 
 def _read_reply(payload: object) -> tuple[str | None, str]:
-    """The status, None where there is none to read, and the reason of an error."""
+    """The status, None if it is unreadable, and the reason of an error."""
     if not isinstance(payload, dict):
         return None, ""
     status, response = payload.get("status"), payload.get("response")

@@ -15,11 +15,11 @@ import msgspec
 from firezone_tunnel.errors import ProtocolError
 
 Ref = int | str | None
-"""Upstream's peers count integers, the npm client strings: it goes back with the type it came in."""
+"""Upstream's peers use integers, the npm client strings: a reply keeps the type."""
 
 
 class MalformedFrame(ProtocolError):
-    """The text is no frame of this form. `is_truncated`: the JSON ends too early, as empty text does."""
+    """The text isn't a frame in this form. `is_truncated`: the JSON ends too early; empty text counts as that."""
 
     def __init__(self, message: str, *, is_truncated: bool = False) -> None:
         super().__init__(message)
@@ -68,7 +68,7 @@ def encode(frame: Frame, form: Form) -> bytes:
 def reply(frame: Frame, status: Literal["ok", "error"], response: object) -> Frame:
     """The answer to a frame: `phx_reply` with its topic and refs (spec, 1.6).
 
-    Upstream's peers take a join for done only if the response is the empty object.
+    Upstream's peers accept a join reply only if the response is the empty object.
     """
     return attrs.evolve(frame, event="phx_reply", payload={"status": status, "response": response})
 

@@ -1,6 +1,6 @@
 """The portal's side of a Phoenix socket (spec/portal-protocol.md, 1.5, 1.6): one topic, and a mailbox.
 
-Frames wait in the mailbox until the one before was dealt with: `next_message()` hands one out, `done()` frees the
+Frames wait in the mailbox until the previous frame is handled: `next_message()` returns a message, `done()` frees the
 socket for the next. So a handler may wait for a database and still sees its peer's messages in order.
 
     handle_text ─> mailbox ─> next_message ─> (handler) ─> accept_join / refuse_join / reply / push ─> done
@@ -45,7 +45,7 @@ class MessageReceived:
 
 @attrs.frozen
 class Left:
-    """The peer left the topic or joined it anew: the channel as it was is gone."""
+    """The peer left the topic or joined it again: the old channel is gone."""
 
 
 Delivery = JoinRequested | MessageReceived | Left
@@ -77,13 +77,13 @@ class ServerSocket:
 
     @property
     def is_full(self) -> bool:
-        """Whether so much waits in the mailbox that nothing more should be read from the peer."""
+        """Whether the mailbox is full, so that nothing more should be read from the peer."""
         return len(self._mailbox) >= MAILBOX_CAPACITY
 
     def handle_text(self, text: str, now: float) -> None:
         """One text frame from the peer.
 
-        Raises: ProtocolError, where it is no Phoenix frame: then the socket is to be closed.
+        Raises: ProtocolError if it isn't a Phoenix frame; the caller then closes the socket.
         """
         frame = decode(text, self._form)
         self._last_heard_at = now
@@ -93,7 +93,7 @@ class ServerSocket:
         self._mailbox.append(frame)
 
     def next_message(self) -> Delivery | None:
-        """What the handler is to deal with next; None while it is busy or there is nothing."""
+        """The next message for the handler; None while it is busy or the mailbox is empty."""
         while self._mailbox and not self._is_busy:
             delivery = self._deliver(self._mailbox.popleft())
             if delivery is not None:
@@ -102,7 +102,7 @@ class ServerSocket:
         return None
 
     def done(self) -> None:
-        """The handler is through with what `next_message` gave it."""
+        """The handler has finished with the message that `next_message` returned."""
         self._is_busy = False
 
     def accept_join(self, request: JoinRequested, event: str, payload: Any) -> None:
@@ -127,20 +127,20 @@ class ServerSocket:
         self._send(reply(message.frame, "error", {"reason": reason}))
 
     def push(self, event: str, payload: Any) -> None:
-        """Send an event; without a joined channel there is nobody to send it to, and it is dropped."""
+        """Send an event. It is dropped without a joined channel, and held while a join is handled."""
         if self._channel is _Channel.JOINED:
             self._send(Frame(topic=self._topic, event=event, payload=payload, ref=None, join_ref=self._join_ref))
         elif self._channel is _Channel.JOINING:
             self._held.append((event, payload))
 
     def close_channel(self) -> None:
-        """End the channel in good order: `phx_close`."""
+        """Close the channel: `phx_close`."""
         self.push("phx_close", {})
         self._channel = _Channel.ABSENT
         self._held.clear()
 
     def crash_channel(self) -> None:
-        """The handler failed: `phx_error`, and whatever was joined isn't any more."""
+        """The handler failed: send `phx_error` and end the channel."""
         self.push("phx_error", {})
         self._channel = _Channel.ABSENT
         self._held.clear()
@@ -151,11 +151,11 @@ class ServerSocket:
             yield self._transmits.popleft()
 
     def is_idle(self, now: float) -> bool:
-        """Whether nothing was heard for so long that the socket should be closed."""
+        """Whether the peer has been silent for so long that the socket should be closed."""
         return now >= self._last_heard_at + IDLE_TIMEOUT
 
     def _deliver(self, frame: Frame) -> Delivery | None:
-        """None: answered here."""
+        """None: it was answered here."""
         if frame.topic != self._topic or (self._channel is _Channel.ABSENT and frame.event != "phx_join"):
             self._send(reply(frame, "error", {"reason": "unmatched topic"}))
             return None

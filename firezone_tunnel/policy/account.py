@@ -1,4 +1,4 @@
-"""What the operator configures: sites, groups, actors, tokens, resources and the policies that join them."""
+"""The operator's configuration: sites, groups, actors, tokens, resources and the policies that join them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from firezone_tunnel.sansio import SocketAddress
 
 
 class PeerRole(enum.Enum):
-    """What a token admits, and what connects with it; the value is the Phoenix topic."""
+    """The role of a peer and of its token; the value is the Phoenix topic."""
 
     CLIENT = "client"
     GATEWAY = "gateway"
@@ -23,7 +23,7 @@ class PeerRole(enum.Enum):
 
 
 def token_hash(token: str) -> str:
-    """SHA3-256 in hex of a token's text: all that is kept of a token."""
+    """SHA3-256 of a token's text, in hex: the portal keeps nothing else of a token."""
     return hashlib.sha3_256(token.encode()).hexdigest()
 
 
@@ -78,7 +78,7 @@ class Resource:
 
     @property
     def reach(self) -> str:
-        """What a change of which ends every flow: what the resource is, and where (spec, 3.8)."""
+        """The resource's type and place, as one string: when it changes, all flows to the resource end (spec, 3.8)."""
         return "|".join((self.type, self.address, self.ip_stack or "", *self.sites))
 
 
@@ -103,7 +103,7 @@ class DnsSettings:
 
 @attrs.frozen
 class TurnServer:
-    """A standard TURN server with a user of its own; its realm is None where the server is to name it."""
+    """A standard TURN server and our user on it. A realm of None is the one that the server names."""
 
     id: str
     name: str
@@ -115,7 +115,7 @@ class TurnServer:
 
 @attrs.frozen
 class Account:
-    """Everything that is configured; each mapping is by id, `tokens` by hash."""
+    """The whole configuration. Mappings are by id, `tokens` by hash."""
 
     id: str
     name: str
@@ -130,7 +130,7 @@ class Account:
     turn_servers: Mapping[str, TurnServer] = attrs.field(factory=dict)
 
     def token(self, role: PeerRole, text: str, utc_now: float) -> Token | None:
-        """The token of this text, if it admits this role and has not expired."""
+        """The token with this text, if it is for this role and has not expired."""
         return self.live_token(role, token_hash(text), utc_now)
 
     def live_token(self, role: PeerRole, hash_: str, utc_now: float) -> Token | None:
@@ -140,7 +140,7 @@ class Account:
         return token
 
     def policies_for(self, actor: Actor, resource_id: str) -> Iterator[Policy]:
-        """The policies that may give this actor this resource, whatever their conditions say."""
+        """The policies that give this actor this resource, if their conditions hold."""
         for policy in self.policies:
             if policy.resource == resource_id and policy.group in actor.groups:
                 yield policy

@@ -29,7 +29,7 @@ _NAME_LENGTH = 255
 
 
 class Refused(Exception):
-    """No socket for this request: what to answer (RFC 9457, and `code`)."""
+    """The request gets no socket: the problem to answer with (RFC 9457, plus `code`)."""
 
     def __init__(self, status: int, code: str, detail: str, *, retry_after: int | None = None) -> None:
         super().__init__(detail)
@@ -49,13 +49,13 @@ class UpgradeRequest:
     remote_ip: str
 
     def parameter(self, *names: str) -> str | None:
-        """The first value of the first of these that is there."""
+        """The first value of the first of these parameters that is present."""
         return next((self.parameters[name][0] for name in names if self.parameters.get(name)), None)
 
 
 @attrs.frozen
 class Admitted:
-    """What every admitted socket has. `name` is None where the peer gave none."""
+    """An admitted socket. `name` is None if the peer sent no name."""
 
     role: PeerRole
     generation: Generation
@@ -111,7 +111,7 @@ def admit(account: Account, request: UpgradeRequest, utc_now: float) -> Admitted
 
 
 class _Invalid:
-    """How this generation is told that its parameters are wrong."""
+    """Makes the answer to invalid parameters, as the peer's generation expects it."""
 
     def __init__(self, generation: Generation) -> None:
         self._status = 422 if generation is Generation.V1 else 400
@@ -121,7 +121,7 @@ class _Invalid:
 
 
 def _token(account: Account, request: UpgradeRequest, role: PeerRole, utc_now: float) -> Token:
-    """The header comes first, then the query; whitespace in either is no part of the token."""
+    """The header takes precedence over the query. Whitespace is not part of the token."""
     scheme, _, header = request.headers.get("x-authorization", "").strip().partition(" ")
     text = "".join((header if scheme.lower() == "bearer" else "").split()) or request.parameter("token")
     if not text:

@@ -1,4 +1,4 @@
-"""What a changed configuration means for those who are connected and for what was granted (spec, 3.8, 3.13)."""
+"""How a changed configuration affects connected peers and granted flows (spec, 3.8, 3.13)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from firezone_tunnel.policy.flows import Flow, Grant, earlier, grant, visible_re
 
 @attrs.frozen
 class StoredFlow:
-    """A flow with what is known of its ends: the client's actor and last address, the gateway's site."""
+    """A flow with the client's actor and last address, and the gateway's site."""
 
     flow: Flow
     actor_id: str
@@ -26,7 +26,7 @@ class StoredFlow:
 
 
 def judge(account: Account, stored: StoredFlow, utc_now: float) -> Flow | None:
-    """The flow as it stands under this configuration: unchanged, under another policy, shorter, or None, ended."""
+    """The flow under this configuration: unchanged, under another policy, with an earlier end, or None if it ends."""
     flow = stored.flow
     token = account.live_token(PeerRole.CLIENT, flow.token_hash, utc_now)
     resource = account.resources.get(flow.resource_id)
@@ -45,7 +45,7 @@ def judge(account: Account, stored: StoredFlow, utc_now: float) -> Flow | None:
 
 
 def push_turn_servers(old: Account, new: Account, session: DeviceSession) -> None:
-    """Push which TURN servers are gone, and those that are there now."""
+    """Push the ids of removed TURN servers, and all present TURN servers."""
     if old.turn_servers == new.turn_servers or not session.agent.is_ours:
         return
     gone = [id_ for id_ in old.turn_servers if old.turn_servers[id_] != new.turn_servers.get(id_)]
@@ -53,14 +53,14 @@ def push_turn_servers(old: Account, new: Account, session: DeviceSession) -> Non
 
 
 def push_client_changes(old: Account, new: Account, session: DeviceSession, utc_now: float) -> None:
-    """Push what differs from what this client was told."""
+    """Push whatever differs from the client's view."""
     if old.dns != new.dns:
         session.socket.push("config_changed", {"interface": views.client_interface(session.device, new.dns)})
     push_resource_changes(new, session, utc_now)
 
 
 def push_resource_changes(account: Account, session: DeviceSession, utc_now: float) -> None:
-    """Push the resources that it gained, lost or that changed; time alone can do that too."""
+    """Push resources that were added, removed or changed for this client, by time-dependent policies too."""
     known, visible = session.resources, visible_resources(account, session, utc_now)
     session.resources = visible
     for id_ in known:
@@ -72,7 +72,7 @@ def push_resource_changes(account: Account, session: DeviceSession, utc_now: flo
 
 
 def push_gateway_changes(old: Account, new: Account, session: DeviceSession) -> None:
-    """Push resources of the gateway's site whose filters (or name) changed; a new address ended their flows."""
+    """Push resources of the gateway's site whose filters or name changed. A new address has ended their flows."""
     for resource in _changed_in_place(old, new):
         if session.device.identity.owner in resource.sites:
             session.socket.push("resource_updated", views.gateway_resource(resource))

@@ -20,14 +20,14 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @attrs.frozen
 class Circumstances:
-    """What the conditions are judged by."""
+    """The facts that conditions are evaluated against."""
 
     remote_ip: str
     utc_now: float
 
 
 class Condition(Protocol):
-    """One condition: whether it holds, and until when at the longest (unix time; None: no end known)."""
+    """A condition: whether it holds, and when it stops holding at the latest (unix time; None: no known end)."""
 
     @property
     def property_name(self) -> str: ...
@@ -65,7 +65,7 @@ class Window:
 
 @attrs.frozen
 class TimeWindows:
-    """Now is in one of these windows; adjoining ones count as one."""
+    """The current time is in one of these windows; adjoining windows count as one."""
 
     windows: tuple[Window, ...]
     property_name: str = "current_utc_datetime"
@@ -102,9 +102,9 @@ def _end_if_inside(window: Window, moment: float) -> float | None:
 def parse_condition(
     property_name: str, operator: str, values: Iterable[str], zone: Callable[[str], tzinfo]
 ) -> Condition:
-    """One condition as the portal's editors write it; `zone` finds a time zone by its name.
+    """Parse a condition in the notation of Firezone's portal; `zone` finds a time zone by its name.
 
-    Raises: ValueError, in words for the operator.
+    Raises: ValueError, with a message for the operator.
     """
     match property_name, operator:
         case "remote_ip", "is_in_cidr" | "is_not_in_cidr":

@@ -1,7 +1,7 @@
-"""What the portal derives for two devices that are to meet (spec/portal-protocol.md, 3.4, 3.6, 3.7).
+"""Credentials that the portal derives for two devices that connect (spec/portal-protocol.md, 3.4, 3.6, 3.7).
 
-Every derivation is deterministic: the same pair with the same keys gets the same credentials, and so recognises the
-connection it has. Public keys are the padded base64 text that goes over the wire.
+Every derivation is deterministic: the same pair with the same keys gets the same credentials, and so keeps its
+connection. Public keys are the padded base64 text that goes over the wire.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from firezone_tunnel.messages.common import IceCredentials, Relay
 from firezone_tunnel.relaying.credentials import stamp_password
 from firezone_tunnel.sansio import SocketAddress
 
-FOREVER = 2145916800  # 2038-01-01T00:00:00Z: what stands for "never expires" where a time must stand
+FOREVER = 2145916800  # 2038-01-01T00:00:00Z: stands for "never expires" in fields that need a time
 
 
 class PairCredentials(NamedTuple):
@@ -29,7 +29,7 @@ class PairCredentials(NamedTuple):
 
 
 class Party(NamedTuple):
-    """One end of a connection: its id, its public key and the secret that only the portal knows."""
+    """One end of a connection: its id, its public key and a secret that only the portal knows."""
 
     id: str
     public_key: str
@@ -67,7 +67,7 @@ def relay_credentials(
 
 
 def sign_reference(contents: Mapping[str, str], key: bytes) -> str:
-    """An opaque `ref` that comes back unchanged or not at all: base64url contents, a dot, their HMAC-SHA256."""
+    """An opaque, tamper-proof `ref`: base64url contents, a dot, their HMAC-SHA256."""
     body = _base64url(msgspec.json.encode(contents))
     return f"{body}.{_base64url(_mac(body, key))}"
 

@@ -17,7 +17,7 @@ from firezone_tunnel.sansio import Entropy
 
 @attrs.frozen
 class Identity:
-    """What makes a device the same one again: its owner (an actor or a site) and its own id."""
+    """Identifies a device across connections: its owner (an actor or a site) and its own id."""
 
     role: PeerRole
     owner: str
@@ -44,7 +44,7 @@ class Device:
 
 
 class PeerSocket(Protocol):
-    """How a decision reaches a connected peer. Nothing here waits, and nothing here fails."""
+    """The socket of a connected peer. Its methods neither wait nor fail."""
 
     def push(self, event: str, payload: Any) -> None: ...
 
@@ -52,7 +52,7 @@ class PeerSocket(Protocol):
         """Close the socket; the peer may come back."""
 
     def disconnect(self, reason: str) -> None:
-        """Push `disconnect` with this reason, which tells the peer to stay away, and close the socket."""
+        """Push `disconnect` with this reason, so that the peer stays away, and close the socket."""
 
 
 @attrs.define(eq=False)
@@ -66,9 +66,9 @@ class DeviceSession:
     socket: PeerSocket
     is_joined: bool = False
     relays: dict[str, str] = attrs.Factory(dict)
-    """What it was given: relay id to the stamp secret that its credentials were made from."""
+    """Its relays: relay id to the stamp secret that the credentials were derived from."""
     resources: dict[str, Mapping[str, Any]] = attrs.Factory(dict)
-    """A client's: what it was told, by id."""
+    """The resources that a client was sent, by id."""
 
     @property
     def role(self) -> PeerRole:

@@ -1,7 +1,7 @@
 """Who may reach what, and through which gateway (spec/portal-protocol.md, 3.8).
 
-A flow is the permission of one client for one resource at one gateway. Asked for a flow, the portal grants or refuses
-it, tells the gateway, waits for its word, and tells the client.
+A flow permits one client to reach one resource at one gateway. When a client requests a flow, the portal grants or
+refuses it, asks the gateway to admit the client, waits for its answer, and answers the client.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Reason = Literal["not_found", "offline", "forbidden", "version_mismatch"]
 
 @attrs.frozen
 class Grant:
-    """A policy that gives an actor a resource, and until when (unix time; None: no end)."""
+    """The policy that gives an actor a resource, and when that ends (unix time; None: never)."""
 
     policy_id: str
     expires_at: int | None
@@ -47,7 +47,7 @@ class Grant:
 
 @attrs.frozen
 class Flow:
-    """What is stored of a flow: there is one for each client, gateway and resource. `reach` is `Resource.reach`."""
+    """A flow as it is stored, one for each client, gateway and resource. `reach` is `Resource.reach`."""
 
     id: str
     client_id: str
@@ -80,9 +80,9 @@ class PendingFlow:
 def grant(
     account: Account, actor: Actor, resource: Resource, circumstances: Circumstances, *, preferred: str | None = None
 ) -> Grant | Failure:
-    """The conforming policy that lasts longest, or which properties stand in the way of all of them.
+    """The conforming policy that lasts longest, or the properties that violate the policies.
 
-    The policy `preferred`, if it conforms, comes before any other.
+    If the policy `preferred` conforms, it takes precedence.
     """
     grants: list[Grant] = []
     violated: dict[str, None] = {}
@@ -97,7 +97,7 @@ def grant(
 
 
 def visible_resources(account: Account, session: DeviceSession, utc_now: float) -> dict[str, Mapping[str, Any]]:
-    """What a client is told of: each resource that some policy gives it now, as its version reads it, by id."""
+    """The resources that a policy gives this client now, by id, as its version reads them."""
     actor = account.actors.get(session.device.identity.owner)
     circumstances = Circumstances(session.device.remote_ip, utc_now)
     visible: dict[str, Mapping[str, Any]] = {}
@@ -111,7 +111,7 @@ def visible_resources(account: Account, session: DeviceSession, utc_now: float) 
 
 
 class FlowAuthorizer:
-    """Decides about requests for flows and keeps those that wait for a gateway."""
+    """Grants or refuses flows, and keeps the requests that wait for a gateway."""
 
     def __init__(self, *, reference_key: bytes, ingest_key: bytes, entropy: Entropy) -> None:
         self._reference_key = reference_key
@@ -130,9 +130,9 @@ class FlowAuthorizer:
         now: float,
         utc_now: float,
     ) -> PendingFlow | Failure:
-        """Grant or refuse. A granted flow is to be stored, then `admit` tells the gateway.
+        """Grant or refuse a flow. The caller stores a granted flow and then calls `admit`.
 
-        A second request of a client for the same resource takes the place of the first.
+        A client's second request for the same resource replaces the first.
         """
         self._pending.pop((session.device.id, message.resource_id), None)
         resource = account.resources.get(message.resource_id)
@@ -161,7 +161,7 @@ class FlowAuthorizer:
         return pending
 
     def admit(self, account: Account, pending: PendingFlow) -> None:
-        """The flow is stored: ask the gateway to let the client in."""
+        """The flow is stored: ask the gateway to admit the client."""
         flow, client_, gateway = pending.flow, pending.client.device, pending.gateway
         credentials = ice_credentials(client_.party, gateway.device.party)
         payload = {
@@ -187,7 +187,7 @@ class FlowAuthorizer:
         gateway.socket.push(event, payload)
 
     def answered(self, gateway: DeviceSession, reference: str) -> PendingFlow | Literal["invalid_ref"] | None:
-        """The gateway let the client in. None: too late, or asked for anew in the meantime."""
+        """The gateway admitted the client. None: the request has timed out or was replaced."""
         contents = open_reference(reference, self._reference_key)
         if contents is None or contents["gateway"] != gateway.device.id:
             return "invalid_ref"
@@ -217,11 +217,11 @@ class FlowAuthorizer:
         views.push_to_client(pending.client, message)
 
     def forget(self, session: DeviceSession) -> None:
-        """This connection is gone: what it asked for needs no answer. What waits for it as a gateway times out."""
+        """Forget the requests of a connection that is gone. Requests that wait for it as a gateway time out."""
         self._pending = {key: one for key, one in self._pending.items() if one.client is not session}
 
     def discard(self, pending: PendingFlow) -> None:
-        """A request that could not be stored."""
+        """Drop a request whose flow could not be stored."""
         key = (pending.flow.client_id, pending.flow.resource_id)
         if self._pending.get(key) is pending:
             del self._pending[key]
@@ -230,7 +230,7 @@ class FlowAuthorizer:
         return earliest(Timeout(one.deadline, "gateway answers") for one in self._pending.values())
 
     def overdue(self, now: float) -> Iterator[PendingFlow]:
-        """Requests whose gateway did not answer in time; they are forgotten."""
+        """Remove and yield requests whose gateway did not answer in time."""
         for key, pending in list(self._pending.items()):
             if now >= pending.deadline:
                 del self._pending[key]
@@ -239,7 +239,7 @@ class FlowAuthorizer:
     def _choose_gateway(
         self, online: Sequence[DeviceSession], session: DeviceSession, connected: Sequence[str]
     ) -> DeviceSession | Failure:
-        """One that the client is connected to, if it qualifies; else any, at random."""
+        """A qualifying gateway that the client is connected to, else a random one."""
         if not online:
             return Failure("offline")
         is_v2 = session.generation is Generation.V2
@@ -290,7 +290,7 @@ class FlowAuthorizer:
 
 
 def earlier(one: int | None, other: int | None) -> int | None:
-    """The earlier of two ends, where None is no end."""
+    """The earlier of two ends; None means no end."""
     return min((end for end in (one, other) if end is not None), default=None)
 
 

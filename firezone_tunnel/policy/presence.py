@@ -8,23 +8,23 @@ from firezone_tunnel.policy.account import PeerRole
 from firezone_tunnel.policy.devices import DeviceSession
 
 SWAP_WINDOW = 60.0
-SWAPS_TOLERATED = 3  # more than these within the window: two hosts share an identity
+SWAPS_TOLERATED = 3  # more swaps within the window: two hosts share an identity
 
 
 class SwapCounter:
-    """How often a newer connection took the place of an older one of the same device."""
+    """Counts how often a newer connection of a device replaced an older one."""
 
     def __init__(self) -> None:
         self._swaps: dict[str, list[float]] = {}
 
     def note(self, id_: str, now: float) -> bool:
-        """Count one; True when they become too many, and then not again for a window."""
+        """Count a swap. True when there are too many, and then not again within the window."""
         recent = [at for at in self._swaps.get(id_, []) if now - at < SWAP_WINDOW]
         self._swaps[id_] = [*recent, now]
         return len(recent) == SWAPS_TOLERATED
 
     def forget_old(self, now: float) -> None:
-        """Drop counts that are out of date: called now and then."""
+        """Drop outdated counts. Called periodically."""
         self._swaps = {id_: ats for id_, ats in self._swaps.items() if now - ats[-1] < SWAP_WINDOW}
 
 
@@ -43,7 +43,7 @@ class Presence:
         return displaced
 
     def leave(self, session: DeviceSession) -> bool:
-        """False where a newer connection had taken its place."""
+        """False if a newer connection has replaced it."""
         session.is_joined = False
         if self._sessions.get(session.device.id) is not session:
             return False
@@ -64,7 +64,7 @@ class Presence:
         return session if session is not None and session.is_joined else None
 
     def connected(self, role: PeerRole, id_: str) -> DeviceSession | None:
-        """The session of this device, joined or about to join: what is pushed then waits for the join."""
+        """The session of this device, joined or about to join. Pushes wait for the join."""
         session = self._sessions.get(id_)
         return session if session is not None and session.role is role else None
 

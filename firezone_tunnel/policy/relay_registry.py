@@ -1,4 +1,4 @@
-"""Which relays are there, who gets which, and when to tell (spec/portal-protocol.md, 3.3, 3.4, 4.4)."""
+"""The joined relays, their assignment to peers, and updates (spec/portal-protocol.md, 3.3, 3.4, 4.4)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RelaySession:
 
 
 class RelayRegistry:
-    """The joined relays; a change of them is told after a second, so that a burst or a flap is told once or never."""
+    """The joined relays. Changes are announced after a second, so that a burst is announced once and a flap never."""
 
     def __init__(self) -> None:
         self._relays: dict[str, RelaySession] = {}
@@ -36,11 +36,11 @@ class RelayRegistry:
         self._urgent = False
 
     def join(self, relay: RelaySession, now: float) -> RelaySession | None:
-        """A relay joined; returns the older connection of the same relay, to be closed."""
+        """Add a relay. Returns the older connection of the same relay, which the caller closes."""
         displaced = self._relays.get(relay.id)
         self._relays[relay.id] = relay
         self._changed(now)
-        # Whoever has no relay at all, or credentials that the restarted relay refuses, is told at once.
+        # Peers without any relay, or with credentials that the restarted relay refuses, get an update at once.
         self._urgent = True
         return displaced if displaced is not relay else None
 
@@ -53,10 +53,10 @@ class RelayRegistry:
         return list(self._relays.values())
 
     def assign(self, session: DeviceSession) -> list[Relay]:
-        """Choose at most two relays for a client or gateway, remember them in its session, and make credentials.
+        """Choose up to two relays for a client or gateway, remember them in its session, and derive credentials.
 
-        A dual-stack relay is two adjacent entries. The choice depends on nothing but who asks and who is there, so a
-        device that reconnects gets the relays it has.
+        A dual-stack relay is two adjacent entries. The choice depends only on the device and the joined relays, so a
+        device that reconnects gets the same relays.
         """
         chosen = self._choose(session)
         session.relays = {relay.id: relay.stamp_secret for relay in chosen}
@@ -76,7 +76,7 @@ class RelayRegistry:
         ]
 
     def urgent_updates(self, sessions: list[DeviceSession]) -> list[tuple[DeviceSession, RelaysPresence]]:
-        """What can't wait for the debounce: a relay is back with another secret, or somebody had none at all."""
+        """Updates that can't wait for the debounce: a relay is back with another secret, or a peer had none."""
         if not self._urgent:
             return []
         self._urgent = False
@@ -86,7 +86,7 @@ class RelayRegistry:
         return None if self._settles_at is None else Timeout(self._settles_at, "relays settled")
 
     def settled_updates(self, sessions: list[DeviceSession], now: float) -> list[tuple[DeviceSession, RelaysPresence]]:
-        """Once the debounce is over: who has a relay that is gone, or too few, and what to tell each of them."""
+        """Once the debounce is over: the updates for peers with a relay that is gone, or with too few."""
         if self._settles_at is None or now < self._settles_at:
             return []
         self._settles_at = None
@@ -107,7 +107,7 @@ class RelayRegistry:
         return any(id_ in self._relays and not self._is_good(id_, secret) for id_, secret in session.relays.items())
 
     def _choose(self, session: DeviceSession) -> list[RelaySession]:
-        """Those it has and that are still good stay; the others by rendezvous hashing: even, and stable."""
+        """Keep the relays that are still valid; choose the others by rendezvous hashing, which is even and stable."""
 
         def rank(relay: RelaySession) -> tuple[bool, bytes]:
             is_kept = session.relays.get(relay.id) == relay.stamp_secret

@@ -1,4 +1,4 @@
-"""The portal's TOML file: read it into an `Account`, or say in one sentence what is wrong, and on which line."""
+"""Reads the portal's TOML file into an `Account`. An error is one sentence with the line number."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
 class SeedContext(NamedTuple):
-    """What lies outside the file: the text of another file, a time zone by its name. Both may raise ValueError."""
+    """Access to files and time zones that the seed file names. Both may raise ValueError."""
 
     read_file: Callable[[str], str]
     time_zone: Callable[[str], tzinfo]
@@ -59,7 +59,7 @@ def parse_seed(text: str, context: SeedContext) -> Account:
 
 
 class _Table(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    """A table of the file; an unknown key is a mistake, most likely of spelling."""
+    """A table of the file. An unknown key is an error, most likely a typo."""
 
 
 class _AccountTable(_Table, frozen=True, kw_only=True):
@@ -148,7 +148,7 @@ _P = ParamSpec("_P")
 
 
 class _Reader:
-    """One file on its way to an account; `_fail` knows which table is being read."""
+    """Reads one file. `_at` is the table being read, for error messages."""
 
     def __init__(self, text: str, context: SeedContext) -> None:
         self._text = text
@@ -338,7 +338,7 @@ class _Reader:
 
 
 def _address(table: _ResourceTable) -> str:
-    """The address in the form that goes over the wire."""
+    """The address in its wire form."""
     if table.type == "internet":
         if table.address:
             raise ValueError("an internet resource has no address")
@@ -405,7 +405,7 @@ def _resolver(text: str) -> tuple[str, int]:
 
 
 def _line_of(text: str, kind: str, number: int) -> int | None:
-    """The line of the n-th `[kind]` or `[[kind]]`, where the file writes it as a header."""
+    """The line of the n-th `[kind]` or `[[kind]]` header; None if the file has no such header."""
     header = re.compile(rf"\s*\[\[?\s*{re.escape(kind)}\s*\]\]?\s*(?:#.*)?")
     lines = [place for place, line in enumerate(text.splitlines(), 1) if header.fullmatch(line)]
     return lines[number] if number < len(lines) else None

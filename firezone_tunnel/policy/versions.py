@@ -1,4 +1,4 @@
-"""What a User-Agent says about the program, and what follows from its version (spec/portal-protocol.md, 1.2, 3.9)."""
+"""The program and version in a User-Agent, and version rules (spec/portal-protocol.md, 1.2, 3.9)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 _COMPONENTS = ("connlib", "relay", "headless-client", "gui-client", "apple-client", "android-client", "gateway")
 _SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
 
-# From these on a client reads `sites` and `site_id` instead of `gateway_groups` and `gateway_group_id`.
+# From these versions on, a client reads `sites` and `site_id` instead of `gateway_groups` and `gateway_group_id`.
 _KNOWS_SITES = {
     "apple-client": (1, 5, 11),
     "headless-client": (1, 5, 6),
@@ -27,7 +27,7 @@ class Version(NamedTuple):
 
 
 class UserAgent(NamedTuple):
-    """`version` is None where what follows the slash is no semantic version; `is_ours` says that it is this program."""
+    """`version` is None if it isn't a semantic version. `is_ours`: the peer is this program."""
 
     component: str
     version: Version | None
@@ -44,7 +44,7 @@ class UserAgent(NamedTuple):
 
 
 def parse_user_agent(user_agent: str) -> UserAgent | None:
-    """The first token such as `connlib/1.5.3` or `gateway/1.6.1`; None where there is none."""
+    """Parse the first token such as `connlib/1.5.3` or `gateway/1.6.1`; None if there is none."""
     for token in user_agent.split(" "):
         component, slash, text = token.partition("/")
         if slash and component in _COMPONENTS:
@@ -55,7 +55,7 @@ def parse_user_agent(user_agent: str) -> UserAgent | None:
 
 
 def is_compatible(client: Version | None, gateway: Version | None, *, minor_window: bool) -> bool:
-    """Whether this client may be sent to this gateway.
+    """Whether this client may connect to this gateway.
 
     `minor_window` adds V2's rule: at most one minor version apart.
     """

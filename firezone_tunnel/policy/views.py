@@ -1,4 +1,4 @@
-"""How peers see the configuration: payloads as each role, generation and version reads them (spec, 2.0)."""
+"""The configuration as payloads for each role, generation and version (spec, 2.0)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from firezone_tunnel.policy.derived_credentials import FOREVER
 from firezone_tunnel.policy.devices import Device, DeviceSession
 
 _DNS_PORT = 53
-# An interval of 0: no upload, so the URL is never asked, but it must be one.
+# An interval of 0 disables the upload. The URL is never requested, but must be valid.
 _FLOW_LOGS = FlowLogs(api_url="https://flow-logs.invalid/", upload_interval_secs=0, upload_batch_size=0)
 
 
 def client_resource(account: Account, resource: Resource, session: DeviceSession) -> dict[str, Any] | None:
-    """A resource as this client reads it; None where its version can't."""
+    """A resource as this client's version reads it; None if it can't."""
     if resource.type == "internet" and not session.agent.knows_internet_resource:
         return None
     sites = [{"id": account.sites[id_].id, "name": account.sites[id_].name} for id_ in resource.sites]
@@ -75,7 +75,7 @@ def client_interface(device: Device, dns: DnsSettings) -> dict[str, Any]:
 
 
 def client_init(account: Account, session: DeviceSession, relays: Sequence[Relay]) -> dict[str, Any]:
-    """The payload of a client's `init`; its resources are those that the session holds."""
+    """The payload of a client's `init`, with the resources of its session."""
     return {
         "interface": client_interface(session.device, account.dns),
         "resources": list(session.resources.values()),
@@ -99,7 +99,7 @@ def gateway_init(
 
 
 def turn_servers(account: Account, session: DeviceSession) -> list[Relay]:
-    """Standard TURN servers, which upstream's peers don't speak to: they come on top of the relays (decision 4)."""
+    """Standard TURN servers, in addition to the relays, for our own peers only (decision 4)."""
     if not session.agent.is_ours:
         return []
     return [

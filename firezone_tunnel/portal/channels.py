@@ -1,4 +1,4 @@
-"""What clients, gateways and relays say, and what happens then. One channel for each connection."""
+"""Handles the messages of clients, gateways and relays. Each connection has one handler."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _M = TypeVar("_M", bound=PortalMessage)
 
 @attrs.frozen
 class JoinAccepted:
-    """Let it join, and push this first."""
+    """Accept the join, and push this event first."""
 
     event: str
     payload: Any
@@ -42,16 +42,16 @@ class JoinRefused:
 
 
 class UnknownMessage(Exception):
-    """A message that this role doesn't send, or not like this (spec, 2.8)."""
+    """A message that this role doesn't send, or a malformed one (spec, 2.8)."""
 
 
 class ChannelHandler(Protocol):
-    """What a role does with its messages; the caller gives it one at a time."""
+    """Handles a role's messages. The caller passes one at a time."""
 
     async def join(self, request: JoinRequested) -> JoinAccepted | JoinRefused: ...
 
     async def handle(self, message: MessageReceived) -> str | None:
-        """Deal with a message; returns a reason to refuse it.
+        """Handle a message. Returns the reason if it is refused.
 
         Raises: Unknown; PlatformError.
         """
@@ -115,7 +115,7 @@ class ClientChannel:
             state.flows.discard(answer)
             raise
         if state.presence.connected(PeerRole.CLIENT, session.device.id) is not session:
-            state.flows.discard(answer)  # it is gone, or a newer connection took its place
+            state.flows.discard(answer)  # it is gone, or a newer connection has replaced it
             return
         log.info("portal:flow_granted", cid=session.device.id, gid=answer.flow.gateway_id, rid=message.resource_id)
         state.flows.admit(state.account, answer)
@@ -203,7 +203,7 @@ class RelayChannel:
 
 
 def refuse_flow(session: DeviceSession, resource_id: str, failure: Failure) -> None:
-    """Tell a client that it gets no flow, and why."""
+    """Push the refusal of a flow and its reason to the client."""
     log.info("portal:flow_refused", cid=session.device.id, rid=resource_id, reason=failure.reason)
     message = client.FlowCreationFailed(
         resource_id=resource_id, reason=failure.reason, violated_properties=list(failure.violated)
@@ -212,7 +212,7 @@ def refuse_flow(session: DeviceSession, resource_id: str, failure: Failure) -> N
 
 
 async def current_authorizations(state: PortalState, session: DeviceSession) -> list[Authorization]:
-    """What is granted at this gateway: one entry for each client and resource."""
+    """The flows at this gateway: one entry for each client and resource."""
     flows = await state.store.flows_of_gateway(session.device.id, state.utc_now())
     return [
         Authorization(client_id=flow.client_id, resource_id=flow.resource_id, expires_at=flow.expires_at)
@@ -227,7 +227,7 @@ def _handle_common(state: PortalState, session: DeviceSession, message: MessageR
             connected = [*state.relays.assign(session), *views.turn_servers(state.account, session)]
             views.push_relays(session, RelaysPresence(disconnected_ids=[], connected=connected))
         case "set_snownet_capabilities":
-            _read(SnownetCapabilities, message.payload)  # well-formed or not; nothing here depends on what it says
+            _read(SnownetCapabilities, message.payload)  # only validated: the portal doesn't use it
         case _:
             raise UnknownMessage(message.event)
 

@@ -1,4 +1,4 @@
-"""The portal at work: admits connections, applies changes of the configuration, and sees to what time brings."""
+"""Admits connections, applies configuration changes, and handles timeouts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Hub:
         self._idle_check_at = state.now() + _IDLE_CHECK_INTERVAL
 
     async def register(self, request: UpgradeRequest) -> Registered:
-        """Decide about an upgrade request and make sure that the device is stored.
+        """Decide about an upgrade request and store the device.
 
         Raises: Refused.
         """
@@ -85,13 +85,13 @@ class Hub:
         return registered
 
     def open(self, registered: Registered, web_socket: WebSocket) -> WebSocketConnection:
-        """The WebSocket of a welcome request is up."""
+        """The WebSocket of a registered peer is open."""
         if isinstance(registered, RegisteredRelay):
             return self._open_relay(registered, web_socket)
         return self._open_device(registered, web_socket)
 
     async def apply(self, account: Account) -> None:
-        """Replace the configuration, end what it no longer allows, and tell everyone connected what changed.
+        """Replace the configuration, end what it no longer allows, and push the changes to connected peers.
 
         Raises: PlatformError.
         """
@@ -115,8 +115,8 @@ class Hub:
     async def review_flows(self) -> None:
         """End or shorten stored flows that the configuration no longer allows as they are.
 
-        Gateways are told before anything else is awaited: a flow that is granted from here on is told after that.
-        What the store doesn't learn because the process ends, it learns at the next start.
+        Gateways are notified before anything else is awaited, so a flow that is granted meanwhile is pushed after that.
+        If the process ends before the store is updated, the next start updates it.
 
         Raises: PlatformError.
         """
@@ -167,7 +167,7 @@ class Hub:
             await self._sweep(now)
 
     def close_all(self) -> None:
-        """Close every WebSocket so that its peer soon comes back."""
+        """Close every WebSocket in a way that makes its peer reconnect soon."""
         for connection in list(self._peers):
             connection.close(is_failure=True)
 
@@ -234,7 +234,7 @@ class Hub:
         self._on_timeout_changed()
 
     def _handled(self) -> None:
-        """A mailbox was dealt with, which may have changed anything."""
+        """A mailbox was emptied, which may have changed anything."""
         for session, presence in self._state.relays.urgent_updates(self._relay_users()):
             views.push_relays(session, presence)
         self._on_timeout_changed()
@@ -243,7 +243,7 @@ class Hub:
         return [session for session in self._state.presence.all() if session.is_joined]
 
     def _check_tokens(self) -> None:
-        """Say goodbye for good to whoever's token has expired, is gone or is somebody else's."""
+        """Disconnect for good peers whose token has expired, was removed or has another owner."""
         state, utc_now = self._state, self._state.utc_now()
         first: int | None = None
         for peer in list(self._peers.values()):

@@ -12,7 +12,7 @@ from firezone_tunnel.sansio import SocketAddress
 
 
 class Options(CommonOptions):
-    """The seed file says who may reach what; SIGHUP re-reads it."""
+    """The seed file defines who may reach what; SIGHUP reloads it."""
 
     settings = (
         Setting(

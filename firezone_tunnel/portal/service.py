@@ -34,7 +34,7 @@ _PEM_BEGIN = "-----BEGIN CERTIFICATE-----"
 
 
 class PortalService(Service):
-    """Serves what `seed_path` says on `listen`; `reload()` reads it anew.
+    """Serves the configuration in `seed_path` on `listen`; `reload()` rereads the file.
 
     `ready` fires with the listening port, or fails with a FirezoneError in one sentence.
     """
@@ -63,7 +63,7 @@ class PortalService(Service):
         self._store = Store(reactor, database, entropy)
         self._entropy = entropy
         self._clocks = (now, utc_now)
-        self._lock = DeferredLock()  # a start that is under way is finished before it is stopped
+        self._lock = DeferredLock()  # a stop waits for a start in progress
         self._port: IListeningPort | None = None
         self._timer: BoottimeTimer | None = None
 
@@ -77,7 +77,7 @@ class PortalService(Service):
         return self._lock.run(lambda: Deferred.fromCoroutine(self._stop()))
 
     def reload(self) -> Deferred[bool]:
-        """Read the seed file anew and tell everyone what changed; False: it has a mistake, and nothing changed."""
+        """Reread the seed file and push the changes to the peers. False: it is invalid, and nothing has changed."""
         return Deferred.fromCoroutine(self._reload())
 
     async def _start(self) -> IListeningPort:
@@ -119,20 +119,20 @@ class PortalService(Service):
             return False
         try:
             await self.hub.apply(account)
-        except PlatformError as error:  # told to everyone, and what is stored is reviewed again at the next start
+        except PlatformError as error:  # peers know already; the next start reviews the store again
             log.error("portal:store_failed", reason=one_line(error))
             return False
         log.info("portal:seed_reloaded", path=self._seed_path)
         return True
 
     def handle_timeout(self) -> None:
-        """A deadline has passed: called by the timer, and by tests that move the clock."""
+        """A deadline has passed. Called by the timer, and by tests that move the clock."""
         assert self.hub is not None
         work = Deferred.fromCoroutine(self.hub.handle_timeout(self._clocks[0]()))
         work.addErrback(self._log_failure).addCallback(lambda _: self._set_timer())
 
     def _log_failure(self, failure: Failure) -> None:
-        """A service's boundary: whatever a deadline's work fails in, the next deadline comes."""
+        """A service's boundary: a failure must not stop later deadlines."""
         log.error("portal:timeout_failed", reason=failure.getErrorMessage(), traceback=failure.getTraceback())
 
     def _set_timer(self) -> None:
@@ -153,7 +153,7 @@ class PortalService(Service):
 
 
 def load_seed(path: str) -> Account:
-    """Read and understand the seed file.
+    """Read and parse the seed file.
 
     Raises: ConfigurationError, naming the file.
     """

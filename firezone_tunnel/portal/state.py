@@ -1,4 +1,4 @@
-"""What all connections of one portal share: the configuration, who is there, what is stored."""
+"""The state that all connections of a portal share: configuration, connected peers, store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from firezone_tunnel.sansio import Entropy
 
 @attrs.define(eq=False)
 class PortalState:
-    """`account` is replaced as a whole when the seed is read anew; `now` and `utc_now` are the clocks."""
+    """`account` is replaced as a whole when the seed is reloaded; `now` and `utc_now` are the clocks."""
 
     account: Account
     store: Store
@@ -31,7 +31,7 @@ class PortalState:
     relays: RelayRegistry = attrs.Factory(RelayRegistry)
 
     def displace(self, id_: str, socket: PeerSocket) -> None:
-        """A newer connection of the same device or relay took over: close the older one (decision 25)."""
+        """Close the older connection of a device or relay that a newer one replaced (decision 25)."""
         if self.swaps.note(id_, self.now()):
             log.warning("portal:identity_shared", device=id_, advice="two hosts share one identity: give each its own")
         socket.close()

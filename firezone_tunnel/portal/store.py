@@ -1,6 +1,6 @@
-"""What must survive the process: devices, relays, granted flows and the portal's own secrets.
+"""The persistent store: devices, relays, granted flows and the portal's own secrets.
 
-SQLAlchemy Core in one thread, which makes the order of the calls the order of the transactions. Every call that
+SQLAlchemy Core in one thread, so transactions run in the order of the calls. Every call that
 returns has committed: WAL with synchronous=FULL, so that neither a kill nor a power cut takes it back.
 """
 
@@ -96,7 +96,7 @@ class Store:
         self._engine: sa.Engine | None = None
 
     def open(self) -> Deferred[None]:
-        """Create the file or bring it up to date.
+        """Create or migrate the file.
 
         Raises: PlatformError; InUseError, where another portal has it open.
         """
@@ -104,14 +104,14 @@ class Store:
         return self._in_thread(self._open)
 
     async def close(self) -> None:
-        """Finish what was begun and let go of the file."""
+        """Finish pending work and release the file."""
         if not self._pool.started:
             return
         await self._in_thread(self._close)
         self._pool.stop()
 
     def secret(self, name: str) -> Deferred[bytes]:
-        """A random key of this portal, made when it is first asked for."""
+        """A random key of this portal, created on first use."""
 
         def work(connection: sa.Connection) -> bytes:
             found = connection.execute(sa.select(_SECRETS.c.value).where(_SECRETS.c.name == name)).scalar()
@@ -123,7 +123,7 @@ class Store:
         return self._transact(work)
 
     def upsert_device(self, admitted: AdmittedDevice, utc_now: float) -> Deferred[Device]:
-        """The device of this identity as it is now: made at the first sight of it, else brought up to date."""
+        """The device with this identity, created or updated."""
         return self._transact(lambda connection: self._upsert_device(connection, admitted, utc_now))
 
     def upsert_relay(self, admitted: AdmittedRelay, utc_now: float) -> Deferred[str]:
@@ -142,7 +142,7 @@ class Store:
         return self._transact(work)
 
     def put_flow(self, flow: Flow) -> Deferred[None]:
-        """Store a flow in the place of an earlier one of the same client, gateway and resource."""
+        """Store a flow, replacing an earlier one for the same client, gateway and resource."""
 
         def work(connection: sa.Connection) -> None:
             values = {column.name: getattr(flow, column.name) for column in _FLOWS.columns}
@@ -153,7 +153,7 @@ class Store:
         return self._transact(work)
 
     def update_flow(self, flow: Flow) -> Deferred[None]:
-        """Change the policy and the end of a stored flow, unless another has taken its place."""
+        """Change the policy and the end of a stored flow, unless another has replaced it."""
 
         def work(connection: sa.Connection) -> None:
             values = {"policy_id": flow.policy_id, "expires_at": flow.expires_at}
@@ -175,7 +175,7 @@ class Store:
         return self._transact(work)
 
     def flows_of_gateway(self, gateway_id: str, utc_now: float) -> Deferred[list[Flow]]:
-        """Those that have not expired, oldest first."""
+        """The gateway's flows that have not expired, oldest first."""
         alive = sa.or_(_FLOWS.c.expires_at.is_(None), _FLOWS.c.expires_at > int(utc_now))
         statement = sa.select(_FLOWS).where(_FLOWS.c.gateway_id == gateway_id, alive).order_by(_FLOWS.c.created_at)
         return self._transact(lambda connection: [_flow(row) for row in connection.execute(statement)])
@@ -274,7 +274,7 @@ class Store:
 
 
 def _lock(path: str) -> int:
-    """Make the file, readable to its owner only, and hold it: presence is in one process's memory."""
+    """Create the file, readable only by its owner, and lock it: presence is in one process's memory."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -302,7 +302,7 @@ _SENTENCES = {
 
 
 def _explain(path: str, error: Exception) -> PlatformError:
-    """One sentence: what is wrong with the database, and what to do."""
+    """One sentence: what is wrong with the database, and how to fix it."""
     if isinstance(error, OSError):
         advice = (
             "free some space" if error.errno == errno.ENOSPC else "choose another --database, or change its permissions"

@@ -32,7 +32,7 @@ _GOING_AWAY_LATER = 1012  # "service restart": come back soon (RFC 6455's regist
 
 @implementer(IPushProducer)
 class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn has no types
-    """One HTTP request, which becomes a WebSocket or is answered and closed."""
+    """One HTTP request, which is upgraded to a WebSocket or refused."""
 
     log = _NO_LOG
     factory: PortalFactory
@@ -76,7 +76,7 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
             connection.lost()
 
     def send(self, text: bytes) -> None:
-        """Send one text frame; a peer that doesn't read is cut off once too much waits for it."""
+        """Send a text frame. A peer that doesn't read is disconnected when its backlog is too long."""
         if not self._is_congested:
             self.sendMessage(text)
             return
@@ -86,7 +86,7 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
             self.dropConnection(abort=True)
 
     def close(self, *, is_failure: bool = False) -> None:
-        """Close the WebSocket: normally, or so that the peer comes back soon."""
+        """Close the WebSocket: normally, or (`is_failure`) so that the peer reconnects soon."""
         if self.state != self.STATE_OPEN:
             return
         if is_failure:
@@ -122,7 +122,7 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
         super().dropConnection(abort)
 
     def processHandshake(self) -> None:
-        """Autobahn itself would collect headers without end."""
+        """Limit the header: Autobahn has no limit."""
         if len(self.data) > _HEADER_LIMIT and b"\r\n\r\n" not in self.data[:_HEADER_LIMIT]:
             self.failHandshake("The request's header is too large.", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             return

@@ -1,4 +1,4 @@
-"""One open WebSocket: its Phoenix socket, its channel, and the loop that deals with its mailbox."""
+"""One open WebSocket: its Phoenix socket, its channel, and the loop that empties its mailbox."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from firezone_tunnel.portal.channels import ChannelHandler, JoinAccepted, Unknow
 
 
 class WebSocket(Protocol):
-    """What a connection needs of its WebSocket."""
+    """The WebSocket of a connection."""
 
     def send(self, text: bytes) -> None: ...
 
@@ -26,7 +26,7 @@ class WebSocket(Protocol):
 
 
 class WebSocketConnection:
-    """A peer's socket; for the policy it is an `PeerSocket`."""
+    """A peer's connection; implements `PeerSocket`."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class WebSocketConnection:
             self.close()
 
     def lost(self) -> None:
-        """The WebSocket is gone, whoever closed it."""
+        """The WebSocket is closed, by either side."""
         self._is_closed = True
         self._on_lost()
 
@@ -104,7 +104,7 @@ class WebSocketConnection:
         self._on_handled()
 
     async def _deal_with(self, delivery: Delivery) -> None:
-        """A service's boundary: whatever fails in here ends this connection, and nothing else."""
+        """A service's boundary: a failure ends this connection, and nothing else."""
         assert self.channel is not None
         try:
             if isinstance(delivery, Left):
@@ -121,7 +121,7 @@ class WebSocketConnection:
             self._crash(delivery)
 
     def _work_failed(self, failure: Failure) -> None:
-        """Over the socket itself: without it there is nobody to tell."""
+        """The socket itself failed: close without a message."""
         self._log_crash(failure)
         self.close(is_failure=True)
 

@@ -1,4 +1,4 @@
-"""What a relay is told. All but its portal are plain values, which go to workers as JSON."""
+"""A relay's configuration: plain values, which are sent to its workers as JSON."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _STAMP_SECRET_SIZE = 32  # spec/gateway-and-relay.md, 6.2
 
 @attrs.frozen
 class EngineConfig:
-    """What an `Engine` needs to know."""
+    """The configuration of an `Engine`."""
 
     relaying: RelayConfig
     bind_ipv4: str = "0.0.0.0"
     bind_ipv6: str = "::"
     own_hosts: tuple[str, ...] = ()
-    """Addresses of this host, which nobody may reach through it."""
+    """Addresses of this host, which users may not reach through the relay."""
     allow_peers: tuple[str, ...] = ()
-    """Networks that are special, and relayed to all the same."""
+    """Special-purpose networks to which the relay relays nevertheless."""
     drain_time: float = DRAIN_TIME
 
     def bind_host(self, family: int) -> str:
@@ -38,7 +38,7 @@ class EngineConfig:
 
     def policy(self) -> PeerPolicy:
         """
-        Raises: ValueError for what is no address or network.
+        Raises: ValueError for an invalid address or network.
         """
         allow: list[Network] = [ipaddress.ip_network(network) for network in self.allow_peers]
         return PeerPolicy(
@@ -52,9 +52,9 @@ class EngineConfig:
 
 @attrs.frozen(repr=False)
 class Secrets:
-    """What credentials are checked with, and nonces; the same in each worker.
+    """The secrets behind credentials and nonces, the same in each worker.
 
-    With `users`, passwords by name, these and nobody else are served; else whoever the stamp secret made a name for.
+    With `users` (passwords by name), the relay serves these users only; else holders of names derived from the secret.
     """
 
     stamp_secret: str

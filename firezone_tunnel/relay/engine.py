@@ -1,4 +1,4 @@
-"""The relay's core at work: with its sockets, its timer, and what it says of itself in the log."""
+"""Runs the relay's core with its sockets, its timer and its log messages."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Engine:
         sockets: Sequence[socket.socket],
         failed: Callable[[FirezoneError], object],
     ) -> None:
-        """`sockets` are bound and become ours, one of each family served; `failed(error)` is called when it breaks.
+        """`sockets` are bound, one for each family; the engine owns them. `failed(error)` is called on a fatal error.
 
-        Raises: ValueError for a configuration that makes no sense.
+        Raises: ValueError for an invalid configuration.
         """
         self._reactor = reactor
         self._config = config
@@ -57,7 +57,7 @@ class Engine:
             nonce_key=secrets.nonce_key,
         )
         self._buffer = receive_buffer()
-        # Datagrams must leave from the address that was told: not from whichever the route would choose.
+        # Datagrams must leave from the announced address, not from the one that the route selects.
         relayed = {family: host if is_bindable(host) else config.bind_host(family) for family, host in hosts.items()}
         self._ports = AllocationPorts(reactor, relayed, self._buffer, self._peer_received, self._crashed)
         self._listening: dict[bool, UdpTransport] = {}
@@ -73,9 +73,9 @@ class Engine:
         return bool(self._listening)
 
     def start(self) -> Deferred[None]:
-        """Fires once it serves: it does when this returns.
+        """Fires once it serves, which it does when this returns.
 
-        Raises: OSError, where the process is out of file descriptors.
+        Raises: OSError if the process is out of file descriptors.
         """
         self._timer = BoottimeTimer(self._reactor, self._timed_out)
         for one in self._sockets:
@@ -94,7 +94,7 @@ class Engine:
         return succeed(None)
 
     def stop(self) -> Deferred[None]:
-        """Serve those who are there until they have gone elsewhere, or the drain time is over; then fire.
+        """Serve present clients until they have moved to another relay, or the drain time is over; then fire.
 
         May be called more than once.
         """
@@ -105,13 +105,13 @@ class Engine:
         return done
 
     def stop_draining(self) -> None:
-        """Drain no longer, or not at all."""
+        """Stop draining, or don't start."""
         self._skips_drain = True
         drained, self._drained = self._drained, None
         if drained is not None:
             drained.callback(None)
 
-    # What follows is called by the sockets and the timer.
+    # The sockets and the timer call the methods below.
 
     def client_received(self, batch: DatagramBatch) -> None:
         with self._boundary:
@@ -136,7 +136,7 @@ class Engine:
         self._failed(PlatformError(f"The relay failed: {reason.getErrorMessage()}"))
 
     def _settle(self) -> None:
-        """Carry out what the core wants; opening a port makes it want to answer."""
+        """Execute the core's transmits and commands. Opening a port makes it answer."""
         server, listening, ports = self._server, self._listening, self._ports
         while True:
             for transmit in server.transmits():
@@ -201,7 +201,7 @@ class Engine:
 
 
 class Report:
-    """Writes to the log, every ten seconds, what has changed; nothing while nothing happens."""
+    """Logs changes every ten seconds, and nothing while nothing changes."""
 
     def __init__(self, reactor: Any, server: RelayServer) -> None:
         self._reactor = reactor
@@ -215,7 +215,7 @@ class Report:
         self._timer = self._reactor.callLater(STATISTICS_INTERVAL, self._write)
 
     def stop(self) -> None:
-        """Say what was not said yet."""
+        """Log what has not been logged yet."""
         timer, self._timer = self._timer, None
         if timer is not None and timer.active():
             timer.cancel()
@@ -232,7 +232,7 @@ class Report:
         self._advise()
 
     def _advise(self) -> None:
-        """Peers that are denied for being private may be what the relay is there for: who runs it can allow them."""
+        """Refused private peers may be what the relay is for: the operator can allow them."""
         now = self._reactor.seconds()
         for network, count in self._server.counters.private_peers.items():
             is_due = now - self._advised.get(network, float("-inf")) >= REPEAT_ADVICE_AFTER

@@ -1,4 +1,4 @@
-"""The sockets that clients talk to: one for each worker and address family."""
+"""The listening sockets: one for each worker and address family."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from firezone_tunnel.udp.sockets import bind
 def bind_listening(config: EngineConfig, port: int) -> list[list[socket.socket]]:
     """For each worker a list with a socket of each family.
 
-    Those of one family share the port: the kernel gives all datagrams of one sender to the same of them, for as long
-    as none is closed or added (decision 24).
+    The sockets of a family share the port. The kernel gives all datagrams of a sender to the same socket, as long as
+    no socket is closed or added (decision 24).
 
     Raises: PlatformError.
     """

@@ -173,7 +173,7 @@ class Application(ApplicationService):
         self._relay.ready.addCallback(lambda _: self.process.ready())
         error = await self._relay.failed
         self._relay.stopService()
-        self._relay.stop_draining()  # nobody is served by a broken relay, nor by one that the portal has refused
+        self._relay.stop_draining()  # a relay that failed, or that the portal refused, serves nobody
         raise error
 
 

@@ -1,4 +1,4 @@
-"""The relay as a service: what relays, in this process or in several, its portal if it has one, and its end."""
+"""The relay as a service: its engine, in this process or in workers, and its portal link if it has one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PORTAL_EVENTS = 16
 
 @attrs.frozen
 class PortalConfig:
-    """Where a relay announces itself, and with it the secret that credentials are derived from."""
+    """The portal to which a relay announces itself and the secret behind its credentials."""
 
     url: LoginUrl
     trust: Any = None  # `portal_connection.trust_from_file`; None: whom the host trusts
@@ -37,7 +37,7 @@ class PortalConfig:
 
 @attrs.frozen
 class RelayOptions:
-    """Everything a relay must be told. Exactly one of `portal` and `users`, passwords by name, is given."""
+    """The options of a relay. Exactly one of `portal` and `users` (passwords by name) is given."""
 
     engine: EngineConfig
     listen_port: int = 3478
@@ -47,7 +47,7 @@ class RelayOptions:
 
 
 class RelayService(Service):
-    """One relay at work.
+    """A relay.
 
     `ready` fires with None once it serves and the portal knows of it; `failed` with the FirezoneError that ended it.
     """
@@ -66,7 +66,7 @@ class RelayService(Service):
 
     @property
     def is_ready(self) -> bool:
-        """Whether the portal knows of it, and all of its workers serve."""
+        """Whether the portal knows the relay, and all of its workers serve."""
         is_serving = self._relaying is not None and self._relaying.is_serving
         return bool(self.running and self.ready.called and is_serving)
 
@@ -84,13 +84,13 @@ class RelayService(Service):
         if self._portal is not None:
             self._portal.startService()
         serving = self._relaying.start()
-        # In a later turn, once the reactor runs: a signal is in good hands from then on.
+        # In a later turn, once the reactor runs and handles signals.
         serving.addCallback(lambda _: self._reactor.callLater(0, self._announce))
 
     def stopService(self) -> Deferred[None]:
-        """Leave the portal, so that nobody new comes, and serve those who are there until they have gone elsewhere.
+        """Leave the portal, so that no new clients come, and serve present clients until they have moved elsewhere.
 
-        Fires when they have, or after the drain time. May be called more than once.
+        Fires then, or after the drain time. May be called more than once.
         """
         if self._stopped is None:
             super().stopService()
@@ -115,11 +115,11 @@ class RelayService(Service):
             await self._relaying.stop()
 
     def _not_stopped(self, failure: Failure) -> None:
-        """A service's boundary: whatever fails at the end, it is the end."""
+        """A service's boundary: it counts as stopped even if stopping fails."""
         log.error("relay:crashed", reason=failure.getErrorMessage(), traceback=failure.getTraceback())
 
     def _announce(self) -> None:
-        """It serves: let the portal know, or whoever waits for us."""
+        """It serves: announce that to the portal or, without a portal, through `ready`."""
         if not self.running:
             return
         if self._portal is None:

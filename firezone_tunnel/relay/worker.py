@@ -57,7 +57,7 @@ def main() -> None:
 
 
 class WorkerProtocol(Protocol):
-    """Carries out its parent's orders."""
+    """Executes its parent's orders."""
 
     def __init__(self, reactor: Any) -> None:
         self.exit_code = 0
@@ -75,7 +75,7 @@ class WorkerProtocol(Protocol):
                 self._fail(error)
 
     def connectionLost(self, reason: Failure | None = None) -> None:
-        """The parent is gone, or our last report has left."""
+        """The parent is gone, or our last report is sent."""
         if self._reactor.running:
             self._reactor.stop()
 
@@ -108,7 +108,7 @@ class WorkerProtocol(Protocol):
         self._end()
 
     def _end(self) -> None:
-        """Once our last report has left."""
+        """End once our last report is sent."""
         if not self._is_ending:
             self._is_ending = True
             self._reactor.callLater(FLUSH_TIMEOUT, self.connectionLost)

@@ -1,7 +1,7 @@
-"""The workers of a relay, seen from their parent: started, told to end, and replaced when they die (decision 24).
+"""The workers of a relay, as their parent manages them: start, stop, and replacement when one dies (decision 24).
 
-The parent holds the listening sockets of all of them, and so does each worker its own: a successor inherits what its
-predecessor had, the group of sockets stays as it was, and with it which client belongs to which worker.
+The parent holds the listening sockets of all workers, and each worker holds its own. A new worker inherits the sockets
+of its predecessor, so the group of sockets, and with it the worker of each client, stays the same.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class WorkerGroup:
         sockets: list[list[socket.socket]],
         failed: Callable[[FirezoneError], object],
     ) -> None:
-        """`sockets` are those of each worker, and become ours; `failed(error)` is called if it can't begin."""
+        """`sockets` are those of each worker, owned by the group; `failed(error)` is called if it can't start."""
         self._sockets = sockets
         self._failed = failed
         self._serving: Deferred[None] = Deferred()
@@ -77,17 +77,17 @@ class WorkerGroup:
 
     @property
     def is_serving(self) -> bool:
-        """Whether all of them are."""
+        """Whether all workers serve."""
         return all(worker.state is WorkerState.SERVING for worker in self._workers)
 
     def start(self) -> Deferred[None]:
-        """Fires once all of them serve."""
+        """Fires once all workers serve."""
         for worker in self._workers:
             worker.start()
         return self._serving
 
     def stop(self) -> Deferred[None]:
-        """Let each serve its clients until they have gone elsewhere, or the drain time is over; then fire.
+        """Let each worker serve its clients until they have moved elsewhere, or the drain time is over; then fire.
 
         May be called more than once.
         """
@@ -101,18 +101,18 @@ class WorkerGroup:
         return done
 
     def stop_draining(self) -> None:
-        """Drain no longer, or not at all."""
+        """Stop draining, or don't start."""
         for worker in self._workers:
             worker.end(StopDraining(), KILL_AFTER)
 
-    # What follows is called by the workers.
+    # The workers call the methods below.
 
     def worker_serves(self) -> None:
         if self.is_serving and not self._serving.called:
             self._serving.callback(None)
 
     def worker_lost(self, number: int, reason: str) -> bool:
-        """Whether it is to be replaced: not before all have served, as the next would have the same trouble."""
+        """Whether to replace the worker. Not before all have served: the next would fail the same way."""
         if self._serving.called:
             return True
         self._failed(PlatformError(f"Worker {number} of the relay can't start: {reason}"))
@@ -126,18 +126,18 @@ class WorkerGroup:
 
 
 class WorkerState(enum.Enum):
-    """What a worker's place in the group is, at the moment."""
+    """The state of a worker."""
 
     STARTING = "starting"
     SERVING = "serving"
     RESTING = "resting"
-    """Its process died, the next is not started yet."""
+    """Its process died, and the next is not started yet."""
     ENDING = "ending"
     ENDED = "ended"
 
 
 class WorkerProcess:
-    """One worker: its process, and the next one when that dies."""
+    """A worker: its process, and the replacement when that dies."""
 
     def __init__(self, reactor: Any, number: int, begin: Begin, sockets: list[socket.socket], group: WorkerGroup):
         self.state = WorkerState.ENDED
@@ -150,7 +150,7 @@ class WorkerProcess:
         self._delay = FIRST_DELAY
         self._served_since = 0.0
         self._timer: Any = None
-        self._reason = ""  # what it says it fails of
+        self._reason = ""  # the reason that it reported
 
     def start(self) -> None:
         self.state = WorkerState.STARTING
@@ -170,7 +170,7 @@ class WorkerProcess:
         self._pipes.send(self._begin)
 
     def end(self, order: Order, patience: float) -> None:
-        """Tell it to end; it is killed if it hasn't after `patience` seconds. May be called again."""
+        """Order it to end, and kill it after `patience` seconds. May be called again."""
         if self.state is WorkerState.ENDED:
             return
         self._cancel_timer()
@@ -181,7 +181,7 @@ class WorkerProcess:
         self._pipes.send(order)
         self._timer = self._reactor.callLater(patience, self._pipes.kill)
 
-    # What follows is called by its pipes.
+    # Its pipes call the methods below.
 
     def reported(self, line: bytes) -> None:
         try:
@@ -197,7 +197,7 @@ class WorkerProcess:
             self._group.worker_serves()
 
     def died(self, reason: str) -> None:
-        """Its process has ended, or never began."""
+        """Its process has ended, or never started."""
         self._pipes = None
         self._cancel_timer()
         if self.state is WorkerState.ENDING:
@@ -210,7 +210,7 @@ class WorkerProcess:
         log.warning("relay:worker_lost", worker=self.number, reason=reason, next_after=self._delay)
         if not self._group.worker_lost(self.number, reason):
             self._ended()
-        elif self.state is WorkerState.RESTING:  # else: that made somebody end us
+        elif self.state is WorkerState.RESTING:  # else: `worker_lost` ended it
             self._timer = self._reactor.callLater(self._delay, self.start)
             self._delay = min(MAX_DELAY, 2 * self._delay)
 
@@ -226,7 +226,7 @@ class WorkerProcess:
 
 
 class _Pipes(ProcessProtocol):
-    """The pipes to one process, as the parent sees them."""
+    """The parent's ends of the pipes to one process."""
 
     def __init__(self, worker: WorkerProcess) -> None:
         super().__init__()
@@ -260,7 +260,7 @@ class _Pipes(ProcessProtocol):
             self._worker.died(f"exited with code {problem.exitCode}")
 
     def _logged(self, line: bytes) -> None:
-        """A message of the worker's log, as one of ours."""
+        """Log a message of the worker's log as ours."""
         try:
             message = json.loads(line)
         except ValueError:

@@ -1,4 +1,4 @@
-"""What a relay's parent process and its workers tell each other, as lines of JSON, and where."""
+"""The messages between a relay's parent process and its workers, as lines of JSON, and their pipes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import msgspec
 from firezone_tunnel.relay.config import EngineConfig, Secrets
 
 # A worker's file descriptors: each pipe has one direction.
-ORDERS = 0  # from the parent; its end is the parent's end, and so the worker's
+ORDERS = 0  # from the parent; EOF means that the parent has ended, and ends the worker
 LOG = 1  # each line a message as `logs.writer` writes it
-ERRORS = 2  # what nobody meant to print
+ERRORS = 2  # unexpected output
 REPORTS = 3  # to the parent
 FIRST_SOCKET = 4  # the listening sockets, one after another
 
@@ -20,7 +20,7 @@ MAX_LINE = 1 << 24
 
 
 class Begin(msgspec.Struct, tag="begin", frozen=True):
-    """To a worker, first of all: serve, with this many listening sockets from FIRST_SOCKET on."""
+    """To a worker, first: serve, with this many listening sockets from FIRST_SOCKET on."""
 
     config: EngineConfig
     secrets: Secrets
@@ -29,19 +29,19 @@ class Begin(msgspec.Struct, tag="begin", frozen=True):
 
 
 class Drain(msgspec.Struct, tag="drain", frozen=True):
-    """To a worker: serve who is there, then end."""
+    """To a worker: serve present clients, then end."""
 
 
 class StopDraining(msgspec.Struct, tag="stop_draining", frozen=True):
-    """To a worker: end."""
+    """To a worker: end now."""
 
 
 class WorkerServing(msgspec.Struct, tag="serving", frozen=True):
-    """Of a worker."""
+    """From a worker: it serves."""
 
 
 class WorkerFailed(msgspec.Struct, tag="failed", frozen=True):
-    """Of a worker, which then ends."""
+    """From a worker, which then ends."""
 
     reason: str
 
@@ -51,7 +51,7 @@ Report = WorkerServing | WorkerFailed
 
 
 def encode(message: Order | Report) -> bytes:
-    """A line."""
+    """The message as a line."""
     return msgspec.json.encode(message) + b"\n"
 
 
@@ -72,13 +72,13 @@ def decode_report(line: bytes) -> Report:
 
 
 class Lines:
-    """Cuts what comes out of a pipe into lines. One that is longer than 16 MiB is left out."""
+    """Splits a pipe's output into lines. Lines longer than 16 MiB are dropped."""
 
     def __init__(self) -> None:
         self._begun = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """The lines that are whole now, without their ends. Take them all."""
+        """The lines that are complete now, without line ends. Consume them all."""
         *ended, begun = data.split(b"\n")
         for part in ended:
             line = bytes(self._begun) + part

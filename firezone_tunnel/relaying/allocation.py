@@ -1,6 +1,6 @@
-"""An allocation: relayed addresses of one client, whom it talks to, and until when (RFC 8656, sections 3.2 to 3.5).
+"""An allocation: a client's relayed addresses, permissions and channels (RFC 8656, sections 3.2 to 3.5).
 
-What may be used is decided by comparing times, so it is over at its very second; `prune` frees numbers and memory.
+Every use compares times, so everything expires exactly on time; `prune` only frees numbers and memory.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from firezone_tunnel.stun.message import FAMILY_IPV4, FAMILY_IPV6
 
 PERMISSION_LIFETIME = 300.0  # RFC 8656, section 9
 CHANNEL_LIFETIME = 600.0  # RFC 8656, section 12
-CHANNEL_REST = 300.0  # RFC 8656, section 12: before number or peer may be bound to another
-MAX_CHANNELS = 4096  # of one allocation: all that the RFC has numbers for
+CHANNEL_REST = 300.0  # RFC 8656, section 12: before the number or peer may be bound to another
+MAX_CHANNELS = 4096  # of one allocation: all numbers that the RFC has
 MAX_PERMISSIONS = 1024
 
 
 @attrs.define
 class Quota:
-    """What all allocations of a relay hold together: each alone within its limit could still be too much."""
+    """The limits for all allocations of a relay together, and what they use."""
 
     max_channels: int
     max_permissions: int
@@ -28,7 +28,7 @@ class Quota:
 
 
 class ChannelBinding:
-    """A number that stands for one peer. Bound until a time, then reserved for another five minutes."""
+    """A channel number bound to a peer. After its lifetime it stays reserved for another five minutes."""
 
     __slots__ = ("bound_until", "is_relayed", "number", "peer")
 
@@ -41,7 +41,7 @@ class ChannelBinding:
 
 
 class Allocation:
-    """One client's. `relayed` has its address of each family; all have the same port."""
+    """A client's allocation. `relayed` has its address of each family, all with the same port."""
 
     __slots__ = (
         "channels",
@@ -74,7 +74,7 @@ class Allocation:
         quota: Quota,
         token: bytes | None = None,
     ) -> None:
-        """`hosts` are public addresses by family; `local` is where the client reaches us, and hears from us."""
+        """`hosts` are public addresses by family; `local` is our address that the client uses."""
         self.client = client
         self.local = local
         self.port = port
@@ -93,7 +93,7 @@ class Allocation:
     def bind(self, number: int, peer: SocketAddress, now: float, *, is_relayed: bool) -> int:
         """Bind or renew a channel and install the permission that comes with it. Returns 0 or the error code.
 
-        400: number or peer are bound otherwise, or rest from it. 508: too many. `prune` was called in time.
+        400: the number or peer is bound to another, or still reserved. 508: too many. `prune` must be up to date.
         """
         channel = self.channels.get(number)
         if self.channels_by_peer.get(peer) is not channel:
@@ -111,13 +111,13 @@ class Allocation:
         return 0
 
     def may_permit(self, hosts: list[str]) -> bool:
-        """Whether there is room for permissions for all of these."""
+        """Whether the limits allow permissions for all these hosts."""
         new = len(dict.fromkeys(host for host in hosts if host not in self.permissions))
         quota = self.quota
         return len(self.permissions) + new <= MAX_PERMISSIONS and quota.permissions + new <= quota.max_permissions
 
     def permit(self, hosts: list[str], now: float) -> None:
-        """Install or renew permissions; `may_permit` was asked."""
+        """Install or renew permissions. Call `may_permit` first."""
         before = len(self.permissions)
         for host in hosts:
             self.permissions[host] = now + PERMISSION_LIFETIME
@@ -131,7 +131,7 @@ class Allocation:
             self.expires_at[family] = expires_at
 
     def expired(self, now: float) -> list[int]:
-        """The families whose time is over."""
+        """The families that have expired."""
         return [family for family, at in self.expires_at.items() if at <= now]
 
     def remove(self, families: list[int]) -> None:
@@ -145,7 +145,7 @@ class Allocation:
         )
 
     def prune(self, now: float) -> None:
-        """Forget channels and permissions whose time is over."""
+        """Forget expired channels and permissions."""
         if not self.channels and not self.permissions:
             return
         self._keep(
@@ -154,7 +154,7 @@ class Allocation:
         )
 
     def next_timeout(self) -> Timeout:
-        """When something is over, which frees memory or a port."""
+        """When something expires and memory or a port can be freed."""
         ends = [*self.expires_at.values(), *self.permissions.values()]
         ends += [channel.bound_until + CHANNEL_REST for channel in self.channels.values()]
         return Timeout(min(ends), "allocation, channel or permission over")

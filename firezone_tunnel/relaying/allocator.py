@@ -1,4 +1,4 @@
-"""Allocate requests (RFC 8656, section 7.2): what is asked for, whether it is to be had, and its ports."""
+"""Handles Allocate requests (RFC 8656, section 7.2)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from firezone_tunnel.stun.message import FAMILY_IPV4, FAMILY_IPV6, AddressError,
 DEFAULT_LIFETIME = 600  # RFC 8656, section 3.2; also the least that is granted
 MAX_LIFETIME = 3600  # RFC 8656, section 7.2
 MAX_ATTEMPTS = 8
-"""Ports that are tried where other processes of the host have taken some."""
+"""Ports that are tried if other processes of the host have taken some."""
 
 
 @attrs.frozen
 class RelayConfig:
-    """What a relay offers. At least one public address must be there; limits of 0 are none."""
+    """What a relay serves, and its limits. It needs at least one public address; 0 is no limit."""
 
     public_ipv4: str | None = None
     public_ipv6: str | None = None
@@ -34,11 +34,11 @@ class RelayConfig:
     max_channels: int = 200_000
     max_permissions: int = 400_000
     workers: int = 1
-    """How many processes share the listening port (decision 24), and with it the ports and limits named here."""
+    """How many processes share the listening port (decision 24), and with it these ports and limits."""
     worker: int = 0
-    """Which of them this one is."""
+    """The number of this worker, from 0."""
     same_user_only: bool = False
-    """Refuse (441) that another valid user goes on with an allocation; Firezone's peers change their names."""
+    """Refuse (441) requests of another valid user for an allocation; Firezone's peers change their names."""
 
     @property
     def hosts(self) -> dict[int, str]:
@@ -48,29 +48,29 @@ class RelayConfig:
 
     @property
     def own_ports(self) -> range:
-        """This worker's part of the ports: nearly equal ones, that touch each other."""
+        """This worker's part of the ports. The parts are adjacent and of nearly equal size."""
         count = self.highest_port - self.lowest_port + 1
         first, after = (count * worker // self.workers for worker in (self.worker, self.worker + 1))
         return range(self.lowest_port + first, self.lowest_port + after)
 
     def share(self, limit: int) -> int:
-        """What one worker may use of something that is limited for all of them together."""
+        """One worker's share of a limit for all workers together."""
         return -(-limit // self.workers)
 
 
 class AllocationTerms(NamedTuple):
-    """What an Allocate request asks for."""
+    """The parameters of an Allocate request."""
 
     families: tuple[int, ...]
     missing: tuple[int, ...] = ()
-    """Families that it would have liked, and that this relay doesn't serve."""
+    """Requested families that this relay doesn't serve."""
     even: bool = False
     reserve_next: bool = False
     token: bytes | None = None
 
     @classmethod
     def of(cls, message: Message, served: dict[int, str]) -> AllocationTerms | int:
-        """Read a request; the error code if it can't be granted by anybody, or not here."""
+        """Read a request; an error code if it is invalid or can't be granted here."""
         transport = message.get(stun.REQUESTED_TRANSPORT)
         if transport is None:
             return 400
@@ -103,12 +103,12 @@ class _Opening(NamedTuple):
     request: AuthenticatedRequest
     terms: AllocationTerms
     reserved: int | None
-    """The port after it, to be reserved."""
+    """The next port, to be reserved."""
     attempt: int
 
 
 class Allocator:
-    """Makes allocations. While the sockets of one are being opened, retransmissions of its request are ignored."""
+    """Makes allocations. While sockets are being opened, retransmissions of the request are ignored."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Allocator:
         if isinstance(terms, int):
             self._responder.fail(request, terms)
             return
-        if terms.reserve_next and self._config.workers > 1:  # the token would come back to any of them
+        if terms.reserve_next and self._config.workers > 1:  # any worker might get the token
             self._responder.fail(request, 508)
             return
         code = self._limit(request)
@@ -181,7 +181,7 @@ class Allocator:
         return True
 
     def handle_port_failed(self, port: int, now: float, *, exhausted: bool) -> None:
-        """Try another port; if the host has no more sockets (`exhausted`), there is no point in that."""
+        """Try another port, unless the host has no more sockets (`exhausted`)."""
         opening = self._opening.pop(port, None)
         if opening is None:
             return
@@ -194,7 +194,7 @@ class Allocator:
         self._open(opening.request, opening.terms, now, attempt=opening.attempt + 1)
 
     def _limit(self, request: AuthenticatedRequest) -> int:
-        """The error code if there may be no more allocations, else 0."""
+        """The error code if a limit is reached, else 0."""
         registry = self._registry
         if registry.is_draining:
             return 508
@@ -227,7 +227,7 @@ class Allocator:
     def _succeed(
         self, request: AuthenticatedRequest, allocation: Allocation, terms: AllocationTerms, now: float
     ) -> None:
-        """Also the answer to a retransmission, which tells the time that is left (RFC 8656, section 7.2)."""
+        """Also answers a retransmission, with the remaining lifetime (RFC 8656, section 7.2)."""
         relayed = allocation.relayed.values()
         left = max(0, round(min(allocation.expires_at.values()) - now))
         attributes: list[tuple[Attribute[Any], Any]] = [(stun.XOR_RELAYED_ADDRESS, address) for address in relayed]
@@ -239,6 +239,6 @@ class Allocator:
 
 
 def granted_lifetime(message: Message) -> int:
-    """Seconds: what is asked for within the limits, 600 where nothing is (RFC 8656, section 7.2)."""
+    """In seconds: the requested lifetime within the limits, or the default (RFC 8656, section 7.2)."""
     asked = message.get(stun.LIFETIME)
     return DEFAULT_LIFETIME if asked is None else min(max(asked, DEFAULT_LIFETIME), MAX_LIFETIME)

@@ -1,7 +1,7 @@
-"""Who sent a request (RFC 8489, section 9.2.4), in the order that Firezone's clients rely on.
+"""Authenticates requests (RFC 8489, section 9.2.4), in the order that Firezone's clients rely on.
 
-They send their first Allocate with a name and an integrity but without a nonce, take a 401 after they have had one as
-the end, and ignore every answer without integrity (spec/gateway-and-relay.md, 9).
+They send their first Allocate with USERNAME and MESSAGE-INTEGRITY but without NONCE, give up on a second 401, and
+ignore responses without MESSAGE-INTEGRITY (spec/gateway-and-relay.md, 9).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from firezone_tunnel.stun.message import Message
 
 
 class AuthenticatedRequest(NamedTuple):
-    """A request whose sender is known. Answers to it are signed with `key`."""
+    """An authenticated request. Responses to it are signed with `key`."""
 
     message: Message
     client: SocketAddress
@@ -26,7 +26,7 @@ class AuthenticatedRequest(NamedTuple):
 
 
 class AuthenticationRefusal(NamedTuple):
-    """What to answer to a stranger. With the `key` of whoever they claim to be, if that is a possible name."""
+    """An error response for an unauthenticated request, signed with the `key` of its USERNAME if that is valid."""
 
     code: int
     key: bytes | None

@@ -1,6 +1,6 @@
-"""How much is answered to senders who have proved nothing: a relay must be no amplifier (decision 22).
+"""Limits responses to unauthenticated senders: a relay must not be an amplifier (decision 22).
 
-Their addresses may be forged, so every answer may hit somebody who never asked.
+Their addresses may be forged, so every response may hit a victim.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import ipaddress
 from firezone_tunnel.sansio import Entropy, SocketAddress
 
 MAX_RESPONSE = 100
-"""Bytes of an answer, unless the request was larger still."""
+"""The largest response in bytes, unless the request is larger."""
 RESPONSES_PER_SECOND = 100
 """To one IPv4 address, or one IPv6 network of 64 bits."""
 EARNED_OF_EACH_BYTE = 7 / 8
-"""A flood earns less than it costs: over any long one, bytes out stay below bytes in."""
+"""Less than 1, so that in a long flood fewer bytes leave than arrive."""
 FREE_RATE = 16_384.0
-"""Bytes a second: a bare Binding request (20 bytes) is smaller than its answer (32 or 44)."""
+"""Bytes a second: a bare Binding request (20 bytes) is smaller than its response (32 or 44)."""
 MAX_CREDIT = 32_768.0
 
 _SLOTS = 65_536
@@ -25,12 +25,12 @@ _SLOT_SIZE = 2
 
 
 class ResponseBudget:
-    """Counts answers to strangers in memory of a fixed size: addresses share slots, by a keyed hash."""
+    """Counts responses to unauthenticated senders in fixed memory: addresses share slots, by a keyed hash."""
 
     def __init__(self, entropy: Entropy, now: float, *, workers: int = 1) -> None:
-        """Each of so many `workers` has its part of everything: an address may talk to them all."""
+        """Each of the `workers` gets an equal share of the limits: an address may reach all of them."""
         self._key = entropy(16)
-        self._answers_per_second = max(1, RESPONSES_PER_SECOND // workers)
+        self._responses_per_second = max(1, RESPONSES_PER_SECOND // workers)
         self._free_rate = FREE_RATE / workers
         self._max_credit = self._credit = MAX_CREDIT / workers
         self._credited_at = now
@@ -38,11 +38,11 @@ class ResponseBudget:
         self._counting_since = now
 
     def received(self, size: int) -> None:
-        """A stranger sent a request of `size` bytes: as much may be answered, nearly."""
+        """An unauthenticated request of `size` bytes arrived: it earns credit for nearly as many."""
         self._credit = min(self._max_credit, self._credit + size * EARNED_OF_EACH_BYTE)
 
     def spend(self, source: SocketAddress, size: int, now: float, *, proven: bool = False) -> bool:
-        """Whether an answer of `size` bytes may go out; counts it if so.
+        """Whether a response of `size` bytes may be sent; counts it if so.
 
         `proven`: the address is that of a client with an allocation. Only its own rate is limited then.
         """
@@ -50,7 +50,7 @@ class ResponseBudget:
             self._counts = bytearray(_SLOTS)
             self._counting_since = now
         slot = self._slot(source.host)
-        if self._counts[slot] >= self._answers_per_second:
+        if self._counts[slot] >= self._responses_per_second:
             return False
         if not proven:
             earned = max(0.0, now - self._credited_at) * self._free_rate

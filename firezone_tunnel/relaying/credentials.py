@@ -14,26 +14,26 @@ from typing import NamedTuple, Protocol
 from firezone_tunnel.stun.message import FIREZONE_REALM, long_term_key
 
 MAX_REALM = 32
-"""Bytes: a longer realm would make the answer to a stranger larger than 100 bytes."""
+"""In bytes: a longer realm would make a 401 larger than 100 bytes."""
 
 _MAX_EXPIRY = (1 << 64) - 1
 _MAX_EXPIRY_DIGITS = 20
 
 
 class CredentialSource(Protocol):
-    """Where the keys of users come from."""
+    """Provides the keys of users."""
 
     @property
     def realm(self) -> str: ...
 
     def key(self, username: str) -> bytes | None:
-        """The MESSAGE-INTEGRITY key of a user, expired or not; None for a name that can't be one."""
+        """The MESSAGE-INTEGRITY key of a user, expired or not; None for an invalid name."""
 
     def is_current(self, username: str, utc_now: float) -> bool:
-        """Whether the name still entitles to anything."""
+        """Whether the name has not expired."""
 
     def owner(self, username: str) -> str:
-        """Whom quotas are counted for."""
+        """The owner that quotas are counted for."""
 
 
 class StampSecret:
@@ -42,7 +42,7 @@ class StampSecret:
     realm = FIREZONE_REALM
 
     def __init__(self, secret: str) -> None:
-        """`secret` is text: of the usual 64 hexadecimal digits it is the digits that count, not their value."""
+        """`secret` is text: usually 64 hexadecimal digits, used as digits and not decoded."""
         self._secret = secret
 
     def key(self, username: str) -> bytes | None:
@@ -56,13 +56,13 @@ class StampSecret:
         return name is not None and name.expiry >= utc_now
 
     def owner(self, username: str) -> str:
-        """The salt stands for a peer's key; every credential that the peer gets has another expiry."""
+        """The salt stands for a peer's key, while each of the peer's credentials has another expiry."""
         name = _StampName.parse(username)
         return username if name is None else name.salt
 
 
 class StaticUsers:
-    """A list of users, for a relay that serves others than Firezone's peers."""
+    """A list of users, for a relay without a portal."""
 
     def __init__(self, passwords: Mapping[str, str], realm: str) -> None:
         """Raises: ValueError for a realm that is empty or longer than 32 bytes."""

@@ -1,4 +1,4 @@
-"""Nonces that nobody has to remember: the time and a MAC over it and the client's address (RFC 8489, section 9.2)."""
+"""Stateless nonces: the time and a MAC over it and the client's address (RFC 8489, section 9.2)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WRAP = 1 << 32
 
 
 class Nonces:
-    """Issues nonces and recognises them. A nonce is good for one client address, for an hour, wherever the key is."""
+    """Issues and verifies nonces. A nonce is valid for one client address for an hour, wherever the key is known."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key

@@ -1,4 +1,4 @@
-"""What leaves the relay's core: datagrams, each with the socket it leaves from, commands, and counters."""
+"""Outputs of the relay's core: datagrams, each with its socket, commands, and counters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from firezone_tunnel.relaying.peer_policy import Network
 from firezone_tunnel.sansio import Releasable, SocketAddress, Transmit
 
 MAX_WAITING = 4096
-"""Transmits that nobody has drained yet: a bound, never reached by a shell that drains after each batch."""
+"""The limit of undrained transmits, which a shell that drains after each batch never reaches."""
 
 
 class RelayTransmit(Transmit):
@@ -42,7 +42,7 @@ class RelayTransmit(Transmit):
 class OpenPort:
     """Bind a socket of each family to the port, all or none, then call `handle_port_opened` or `handle_port_failed`.
 
-    The client gets its answer only then: the first datagram may come the moment it knows the address.
+    The client gets its response only then: datagrams may arrive as soon as it knows the address.
     """
 
     port: int
@@ -59,7 +59,7 @@ class ClosePort:
 
 @attrs.frozen
 class Drained:
-    """The relay was told to drain, and its last allocation is gone. Said once."""
+    """The relay is draining, and its last allocation is gone. Sent once."""
 
 
 Command = OpenPort | ClosePort | Drained
@@ -67,40 +67,40 @@ Command = OpenPort | ClosePort | Drained
 
 @attrs.define
 class RelayCounters:
-    """What a relay has done, and what it did not do and why. Datagrams, where nothing else is said."""
+    """What a relay has done, refused and dropped. Counts datagrams unless noted."""
 
     responses: Counter[str] = attrs.field(factory=Counter)
     """By error code, or "success"."""
     relayed_to_peers: int = 0
     relayed_to_clients: int = 0
     relayed_bytes: int = 0
-    """Payload, both directions; what never left the process (from allocation to allocation) is counted once."""
+    """Payload, both directions. Traffic between two allocations of the process is counted once."""
     unrecognized: int = 0
     """Neither STUN nor channel data, or malformed."""
     withheld_responses: int = 0
-    """Answers to strangers beyond what `ResponseBudget` allows."""
+    """Responses to unauthenticated senders beyond what `ResponseBudget` allows."""
     without_allocation: int = 0
     without_channel: int = 0
     """Channel data on a channel that isn't bound (any longer)."""
     without_permission: int = 0
     forbidden_peers: int = 0
-    """Requests and Send indications that named a peer to which nothing is relayed."""
+    """Requests and Send indications with a peer to which nothing is relayed."""
     private_peers: Counter[str] = attrs.field(factory=Counter)
-    """Those of them that the operator could allow, by the private network."""
+    """Forbidden peers that the operator could allow, by private network."""
     without_buffer: int = 0
-    """Dropped because everything sent before still waits for room in its socket."""
+    """Dropped because all buffers still wait for room in a socket."""
 
 
 @attrs.define
 class Outbox:
-    """Where the parts of a relay put what leaves it."""
+    """Collects the outputs of all parts of a relay."""
 
     waiting: deque[RelayTransmit] = attrs.field(factory=deque)
     commands: deque[Command] = attrs.field(factory=deque)
     counters: RelayCounters = attrs.field(factory=RelayCounters)
 
     def refuse_peer(self, private_network: Network | None) -> None:
-        """Count a peer to which nothing is relayed; `private_network` is what `PeerPolicy` says it is."""
+        """Count a peer to which nothing is relayed; `private_network` comes from `PeerPolicy`."""
         self.counters.forbidden_peers += 1
         if private_network is not None:
             self.counters.private_peers[str(private_network)] += 1

@@ -1,7 +1,7 @@
-"""Which addresses nothing is relayed to (RFC 8656, sections 21.2.3 and 21.4; design/peers.md, 5.2).
+"""The addresses that nothing is relayed to (RFC 8656, sections 21.2.3 and 21.4; design/peers.md, 5.2).
 
-A relay stands where its users do not: without this its own services and its neighbours were theirs to talk to. An
-address is judged together with every IPv4 address that is embedded in it, whatever the spelling.
+Without this policy, users could reach the relay's own services and its neighbours. An address is judged together with
+every IPv4 address that is embedded in it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ PRIVATE: tuple[Network, ...] = tuple(
     ipaddress.ip_network(network)
     for network in ("10.0.0.0/8", "100.64.0.0/10", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
 )
-"""What `allow` usually names where peers share a private network with the relay (RFC 1918, 6598 and 4193)."""
+"""Usual values of `allow` if peers share a private network with the relay (RFC 1918, 6598 and 4193)."""
 
 
 class PeerPolicy:
-    """Decides about peers. Own addresses are denied, save for the ports that allocations are made of."""
+    """Decides which peers are permitted. Own addresses are denied, except for the ports of allocations."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class PeerPolicy:
         `allow` exempts networks from the special-purpose blocks, not from the own addresses, and never group,
         broadcast or unspecified addresses.
 
-        Raises: ValueError for what is no address.
+        Raises: ValueError for an invalid address.
         """
         self._relayed = {ipaddress.ip_address(host) for host in relayed_hosts}
         self._own = {ipaddress.ip_address(host) for host in own_hosts} | self._relayed
@@ -53,12 +53,12 @@ class PeerPolicy:
         return self._permits_foreign(address)
 
     def permits_host(self, host: str) -> bool:
-        """Whether a permission, which names no port, may be installed. `permits` judges what it is used for."""
+        """Whether a permission, which has no port, may be installed. `permits` decides about its use."""
         address = ipaddress.ip_address(host)
         return address in self._relayed or self._permits_foreign(address)
 
     def is_relayed(self, host: str) -> bool:
-        """Whether this is an address of allocations of this relay."""
+        """Whether allocations of this relay have this address."""
         return ipaddress.ip_address(host) in self._relayed
 
     def private_network(self, host: str) -> Network | None:
@@ -87,7 +87,7 @@ class PeerPolicy:
 
 
 def embedded(address: Address) -> Iterator[ipaddress.IPv4Address]:
-    """The IPv4 addresses that some translator or tunnel would make of an IPv6 address."""
+    """The IPv4 addresses that translators and tunnels extract from an IPv6 address."""
     if isinstance(address, ipaddress.IPv4Address):
         return
     raw = address.packed

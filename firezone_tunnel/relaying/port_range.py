@@ -1,4 +1,4 @@
-"""The ports that allocations are made of: which are free, taken, or rest after use."""
+"""The ports of allocations: free, taken, or in quarantine after use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import deque
 
 from firezone_tunnel.sansio import Entropy
 
-QUARANTINE = 120.0  # spec/gateway-and-relay.md, 10.2 (T20): late datagrams are for whoever had the port
+QUARANTINE = 120.0  # spec/gateway-and-relay.md, 10.2 (T20): late datagrams belong to the port's last user
 
 _FREE, _TAKEN, _RESTING = 0, 1, 2
 
@@ -25,9 +25,9 @@ class PortRange:
         self._entropy = entropy
 
     def take(self, now: float, *, even: bool = False, with_next: bool = False) -> int | None:
-        """A random free port; None if there is none. `with_next` (of an even one) takes the port after it as well.
+        """A random free port; None if there is none. `with_next` (for an even port) takes the next port as well.
 
-        A port rests for two minutes after its use, but is taken sooner if nothing else is left.
+        A port is in quarantine for two minutes after its use, but is taken earlier if no other is left.
         """
         self._wake(now)
         index = self._find(even=even, with_next=with_next)
@@ -42,7 +42,7 @@ class PortRange:
         return self._lowest + index
 
     def release(self, port: int, now: float) -> None:
-        """Give a port back that `take` gave."""
+        """Release a port that `take` returned."""
         index = port - self._lowest
         self._states[index] = _RESTING
         self._resting.append((now + QUARANTINE, index))

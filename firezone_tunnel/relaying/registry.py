@@ -1,4 +1,4 @@
-"""All allocations of a relay: by client, by port, by owner; and what ends, when."""
+"""All allocations of a relay, by client, port and owner, and their deadlines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_DELETED = 1024
 
 
 class Reservation(NamedTuple):
-    """A port that is kept for the next allocation of somebody who knows the token, and its families."""
+    """A port and its families, reserved for an allocation with the token."""
 
     port: int
     families: tuple[int, ...]
@@ -30,7 +30,7 @@ class _Deleted(NamedTuple):
 
 
 class Registry:
-    """Who has which port. Closing sockets is told to the shell; opening them is for `allocator`."""
+    """The allocations. It commands the shell to close sockets; `allocator` commands it to open them."""
 
     def __init__(self, ports: PortRange, outbox: Outbox, entropy: Entropy) -> None:
         self.ports = ports
@@ -62,11 +62,11 @@ class Registry:
         self._deadlines.set(allocation, allocation.next_timeout())
 
     def changed(self, allocation: Allocation, at: float) -> None:
-        """Something of it now ends at that time. What ended earlier and was renewed may cause a look for nothing."""
+        """Something of the allocation now ends at that time. An earlier deadline stays, even if it is void."""
         self._deadlines.no_later_than(allocation, at, "allocation, channel or permission over")
 
     def remove(self, allocation: Allocation, families: list[int], now: float) -> None:
-        """Drop relayed addresses of an allocation, and itself with the last."""
+        """Drop relayed addresses of an allocation, and the allocation itself with the last."""
         allocation.remove(families)
         self._outbox.commands.append(ClosePort(allocation.port, tuple(families)))
         if allocation.relayed:
@@ -98,14 +98,14 @@ class Registry:
         return deleted is not None and deleted.transaction_id == transaction_id and now < deleted.until
 
     def reserve(self, reservation: Reservation, now: float) -> bytes:
-        """Keep a port, taken already, for whoever shows the token that is returned."""
+        """Reserve a taken port for whoever presents the returned token."""
         token = self._entropy(TOKEN_SIZE)
         self._reservations[token] = reservation
         self._deadlines.set(token, Timeout(now + RESERVATION_LIFETIME, "reservation over"))
         return token
 
     def claim(self, token: bytes) -> Reservation | None:
-        """What was reserved under this token; None if there is nothing (any longer)."""
+        """Take the reservation of this token; None if there is none."""
         self._deadlines.set(token, None)
         return self._reservations.pop(token, None)
 

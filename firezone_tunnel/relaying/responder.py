@@ -1,4 +1,4 @@
-"""Responses: to users signed, to strangers small and few (decision 22)."""
+"""Responses: signed for users, small and few for unauthenticated senders (decision 22)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from firezone_tunnel.stun.message import Attribute, ErrorCode, Kind, Message
 
 Attributes = tuple[tuple[Attribute[Any], Any], ...]
 
-_MAX_NAMED = 16  # of the unknown attributes: an answer stays below 100 bytes
+_MAX_NAMED = 16  # of the unknown attributes, to keep a response below 100 bytes
 
 
 class Responder:
-    """Writes responses. They bear no SOFTWARE and no reason, and a FINGERPRINT if the request had one."""
+    """Sends responses, without SOFTWARE and reason, and with a FINGERPRINT if the request has one."""
 
     def __init__(self, credentials: CredentialSource, nonces: Nonces, budget: ResponseBudget, outbox: Outbox) -> None:
         self._credentials = credentials
@@ -36,7 +36,7 @@ class Responder:
     def refuse(
         self, refusal: AuthenticationRefusal, message: Message, client: SocketAddress, local: SocketAddress, now: float
     ) -> None:
-        """Turn a stranger away, with what they need to come back as a user if that may help."""
+        """Refuse an unauthenticated request, with realm and nonce if authentication may help."""
         attributes: Attributes = ((stun.ERROR_CODE, ErrorCode(refusal.code)),)
         if refusal.code in {401, 438}:
             attributes += (
@@ -49,7 +49,7 @@ class Responder:
     def answer_binding(
         self, message: Message, client: SocketAddress, local: SocketAddress, now: float, *, proven: bool
     ) -> None:
-        """Answer a Binding request, which anybody may send. `proven`: the client has an allocation."""
+        """Answer a Binding request, which needs no authentication. `proven`: the client has an allocation."""
         unknown = unknown_attributes(message)
         kind = Kind.SUCCESS
         attributes: Attributes = ((stun.XOR_MAPPED_ADDRESS, client),)
@@ -88,7 +88,7 @@ class Responder:
 
 
 def unknown_attributes(message: Message) -> tuple[Attribute[Any], tuple[int, ...]] | None:
-    """UNKNOWN-ATTRIBUTES for a message with attributes that one must understand and we don't, else None."""
+    """UNKNOWN-ATTRIBUTES for a message with unknown comprehension-required attributes, else None."""
     numbers = [
         attribute.number
         for attribute, _ in message.attributes
@@ -97,7 +97,7 @@ def unknown_attributes(message: Message) -> tuple[Attribute[Any], tuple[int, ...
     return (stun.UNKNOWN_ATTRIBUTES, tuple(dict.fromkeys(numbers))[:_MAX_NAMED]) if numbers else None
 
 
-_OPTIONAL = 0x8000  # RFC 8489, section 14: from here on, what one doesn't understand is to be ignored
+_OPTIONAL = 0x8000  # RFC 8489, section 14: comprehension-optional from here on
 
 
 def _response(message: Message, kind: Kind, attributes: Attributes, key: bytes | None) -> bytes:

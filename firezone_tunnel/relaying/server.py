@@ -1,7 +1,7 @@
 """A STUN and TURN server (RFC 8489 and 8656) without sockets: spec/gateway-and-relay.md, 7 to 9.
 
-Its clients' datagrams come in, and those of the peers at the relayed addresses; both leave as `RelayTransmit`s that
-name the socket. Nothing is kept of anybody who has not authenticated.
+It takes datagrams of clients, and of peers at the relayed addresses, and emits `RelayTransmit`s, which name the
+socket. It keeps no state for unauthenticated senders.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class RelayServer:
         now: float,
         nonce_key: bytes | None = None,
     ) -> None:
-        """`nonce_key` is what several workers share, so that each knows the others' nonces; None: one of its own."""
+        """`nonce_key` is shared by workers, so that each accepts the others' nonces; None: a random key."""
         if not config.hosts:
             raise ValueError("a relay needs a public address")
         self._same_user_only = config.same_user_only
@@ -69,16 +69,16 @@ class RelayServer:
 
     @property
     def allocations(self) -> int:
-        """How many there are."""
+        """The number of allocations."""
         return len(self._registry)
 
     @property
     def channels(self) -> int:
-        """How many are bound, or rest from it, in all allocations together."""
+        """The number of channels, bound or still reserved, of all allocations."""
         return self._allocator.quota.channels
 
     def handle_client_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> None:
-        """Take in what arrived at the listening port together."""
+        """Handle a batch that arrived at the listening port."""
         self._catch_up(now)
         if not batch.source.port:
             self._outbox.counters.unrecognized += batch.count
@@ -91,20 +91,20 @@ class RelayServer:
             self._handle_datagram(index, batch, now, utc_now)
 
     def handle_peer_datagrams(self, port: int, batch: DatagramBatch, now: float) -> None:
-        """Take in what arrived together at the relayed address of an allocation, of the family of its source."""
+        """Handle a batch that arrived at an allocation's relayed address, of the family of its source."""
         self._catch_up(now)
         self._forwarder.from_peer(port, batch, now)
 
     def handle_port_opened(self, port: int, now: float) -> bool:
-        """What `OpenPort` asked for is done. False: nobody waits for it, close it again."""
+        """The port of an `OpenPort` is open. False: it is no longer needed, close it."""
         return self._allocator.handle_port_opened(port, now)
 
     def handle_port_failed(self, port: int, now: float, *, exhausted: bool = False) -> None:
-        """A port is taken by another process, or (`exhausted`) the host gives us no more sockets."""
+        """Another process has taken the port, or (`exhausted`) the host has no more sockets."""
         self._allocator.handle_port_failed(port, now, exhausted=exhausted)
 
     def drain(self) -> None:
-        """Make no more allocations (508); those that are there go on. `Drained` follows when the last one is gone."""
+        """Refuse new allocations (508). `Drained` follows when the last allocation is gone."""
         self._registry.drain()
 
     def transmits(self) -> Iterator[RelayTransmit]:
@@ -121,11 +121,11 @@ class RelayServer:
         return self._registry.next_timeout()
 
     def handle_timeout(self, now: float) -> None:
-        """End what is over."""
+        """End whatever has expired."""
         self._registry.handle_timeout(now)
 
     def _catch_up(self, now: float) -> None:
-        """A late timer keeps nothing alive."""
+        """Handle due timeouts first: a late timer must not prolong anything."""
         due = self._registry.next_timeout()
         if due is not None and due.at <= now:
             self._registry.handle_timeout(now)
@@ -210,7 +210,7 @@ class RelayServer:
         self._responder.succeed(request, (stun.LIFETIME, lifetime))
 
     def _create_permission(self, request: AuthenticatedRequest, allocation: Allocation, now: float) -> None:
-        """RFC 8656, section 10.2: all of the permissions, or none."""
+        """RFC 8656, section 10.2: install all of the permissions, or none."""
         hosts = [peer.host for peer in request.message.get_all(stun.XOR_PEER_ADDRESS)]
         if not hosts:
             self._responder.fail(request, 400)

@@ -1,1 +1,1 @@
-"""How the database came to its present shape, step by step: Alembic runs these when the portal starts."""
+"""Database migrations, which Alembic runs when the portal starts."""
