@@ -172,7 +172,7 @@ class _IdleNode:
         self.carried = 0
         self._received = received or []
 
-    def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float) -> None:
+    def encapsulate(self, peer_id: str, packet: SuperPacket, now: float, utc_now: float) -> None:
         self.carried += 1
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:

@@ -253,7 +253,7 @@ class TunnelEndpoint(MultiService):
             self.handle_event(event)
 
     def _log_connection(self, event: ConnectionEvent) -> None:
-        peer = {self._peer_field: event.cid}
+        peer = {self._peer_field: event.peer_id}
         match event:
             case ConnectionEstablished(_, path, local, remote):
                 log.info("tunnel:connection_established", **peer, path=path, local=str(local), remote=str(remote))

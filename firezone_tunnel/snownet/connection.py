@@ -61,7 +61,7 @@ class Connection:
 
     def __init__(
         self,
-        cid: str,
+        peer_id: str,
         role: Role,
         terms: Terms,
         *,
@@ -73,7 +73,7 @@ class Connection:
         entropy: Entropy,
         now: float,
     ) -> None:
-        self.cid = cid
+        self.peer_id = peer_id
         self.terms = terms
         self.state = State.CONNECTING
         self.peer = Peer(
@@ -180,7 +180,7 @@ class Connection:
             self._outbound.transmit(path.send((datagram,), now=now))
         if self._has_had_session and not self._announced:
             self._announced = True
-            event_ = ConnectionEstablished(self.cid, path.name, path.source, path.destination)
+            event_ = ConnectionEstablished(self.peer_id, path.name, path.source, path.destination)
             self._outbox.events.append(event_)
         if self._outbound.has_waiting:
             self._outbound.send_waiting(now)
@@ -218,7 +218,7 @@ class Connection:
         self.peer.close()
 
     def __repr__(self) -> str:
-        return f"<Connection {self.cid} {self.state.value} via {self.path}>"
+        return f"<Connection {self.peer_id} {self.state.value} via {self.path}>"
 
     def _become(self, state: State) -> None:
         assert state in _NEXT[self.state], f"{self.state} can't become {state}"
@@ -226,7 +226,7 @@ class Connection:
 
     def _fail(self, reason: str) -> None:
         self._become(State.FAILED)
-        self._outbox.events.append(ConnectionFailed(self.cid, reason))
+        self._outbox.events.append(ConnectionFailed(self.peer_id, reason))
 
     def _note_activity(self, now: float) -> bool:
         """Returns whether this woke the connection."""
@@ -267,7 +267,7 @@ class Connection:
             self._become(State.CONNECTED)
             self._last_activity = now
         if self._announced:
-            self._outbox.events.append(PathChanged(self.cid, path.name, path.source, path.destination))
+            self._outbox.events.append(PathChanged(self.peer_id, path.name, path.source, path.destination))
         self._handshake(now, utc_now)
 
     def _handshake(self, now: float, utc_now: float) -> None:

@@ -36,7 +36,7 @@ class Terms:
 class NewCandidates:
     """Candidates to signal to the peer, the best first."""
 
-    cid: str
+    peer_id: str
     candidates: tuple[str, ...]
 
 
@@ -44,7 +44,7 @@ class NewCandidates:
 class InvalidatedCandidates:
     """Candidates that were signalled before and are no longer valid."""
 
-    cid: str
+    peer_id: str
     candidates: tuple[str, ...]
 
 
@@ -52,7 +52,7 @@ class InvalidatedCandidates:
 class ConnectionEstablished:
     """There is a path and a session. `path` is "direct" or "relayed"."""
 
-    cid: str
+    peer_id: str
     path: str
     local: SocketAddress
     remote: SocketAddress
@@ -62,7 +62,7 @@ class ConnectionEstablished:
 class PathChanged:
     """An established connection moved to another path."""
 
-    cid: str
+    peer_id: str
     path: str
     local: SocketAddress
     remote: SocketAddress
@@ -72,7 +72,7 @@ class PathChanged:
 class ConnectionFailed:
     """The peer can't be reached. The connection is gone."""
 
-    cid: str
+    peer_id: str
     reason: str
 
 
@@ -80,7 +80,7 @@ class ConnectionFailed:
 class ConnectionClosed:
     """We closed the connection."""
 
-    cid: str
+    peer_id: str
 
 
 ConnectionEvent = ConnectionEstablished | PathChanged | ConnectionFailed | ConnectionClosed

@@ -40,7 +40,7 @@ are longer, or that may be late, so this saves looking at them for every batch."
 class Received(NamedTuple):
     """Packets that came through one connection: authentic, new, in order, valid until the next receive."""
 
-    cid: str
+    peer_id: str
     packets: list[SuperPacket]
 
 
@@ -160,7 +160,7 @@ class Inbound:
         if batch.ecn == CE:
             for packet in packets:
                 mark_congestion(packet)
-        return Received(connection.cid, packets)
+        return Received(connection.peer_id, packets)
 
     def _open_lone(self, batch: DatagramBatch, session: Session, index: int) -> tuple[list[SuperPacket] | None, int]:
         """The packet in one datagram, and its size; None if the message is forged or a replay."""

@@ -66,8 +66,8 @@ class Node:
         """Counters of the protocols below, which include closed connections."""
         return self._outbox.layers
 
-    def has_connection(self, cid: str) -> bool:
-        return cid in self._connections
+    def has_connection(self, peer_id: str) -> bool:
+        return peer_id in self._connections
 
     def set_local_addresses(self, addresses: Sequence[SocketAddress], now: float) -> None:
         """The addresses that our sockets can be reached at, the preferred one of each family first."""
@@ -93,7 +93,7 @@ class Node:
 
     def upsert_connection(
         self,
-        cid: str,
+        peer_id: str,
         *,
         remote_public_key: bytes,
         preshared_key: bytes,
@@ -109,26 +109,26 @@ class Node:
         Raises: ProtocolError if the public key is worthless.
         """
         terms = Terms(remote_public_key, preshared_key, local, remote)
-        connection = self._connections.get(cid)
+        connection = self._connections.get(peer_id)
         is_kept = connection is not None and connection.terms == terms
         if connection is not None and is_kept:
             connection.renew(now, utc_now)
             self._announce(connection)
         else:
-            connection = self._connect(cid, terms, now)
+            connection = self._connect(peer_id, terms, now)
         self._settle(connection, now, utc_now)
         return is_kept
 
-    def close_connection(self, cid: str, now: float, *, farewell: bytes = b"") -> None:
+    def close_connection(self, peer_id: str, now: float, *, farewell: bytes = b"") -> None:
         """Close a connection. `farewell` is a last packet for the peer, sent if there is a path and a session."""
-        connection = self._connections.get(cid)
+        connection = self._connections.get(peer_id)
         if connection is not None:
             self._drop(connection, now, farewell)
-            self._outbox.events.append(ConnectionClosed(cid))
+            self._outbox.events.append(ConnectionClosed(peer_id))
 
-    def add_remote_candidate(self, cid: str, sdp: str, now: float) -> None:
+    def add_remote_candidate(self, peer_id: str, sdp: str, now: float) -> None:
         """The portal delivered a candidate of a peer. It is dropped if it is unusable or the connection is unknown."""
-        connection = self._connections.get(cid)
+        connection = self._connections.get(peer_id)
         if connection is None:
             self.counters.candidates_without_connection += 1
             return
@@ -138,9 +138,9 @@ class Node:
             return
         self.deadlines.no_later_than(connection, now, "another remote candidate")
 
-    def remove_remote_candidate(self, cid: str, sdp: str, now: float) -> None:
+    def remove_remote_candidate(self, peer_id: str, sdp: str, now: float) -> None:
         """A peer invalidated a candidate. An unknown candidate is ignored."""
-        connection = self._connections.get(cid)
+        connection = self._connections.get(peer_id)
         candidate = parse_sdp(sdp)
         if connection is not None and candidate is not None:
             connection.agent.remove_remote_candidate(candidate, now)
@@ -150,8 +150,8 @@ class Node:
         """Signal all candidates to every peer again, the withdrawn ones too: the portal may have lost messages."""
         for connection in self._connections.values():
             self._announce(connection)
-            if withdrawn := self._withdrawn.get(connection.cid):
-                self._invalidated.setdefault(connection.cid, {}).update(dict.fromkeys(withdrawn.values()))
+            if withdrawn := self._withdrawn.get(connection.peer_id):
+                self._invalidated.setdefault(connection.peer_id, {}).update(dict.fromkeys(withdrawn.values()))
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
         """Handle a batch. Returns the packets in it, by connection."""
@@ -160,9 +160,9 @@ class Node:
             self._follow_relays(now)
         return received
 
-    def encapsulate(self, cid: str, packet: SuperPacket, now: float, utc_now: float) -> None:
+    def encapsulate(self, peer_id: str, packet: SuperPacket, now: float, utc_now: float) -> None:
         """Send a packet, at the latest on `flush`. Before there is a path, a client keeps it and a gateway drops it."""
-        connection = self._connections.get(cid)
+        connection = self._connections.get(peer_id)
         if connection is None:
             self.counters.packets_without_connection += packet.segments
             return
@@ -196,10 +196,10 @@ class Node:
         events = self._outbox.events
         while events:
             yield events.popleft()
-        for cid, gone in _take(self._invalidated):
-            yield InvalidatedCandidates(cid, gone)
-        for cid, new in _take(self._new):
-            yield NewCandidates(cid, new)
+        for peer_id, gone in _take(self._invalidated):
+            yield InvalidatedCandidates(peer_id, gone)
+        for peer_id, new in _take(self._new):
+            yield NewCandidates(peer_id, new)
 
     def next_timeout(self) -> Timeout | None:
         """Drain `transmits` first: a call to a relay may set a deadline there."""
@@ -225,16 +225,16 @@ class Node:
         """
         for transmit in self.transmits():
             transmit.release()
-        for cid in list(self._connections):
-            self.close_connection(cid, now, farewell=farewell)
+        for peer_id in list(self._connections):
+            self.close_connection(peer_id, now, farewell=farewell)
         self._relays.abandon()
         self._key.wipe()
         self._begin()
 
     def close(self, now: float, *, farewell: bytes = b"") -> None:
         """Close all connections and delete the allocations on relays."""
-        for cid in list(self._connections):
-            self.close_connection(cid, now, farewell=farewell)
+        for peer_id in list(self._connections):
+            self.close_connection(peer_id, now, farewell=farewell)
         self._outbox.transmits.extend(self._relays.close())
         self._follow_relays(now)
 
@@ -257,9 +257,9 @@ class Node:
         self._invalidated: dict[str, dict[Candidate, None]] = {}
         self._withdrawn: dict[str, dict[Identity, Candidate]] = {}
 
-    def _connect(self, cid: str, terms: Terms, now: float) -> Connection:
+    def _connect(self, peer_id: str, terms: Terms, now: float) -> Connection:
         connection = Connection(
-            cid,
+            peer_id,
             self._role,
             terms,
             key=self._key,
@@ -270,23 +270,23 @@ class Node:
             entropy=self._entropy,
             now=now,
         )
-        previous = self._connections.get(cid)
+        previous = self._connections.get(peer_id)
         if previous is not None:
             self._drop(previous, now)
-        self._connections[cid] = connection
+        self._connections[peer_id] = connection
         self._directory.add(connection)
         for candidate in (*map(Candidate.host, self._addresses), *self._relays.candidates()):
             self._offer(connection, candidate, now)
         return connection
 
     def _drop(self, connection: Connection, now: float, farewell: bytes = b"") -> None:
-        del self._connections[connection.cid]
+        del self._connections[connection.peer_id]
         self._directory.remove(connection)
         self.deadlines.set(connection, None)
         self._unflushed.pop(connection, None)
-        self._new.pop(connection.cid, None)
-        self._invalidated.pop(connection.cid, None)
-        self._withdrawn.pop(connection.cid, None)
+        self._new.pop(connection.peer_id, None)
+        self._invalidated.pop(connection.peer_id, None)
+        self._withdrawn.pop(connection.peer_id, None)
         connection.close(now, farewell)
 
     def _settle(self, connection: Connection, now: float, utc_now: float) -> None:
@@ -300,8 +300,8 @@ class Node:
     def _offer(self, connection: Connection, candidate: Candidate, now: float) -> None:
         added = connection.agent.add_local_candidate(candidate, now)
         if added is not None:
-            self._new.setdefault(connection.cid, {})[added] = None
-            self._withdrawn.get(connection.cid, {}).pop(added.identity, None)
+            self._new.setdefault(connection.peer_id, {})[added] = None
+            self._withdrawn.get(connection.peer_id, {}).pop(added.identity, None)
 
     def _invalidate(self, connection: Connection, base: SocketAddress, now: float) -> None:
         """A local address is gone: withdraw every candidate based on it."""
@@ -313,9 +313,9 @@ class Node:
         for present in connection.agent.local_candidates:
             if present.identity == candidate.identity and present.base == candidate.base:
                 connection.agent.remove_local_candidate(present, now)
-                self._new.get(connection.cid, {}).pop(present, None)
-                self._invalidated.setdefault(connection.cid, {})[present] = None
-                withdrawn = self._withdrawn.setdefault(connection.cid, {})
+                self._new.get(connection.peer_id, {}).pop(present, None)
+                self._invalidated.setdefault(connection.peer_id, {})[present] = None
+                withdrawn = self._withdrawn.setdefault(connection.peer_id, {})
                 withdrawn[present.identity] = present
                 if len(withdrawn) > MAX_REMOTE_ADDRESSES:  # the other side remembers no more
                     del withdrawn[next(iter(withdrawn))]
@@ -343,7 +343,7 @@ class Node:
 
     def _announce(self, connection: Connection) -> None:
         for candidate in connection.agent.local_candidates:
-            self._new.setdefault(connection.cid, {})[candidate] = None
+            self._new.setdefault(connection.peer_id, {})[candidate] = None
 
     def _handle_control(self, datagram: memoryview, batch: DatagramBatch, now: float, utc_now: float) -> None:
         message = stun.parse(datagram)
@@ -387,7 +387,7 @@ class Node:
 
 def _take(waiting: dict[str, dict[Candidate, None]]) -> Iterator[tuple[str, tuple[str, ...]]]:
     while waiting:
-        cid = next(iter(waiting))
-        candidates = waiting.pop(cid)
+        peer_id = next(iter(waiting))
+        candidates = waiting.pop(peer_id)
         if candidates:
-            yield cid, tuple(one.to_sdp() for one in sorted(candidates, key=attrgetter("priority"), reverse=True))
+            yield peer_id, tuple(one.to_sdp() for one in sorted(candidates, key=attrgetter("priority"), reverse=True))

@@ -77,7 +77,7 @@ class FlowIgnored:
 
 
 ClientEvent = ToPortal | TunConfigChanged | ResourcesChanged | FlowRefused | FlowIgnored | ConnectionEvent | RelayNews
-"""Of connection events, `cid` is the gateway's id."""
+"""The `peer_id` of a connection event is the gateway's id."""
 
 
 @attrs.define
@@ -147,13 +147,13 @@ class ClientTunnel(Tunnel):
         """Handle a batch from the network. Returns the packets for the host."""
         accepted: list[SuperPacket] = []
         own, counters = self._own, self.counters
-        for cid, packets in self.node.handle_datagrams(batch, now, utc_now):
-            gateway = self._gateways.get(cid)
+        for gid, packets in self.node.handle_datagrams(batch, now, utc_now):
+            gateway = self._gateways.get(gid)
             for packet in packets:
                 if gateway is not None and packet.destination in own and gateway.may_send_from(packet.source):
                     accepted.append(packet)
                 elif control.is_control(packet):
-                    self._handle_control(cid, packet, now)
+                    self._handle_control(gid, packet, now)
                 else:
                     counters.unexpected_source += packet.segments
         self._follow_node()
@@ -309,7 +309,7 @@ class ClientTunnel(Tunnel):
     def _broadcast(self, event: NewCandidates | InvalidatedCandidates) -> PortalMessage:
         is_new = isinstance(event, NewCandidates)
         kind = messages.BroadcastIceCandidates if is_new else messages.BroadcastInvalidatedIceCandidates
-        return kind(gateway_ids=[event.cid], candidates=list(event.candidates))
+        return kind(gateway_ids=[event.peer_id], candidates=list(event.candidates))
 
     def _established(self, gid: str) -> None:
         gateway = self._gateways.get(gid)

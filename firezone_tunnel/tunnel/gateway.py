@@ -64,7 +64,7 @@ class FlowEnded:
 
 
 GatewayEvent = InterfaceChanged | ToPortal | FlowAuthorized | FlowIgnored | FlowEnded | ConnectionEvent | RelayNews
-"""Of connection events, `cid` is the client's id."""
+"""The `peer_id` of a connection event is the client's id."""
 
 
 @attrs.define
@@ -270,4 +270,4 @@ class GatewayTunnel(Tunnel):
     def _broadcast(self, event: NewCandidates | InvalidatedCandidates) -> PortalMessage:
         is_new = isinstance(event, NewCandidates)
         kind = messages.BroadcastIceCandidates if is_new else messages.BroadcastInvalidatedIceCandidates
-        return kind(client_ids=[event.cid], candidates=list(event.candidates))
+        return kind(client_ids=[event.peer_id], candidates=list(event.candidates))

@@ -276,7 +276,7 @@ class Punctual(Host):
 
 def way(host: Host, peer: Host) -> str:
     """How the connection to a peer leads, as last told: "direct" or "relayed"."""
-    told = [one for one in host.of(ConnectionEstablished | PathChanged) if one.cid == peer.name]
+    told = [one for one in host.of(ConnectionEstablished | PathChanged) if one.peer_id == peer.name]
     return told[-1].path
 
 

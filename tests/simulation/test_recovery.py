@@ -284,7 +284,7 @@ def test_a_second_connection_made_later_gets_the_candidates_of_all_relays() -> N
 
     assert internet.run_until(lambda: bool(gateway.texts(late)), within=1.0) < 0.25
 
-    told = [text for event in gateway.of(NewCandidates) if event.cid == "late" for text in event.candidates]
+    told = [text for event in gateway.of(NewCandidates) if event.peer_id == "late" for text in event.candidates]
     assert {text.split()[4] for text in told if " relay " in text} == {
         host for relay in internet.relays for host in relay.hosts
     }

@@ -506,8 +506,8 @@ def test_a_goodbye_is_the_last_packet_that_arrives() -> None:
     client.drain()
     world.run(LATENCY)
 
-    ((cid, packet),) = gateway.packets
-    assert cid == "client"
+    ((peer_id, packet),) = gateway.packets
+    assert peer_id == "client"
     assert control.is_control(packet)
     assert control.decode(packet) == control.Goodbye()
 

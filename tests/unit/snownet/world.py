@@ -70,13 +70,13 @@ class Host:
         told = [
             event
             for event in self.of(ConnectionEstablished | ConnectionFailed | ConnectionClosed)
-            if event.cid == peer.name
+            if event.peer_id == peer.name
         ]
         return bool(told) and isinstance(told[-1], ConnectionEstablished)
 
     def path(self, peer: Host) -> tuple[SocketAddress, SocketAddress]:
         """Where datagrams for a peer leave from and go to, as last told."""
-        told = [event for event in self.of(ConnectionEstablished | PathChanged) if event.cid == peer.name]
+        told = [event for event in self.of(ConnectionEstablished | PathChanged) if event.peer_id == peer.name]
         return told[-1].local, told[-1].remote
 
     def failure(self) -> tuple[float, str]:
@@ -106,7 +106,7 @@ class Host:
         self._buffer[: len(data)] = data
         batch = DatagramBatch.received(self._buffer, len(data), segment_size, source, local, ecn)
         for received in self.node.handle_datagrams(batch, self.world.now, self.world.utc):
-            self.packets += [(received.cid, packet.copy()) for packet in received.packets]
+            self.packets += [(received.peer_id, packet.copy()) for packet in received.packets]
         self.drain()
 
     def handle_timeout(self) -> None:
@@ -203,7 +203,7 @@ class World:
         """What the portal passes on between peers."""
         if not self.portal_is_up or not isinstance(event, NewCandidates | InvalidatedCandidates):
             return
-        peer = self.hosts[event.cid]
+        peer = self.hosts[event.peer_id]
         new, candidates = isinstance(event, NewCandidates), event.candidates
 
         def arrive() -> None:

@@ -554,7 +554,7 @@ def test_a_gateway_that_vanishes_is_given_up_and_asked_for_again_by_traffic() ->
         client.packets_in(datagram("anybody there"))
         world.run(0.5)
 
-    assert [event.cid for event in client.of(ConnectionFailed)][:1] == ["gateway"]
+    assert [event.peer_id for event in client.of(ConnectionFailed)][:1] == ["gateway"]
     gateway.is_gone = False
     gateway.restart()
     for number in range(10):
@@ -620,7 +620,7 @@ def test_a_reset_has_another_key_and_asks_again_for_what_was_in_use() -> None:
 
     assert client.tunnel.public_key != key
     assert (client.ask_count("net"), client.ask_count("other")) == (1, 0)
-    assert client.of(ConnectionEstablished)[-1].cid == "gateway"
+    assert client.of(ConnectionEstablished)[-1].peer_id == "gateway"
     assert passes(world, client, gateway)
 
 
