@@ -1,7 +1,7 @@
 """One WebSocket to the portal, on Autobahn.
 
-Ours are the upgrade request, because Autobahn logs its own with the token in it, and what becomes of a refusal,
-because Autobahn drops one whose body comes in a second segment.
+The upgrade request is ours because Autobahn logs its own, with the token. Reading a refusal is ours because Autobahn
+drops a refusal whose body comes in a second segment.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REFUSAL_TIMEOUT = 2.0
 
 
 class Listener(Protocol):
-    """Whom a `PortalLinkProtocol` tells what happens. After `refused` or `closed` nothing follows."""
+    """Gets the events of a `PortalLinkProtocol`. `refused` or `closed` is the last."""
 
     def opened(self) -> None: ...
 
@@ -96,7 +96,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
             self._read_refusal(data)
 
     def processHandshake(self) -> None:
-        """Parse the portal's answer, where Autobahn would collect a header without end and stumble over bytes."""
+        """Parse the portal's answer. Autobahn has no limit for the header, and raises for bytes that aren't UTF-8."""
         if len(self.data) > HEADER_LIMIT and b"\r\n\r\n" not in self.data[:HEADER_LIMIT]:
             super().failHandshake("the header of the portal's answer is too long")
             return
@@ -292,7 +292,7 @@ def _clean(text: str) -> str:
 
 
 class _NullLogger:
-    """Autobahn's logger for us: it would tell a debug log every request, and what the service logs anyway."""
+    """Replaces Autobahn's logger, which would log every request, and what the service logs anyway."""
 
     def _ignore(self, *arguments: object, **fields: object) -> None:
         pass

@@ -50,9 +50,9 @@ CLOSE_TIMEOUT = 1.0
 RETRY_PUT_INTERVAL = 0.01
 
 Notice = Joined | PushReceived | Lost | Fatal
-"""What the tunnel service gets to know."""
+"""Events for the tunnel service."""
 Resolver = Callable[[str], "Deferred[list[str]]"]
-"""A host name's addresses, best first; none if it has none."""
+"""Resolves a host name to its addresses, best first."""
 
 
 class EventQueue(Protocol):
@@ -115,7 +115,7 @@ class PortalLink(Service):
         self._is_wanted = False
         self._tls: Any = None
         self._timer: Timer | None = None
-        self._attempt: _Attempt | None = None
+        self._attempt: _DialAttempt | None = None
         self._held: deque[Notice] = deque()
         self._retry_put: Any = None
 
@@ -183,7 +183,7 @@ class PortalLink(Service):
         self._pump()
 
     def _pump(self) -> None:
-        """Carry out what the channel wants."""
+        """Execute the channel's events and transmits."""
         for event in self._channel.events():
             self._handle(event)
         attempt = self._attempt
@@ -209,7 +209,7 @@ class PortalLink(Service):
 
     def _dial(self, event: Dial) -> None:
         log.debug("portal:dialed", portal=str(self._url), attempt=event.attempt, user_agent=self._url.user_agent)
-        self._attempt = attempt = _Attempt(self._reactor, self._channel, self._pump, self._clock, self._utc_clock)
+        self._attempt = attempt = _DialAttempt(self._reactor, self._channel, self._pump, self._clock, self._utc_clock)
         attempt.start(self._url, self._public_key, resolve=self._resolve, tls=self._tls, mark=self._mark)
 
     def _hang_up(self) -> None:
@@ -230,18 +230,18 @@ class PortalLink(Service):
             log.info("portal:retry_scheduled", portal=portal, reason=event.reason, attempt=attempt, delay=delay)
 
     def _put(self, event: Notice) -> None:
-        if isinstance(event, Lost | Fatal):  # what was not told yet of a connection that is gone need not be told
+        if isinstance(event, Lost | Fatal):  # undelivered events of a lost connection are obsolete
             self._held.clear()
         self._held.append(event)
-        self._tell()
+        self._deliver()
 
-    def _tell(self) -> None:
-        """Put what is held into the queue, as far as it takes it; read on when nothing is left."""
+    def _deliver(self) -> None:
+        """Move held events into the queue while it has room; resume reading when none are left."""
         while self._held and self.events.put(self._held[0]):
             self._held.popleft()
         is_waiting = self._retry_put is not None and self._retry_put.active()
         if self._held and not is_waiting:
-            self._retry_put = self._reactor.callLater(RETRY_PUT_INTERVAL, self._tell)
+            self._retry_put = self._reactor.callLater(RETRY_PUT_INTERVAL, self._deliver)
         if self._attempt is not None:
             self._attempt.pause_reading(paused=bool(self._held))
 
@@ -266,7 +266,7 @@ def trust_from_file(path: Path) -> Any:
     return ssl.trustRootFromCertificates(trusted)
 
 
-class _Attempt:
+class _DialAttempt:
     """One WebSocket from name resolution to its end, which tells the channel what becomes of it."""
 
     def __init__(
@@ -317,7 +317,7 @@ class _Attempt:
             self._protocol.transport.resumeProducing()
 
     def abort(self) -> None:
-        """Leave no socket behind, and tell nobody."""
+        """Close the socket without notifying the channel."""
         if self._connecting is not None:
             self._connecting.cancel()
         if self._protocol is not None:

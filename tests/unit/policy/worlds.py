@@ -23,7 +23,7 @@ from firezone_tunnel.policy.versions import parse_user_agent
 
 
 class Heard:
-    """An outlet that keeps what it was told."""
+    """A socket that records what is pushed."""
 
     def __init__(self) -> None:
         self.pushed: list[tuple[str, Any]] = []
