@@ -9,14 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 
 from benchmarks.core_steps import CALLS, SEGMENTS, Case, super_packet
-from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
-from firezone_tunnel.messages.common import Filter
-from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.snownet.inbound import Received
-from firezone_tunnel.tunnel.filter import Rules
-from tests.unit.relaying import world as relaying
-from tests.unit.tunnel.world import Access, Device, connected
+from firezone_tunnel.core.datagrams import DatagramBatch, receive_buffer
+from firezone_tunnel.core.messages.common import Filter
+from firezone_tunnel.core.packet.superpacket import SuperPacket
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.snownet.inbound import Received
+from firezone_tunnel.core.tunnel.filter import Rules
+from tests.unit.core.relay import world as relaying
+from tests.unit.core.tunnel.world import Access, Device, connected
 
 SEAL, OPEN = "seal (2 sends)", "open + coalesce"
 WHOLE_PATHS = {

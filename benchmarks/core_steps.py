@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from firezone_tunnel.datagrams import receive_buffer
-from firezone_tunnel.packet.coalesce import Arena, coalesce, coalesce_lone
-from firezone_tunnel.packet.layout import Rows
-from firezone_tunnel.packet.superpacket import (
+from firezone_tunnel.core.datagrams import receive_buffer
+from firezone_tunnel.core.packet.coalesce import Arena, coalesce, coalesce_lone
+from firezone_tunnel.core.packet.layout import Rows
+from firezone_tunnel.core.packet.superpacket import (
     SuperPacket,
     from_virtio,
     parse,
@@ -19,8 +19,8 @@ from firezone_tunnel.packet.superpacket import (
     set_partial_checksum,
     virtio_header,
 )
-from firezone_tunnel.wireguard.open import Opener
-from firezone_tunnel.wireguard.seal import SealBuffer, plan, seal_pool
+from firezone_tunnel.core.wireguard.open import Opener
+from firezone_tunnel.core.wireguard.seal import SealBuffer, plan, seal_pool
 
 SEGMENT_SIZE = 1228  # MTU 1280 less IPv4 and TCP headers with timestamps
 SEGMENTS = 52

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import attrs
 
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.stun import message as stun
-from firezone_tunnel.stun.message import Kind, Message, Method
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.stun import message as stun
+from firezone_tunnel.core.stun.message import Kind, Message, Method
 from tests.service.relay_process import REALM, USER, RelayProcess, TurnClient, code_of
 
 BURST = 256  # datagrams: what fits into the smallest receive buffer

@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    **dict.fromkeys(("Connected", "Session"), "firezone_tunnel.client.session"),
+    **dict.fromkeys(("Connected", "Session"), "firezone_tunnel.apps.client.session"),
     **dict.fromkeys(
         (
             "AllGatewaysOffline",
@@ -23,9 +23,9 @@ _PUBLIC = {
             "ResourcesUpdated",
             "TunInterfaceUpdated",
         ),
-        "firezone_tunnel.client.events",
+        "firezone_tunnel.apps.client.events",
     ),
-    "ResourceView": "firezone_tunnel.tunnel.resources",
+    "ResourceView": "firezone_tunnel.core.tunnel.resources",
     **dict.fromkeys(
         ("AuthenticationError", "ConfigurationError", "FirezoneError", "PlatformError", "PortalError", "SessionClosed"),
         "firezone_tunnel.errors",

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 
-from firezone_tunnel.client import events as core
-from firezone_tunnel.client import session as twisted_session
-from firezone_tunnel.client.events import (
+from firezone_tunnel.apps.client import events as core
+from firezone_tunnel.apps.client import session as twisted_session
+from firezone_tunnel.apps.client.events import (
     AllGatewaysOffline,
     Disconnected,
     Event,
@@ -30,7 +30,8 @@ from firezone_tunnel.client.events import (
     ResourcesUpdated,
     TunInterfaceUpdated,
 )
-from firezone_tunnel.client.session import DEFAULT_STATE_DIRECTORY
+from firezone_tunnel.apps.client.session import DEFAULT_STATE_DIRECTORY
+from firezone_tunnel.core.tunnel.resources import ResourceView
 from firezone_tunnel.errors import (
     AuthenticationError,
     ConfigurationError,
@@ -39,8 +40,7 @@ from firezone_tunnel.errors import (
     PortalError,
     SessionClosed,
 )
-from firezone_tunnel.tun.device import DEFAULT_NAME
-from firezone_tunnel.tunnel.resources import ResourceView
+from firezone_tunnel.shell.tun.device import DEFAULT_NAME
 
 __all__ = [
     "AllGatewaysOffline",

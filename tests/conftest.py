@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from eliot import add_destinations, remove_destination
 
-from firezone_tunnel.logs import events as log
+from firezone_tunnel.shell.logs import events as log
 from tests.system.hosts import Lab, MissingCapability, require_capabilities
 
 _NEEDS_THE_MACHINE = {Path(__file__).parent / "interop", Path(__file__).parent / "system"}

@@ -8,8 +8,8 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from firezone_tunnel.cli.main import main
-from firezone_tunnel.policy.seed import SeedContext, parse_seed
+from firezone_tunnel.apps.cli.main import main
+from firezone_tunnel.core.portal.seed import SeedContext, parse_seed
 from tools.options_reference import page, roles
 
 _ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ for name in sys.argv[1:]:
 def test_importing_every_module_installs_no_reactor() -> None:
     loaded = _loaded_after(_IMPORT_ALL_OF, "firezone_tunnel")
 
-    assert "firezone_tunnel.sansio" in loaded
+    assert "firezone_tunnel.core.sansio" in loaded
     assert "twisted.internet.reactor" not in loaded
 
 
@@ -34,7 +34,7 @@ def test_importing_the_package_loads_neither_twisted_nor_an_application() -> Non
 
 
 def test_client_and_gateway_load_none_of_the_portals_libraries() -> None:
-    loaded = _loaded_after(_IMPORT_ALL_OF, "firezone_tunnel.client", "firezone_tunnel.gateway")
+    loaded = _loaded_after(_IMPORT_ALL_OF, "firezone_tunnel.apps.client", "firezone_tunnel.apps.gateway")
 
     assert [name for name in loaded if name.split(".")[0] in {"alembic", "klein", "sqlalchemy", "treq"}] == []
 

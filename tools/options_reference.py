@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
-from firezone_tunnel.process.settings import Options, Setting
+from firezone_tunnel.shell.process.settings import Options, Setting
 
 _PACKAGE = Path(__file__).parents[1] / "firezone_tunnel"
 _HEAD = (
@@ -31,11 +31,11 @@ def page() -> str:
 
 def roles() -> list[str]:
     """The applications that twistd starts, as their packages are called."""
-    return sorted(path.parent.name for path in _PACKAGE.glob("*/options.py"))
+    return sorted(path.parent.name for path in _PACKAGE.glob("apps/*/options.py"))
 
 
 def _section(role: str) -> Iterator[str]:
-    options: type[Options] = import_module(f"firezone_tunnel.{role}.options").Options
+    options: type[Options] = import_module(f"firezone_tunnel.apps.{role}.options").Options
     yield f"## firezone-{role}"
     yield "\n".join(_table(options.settings))
 

@@ -18,7 +18,7 @@ class _Application:
     def __init__(self, role: str, description: str) -> None:
         self.tapname = f"firezone-{role}"
         self.description = description
-        self._module = f"firezone_tunnel.{role}.options"
+        self._module = f"firezone_tunnel.apps.{role}.options"
 
     @property
     def options(self) -> Any:

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from firezone_tunnel.ice.agent import Agent, AgentState, Credentials
-from firezone_tunnel.ice.candidate import Candidate, CandidateKind, parse_sdp
-from firezone_tunnel.ice.checklist import DEFAULT_TIMINGS, Schedule, Timings
-from firezone_tunnel.reactor.clock import boottime
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.stun.message import parse
+from firezone_tunnel.core.ice.agent import Agent, AgentState, Credentials
+from firezone_tunnel.core.ice.candidate import Candidate, CandidateKind, parse_sdp
+from firezone_tunnel.core.ice.checklist import DEFAULT_TIMINGS, Schedule, Timings
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.stun.message import parse
+from firezone_tunnel.shell.reactor.clock import boottime
 
 pytest.importorskip("aioice")
 

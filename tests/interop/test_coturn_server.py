@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from firezone_tunnel.ice.candidate import CandidateKind
-from firezone_tunnel.packet.layout import Rows
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.stun import message as stun
-from firezone_tunnel.stun.message import Kind, Message, Method
-from firezone_tunnel.turn.allocation import Allocation
-from firezone_tunnel.turn.channel_data import encode_channel_data, parse_channel_data
-from firezone_tunnel.turn.events import CandidateFound, CandidateLost, Failed, FailureReason
+from firezone_tunnel.core.ice.candidate import CandidateKind
+from firezone_tunnel.core.packet.layout import Rows
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.stun import message as stun
+from firezone_tunnel.core.stun.message import Kind, Message, Method
+from firezone_tunnel.core.turn.allocation import Allocation
+from firezone_tunnel.core.turn.channel_data import encode_channel_data, parse_channel_data
+from firezone_tunnel.core.turn.events import CandidateFound, CandidateLost, Failed, FailureReason
 from tests.polling import until
 
 HOST = "127.0.0.1"

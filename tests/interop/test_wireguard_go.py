@@ -22,17 +22,17 @@ from pathlib import Path
 import pytest
 from scapy.layers.inet import IP, UDP
 
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.wireguard.cookie import CookieChecker
-from firezone_tunnel.wireguard.handshake import (
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.wireguard.cookie import CookieChecker
+from firezone_tunnel.core.wireguard.handshake import (
     CookieReply,
     HandshakeInitiation,
     HandshakeResponse,
     StaticKey,
     open_static,
 )
-from firezone_tunnel.wireguard.peer import Expired, Peer, SessionEstablished
-from firezone_tunnel.wireguard.session import Session
+from firezone_tunnel.core.wireguard.peer import Expired, Peer, SessionEstablished
+from firezone_tunnel.core.wireguard.session import Session
 from tests.polling import until
 
 THEIR_ADDRESS, OUR_ADDRESS = "10.111.0.1", "10.111.0.2"

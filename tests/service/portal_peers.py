@@ -18,9 +18,9 @@ from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import deferLater
 
-from firezone_tunnel.portal.service import PortalService
-from firezone_tunnel.reactor.clock import boottime, utc
-from firezone_tunnel.sansio import SocketAddress
+from firezone_tunnel.apps.portal.service import PortalService
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.shell.reactor.clock import boottime, utc
 
 CLIENT_TOKEN = "n.client-token-of-the-tests"
 OTHER_CLIENT_TOKEN = "n.other-client-token-of-the-tests"

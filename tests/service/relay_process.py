@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.stun import message as stun
-from firezone_tunnel.stun.message import Kind, Message, Method, long_term_key
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.stun import message as stun
+from firezone_tunnel.core.stun.message import Kind, Message, Method, long_term_key
 
 _ROOT = Path(__file__).parents[2]
 USER, PASSWORD, REALM = "alice", "secret", "firezone"

@@ -11,7 +11,7 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred
 
-from firezone_tunnel.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
 
 
 @pytest_twisted.ensureDeferred

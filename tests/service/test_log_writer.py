@@ -16,9 +16,9 @@ import pytest
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from firezone_tunnel.logs import events as log
-from firezone_tunnel.logs.file import LogFile
-from firezone_tunnel.logs.writer import LogWriter, TwistedMessages
+from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.file import LogFile
+from firezone_tunnel.shell.logs.writer import LogWriter, TwistedMessages
 
 
 @pytest.fixture

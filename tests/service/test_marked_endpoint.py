@@ -17,7 +17,7 @@ from twisted.internet.error import ConnectError, ConnectingCancelledError, Conne
 from twisted.internet.protocol import Factory, Protocol
 
 from firezone_tunnel.errors import PlatformError
-from firezone_tunnel.udp.stream import MarkedEndpoint, RacingEndpoint
+from firezone_tunnel.shell.udp.stream import MarkedEndpoint, RacingEndpoint
 
 _MARK = 0xFD002021
 _MARKING = 1 << 12 | 1 << 13  # CAP_NET_ADMIN or, since Linux 5.17, CAP_NET_RAW

@@ -18,13 +18,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import globalLogPublisher, textFileLogObserver
 
+from firezone_tunnel.core.phoenix.channel import ChannelState, Fatal, Joined, Lost, PushReceived
 from firezone_tunnel.errors import AuthenticationError, ConfigurationError, PortalError
-from firezone_tunnel.logs import events as log
-from firezone_tunnel.phoenix.channel import ChannelState, Fatal, Joined, Lost, PushReceived
-from firezone_tunnel.portal_connection import protocol as protocol_module
-from firezone_tunnel.portal_connection import service as service_module
-from firezone_tunnel.portal_connection.protocol import parse_retry_after
-from firezone_tunnel.portal_connection.service import resolve_host, trust_from_file
+from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.portal_link import protocol as protocol_module
+from firezone_tunnel.shell.portal_link import service as service_module
+from firezone_tunnel.shell.portal_link.protocol import parse_retry_after
+from firezone_tunnel.shell.portal_link.service import resolve_host, trust_from_file
 from tests.service.unruly_portal import (
     TOKEN,
     HastyPeer,

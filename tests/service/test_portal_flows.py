@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import pytest_twisted
 
-from firezone_tunnel.messages import client as client_messages
-from firezone_tunnel.messages import gateway as gateway_messages
+from firezone_tunnel.core.messages import client as client_messages
+from firezone_tunnel.core.messages import gateway as gateway_messages
 from tests.service.portal_peers import LAB_ID, SITE_ID, WIKI_ID, Peer, Portal, key, start_portal, stop_portal, until
 
 _NAMES = {

@@ -17,10 +17,10 @@ from twisted.internet import reactor, ssl
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol, wrapClientTLS
 from twisted.python.usage import UsageError
 
+from firezone_tunnel.apps.portal.options import Options
+from firezone_tunnel.apps.portal.service import PortalService
+from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.errors import ConfigurationError
-from firezone_tunnel.portal.options import Options
-from firezone_tunnel.portal.service import PortalService
-from firezone_tunnel.sansio import SocketAddress
 from tests.service.portal_peers import CLIENT_TOKEN, SEED, Collector, Peer, Refusal, start_portal, stop_portal, until
 from tests.service.portal_peers import key as key_of
 

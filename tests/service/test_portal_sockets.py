@@ -12,8 +12,8 @@ from urllib.parse import quote
 import pytest
 import pytest_twisted
 
-from firezone_tunnel.portal.service import PortalService
-from firezone_tunnel.sansio import SocketAddress
+from firezone_tunnel.apps.portal.service import PortalService
+from firezone_tunnel.core.sansio import SocketAddress
 from tests.service.portal_peers import (
     CLIENT_TOKEN,
     GATEWAY_TOKEN,

@@ -20,9 +20,9 @@ from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.error import ConnectError
 from twisted.internet.task import deferLater
 
+from firezone_tunnel.apps.portal.store import Store
+from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.errors import InUseError, PlatformError
-from firezone_tunnel.portal.store import Store
-from firezone_tunnel.sansio import SocketAddress
 from tests.service.portal_peers import CLIENT_TOKEN, LAB_ID, SEED, Clock, Portal, key, start_portal, stop_portal
 
 _ROOT = Path(__file__).parents[2]
@@ -33,8 +33,8 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.error import ConnectError
 from twisted.internet.task import deferLater
-from firezone_tunnel.portal.service import PortalService
-from firezone_tunnel.sansio import SocketAddress
+from firezone_tunnel.apps.portal.service import PortalService
+from firezone_tunnel.core.sansio import SocketAddress
 seed, database = sys.argv[1:]
 service = PortalService(reactor, listen=SocketAddress("127.0.0.1", 0), seed_path=seed, database=database)
 service.ready.addCallback(lambda port: print(port.getHost().port, flush=True))

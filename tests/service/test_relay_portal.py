@@ -9,13 +9,13 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.threads import deferToThread
 
+from firezone_tunnel.apps.relay.config import EngineConfig
+from firezone_tunnel.apps.relay.service import PortalConfig, RelayOptions, RelayService
+from firezone_tunnel.core.relay.allocator import RelayConfig
+from firezone_tunnel.core.stun import message as stun
+from firezone_tunnel.core.stun.message import Method
 from firezone_tunnel.errors import AuthenticationError
-from firezone_tunnel.portal_connection.url import LoginUrl
-from firezone_tunnel.relay.config import EngineConfig
-from firezone_tunnel.relay.service import PortalConfig, RelayOptions, RelayService
-from firezone_tunnel.relaying.allocator import RelayConfig
-from firezone_tunnel.stun import message as stun
-from firezone_tunnel.stun.message import Method
+from firezone_tunnel.shell.portal_link.url import LoginUrl
 from tests.service.portal_peers import RELAY_TOKEN, Portal, start_portal, stop_portal
 from tests.service.relay_process import TurnClient, code_of, free_port
 

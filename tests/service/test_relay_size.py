@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from firezone_tunnel.stun import message as stun
-from firezone_tunnel.stun.message import Kind, Message, Method, long_term_key
+from firezone_tunnel.core.stun import message as stun
+from firezone_tunnel.core.stun.message import Kind, Message, Method, long_term_key
 from tests.service.relay_process import PASSWORD, REALM, USER, RelayProcess, TurnClient, code_of
 
 ALLOCATIONS = 10_000

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.stun import message as stun
-from firezone_tunnel.stun.message import Method
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.stun import message as stun
+from firezone_tunnel.core.stun.message import Method
 from tests.polling import until
 from tests.service.relay_process import RelayProcess, TurnClient, address_of, code_of, free_port, udp
 

@@ -25,10 +25,10 @@ from firezone_tunnel import (
     SessionClosed,
     TunInterfaceUpdated,
 )
+from firezone_tunnel.core.portal.account import PeerRole
 from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
-from firezone_tunnel.host.monitor import NetworkMonitor
-from firezone_tunnel.policy.account import PeerRole
-from firezone_tunnel.runtime.tunnel import TunnelService
+from firezone_tunnel.shell.host.monitor import NetworkMonitor
+from firezone_tunnel.shell.runtime.tunnel import TunnelService
 from tests.service.portal_peers import CLIENT_TOKEN, Portal, start_portal, stop_portal, until
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside

@@ -11,11 +11,11 @@ import pytest_twisted
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from firezone_tunnel.datagrams import DatagramBatch
+from firezone_tunnel.core.datagrams import DatagramBatch
+from firezone_tunnel.core.sansio import SocketAddress, Transmit
 from firezone_tunnel.errors import PlatformError
-from firezone_tunnel.sansio import SocketAddress, Transmit
-from firezone_tunnel.udp.sockets import bind
-from firezone_tunnel.udp.transport import UdpTransport
+from firezone_tunnel.shell.udp.sockets import bind
+from firezone_tunnel.shell.udp.transport import UdpTransport
 
 LOOPBACK = ["127.0.0.1", "::1"]
 SIZE = 1312

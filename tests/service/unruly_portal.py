@@ -20,8 +20,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import DefaultOpenSSLContextFactory
 
-from firezone_tunnel.portal_connection.service import PortalLink
-from firezone_tunnel.portal_connection.url import LoginUrl
+from firezone_tunnel.shell.portal_link.service import PortalLink
+from firezone_tunnel.shell.portal_link.url import LoginUrl
 
 TOKEN = "n.s3cret-T0ken"
 PATIENCE = 10.0  # seconds of real time after which a test fails rather than waits

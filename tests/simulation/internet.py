@@ -1,6 +1,6 @@
 """An internet without sockets: hosts behind NATs, relays, and the portal that tells hosts of both.
 
-Hosts and time are those of `tests.unit.snownet.world`; relays run the real `RelayServer`.
+Hosts and time are those of `tests.unit.core.snownet.world`; relays run the real `RelayServer`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import ipaddress
 from collections.abc import Callable, Iterator
 from itertools import count, pairwise
 
-from firezone_tunnel.datagrams import DatagramBatch, receive_buffer
-from firezone_tunnel.packet.rewrite import CE
-from firezone_tunnel.relaying.allocator import RelayConfig
-from firezone_tunnel.relaying.credentials import CredentialSource, StampSecret, StaticUsers, stamp_password
-from firezone_tunnel.relaying.outputs import ClosePort, OpenPort
-from firezone_tunnel.relaying.peer_policy import PeerPolicy
-from firezone_tunnel.relaying.server import RelayServer
-from firezone_tunnel.sansio import SocketAddress, Transmit
-from firezone_tunnel.snownet.events import ConnectionEstablished, PathChanged, Role
-from firezone_tunnel.snownet.relays import RelayTerms
+from firezone_tunnel.core.datagrams import DatagramBatch, receive_buffer
+from firezone_tunnel.core.packet.rewrite import CE
+from firezone_tunnel.core.relay.allocator import RelayConfig
+from firezone_tunnel.core.relay.credentials import CredentialSource, StampSecret, StaticUsers, stamp_password
+from firezone_tunnel.core.relay.outputs import ClosePort, OpenPort
+from firezone_tunnel.core.relay.peer_policy import PeerPolicy
+from firezone_tunnel.core.relay.server import RelayServer
+from firezone_tunnel.core.sansio import SocketAddress, Transmit
+from firezone_tunnel.core.snownet.events import ConnectionEstablished, PathChanged, Role
+from firezone_tunnel.core.snownet.relays import RelayTerms
 from tests.simulation.nat import Nat, nats
-from tests.unit.snownet.world import LATENCY, Host, World, datagram, stream
+from tests.unit.core.snownet.world import LATENCY, Host, World, datagram, stream
 
 TURN_PORT = 3478
 _DOCUMENTATION = tuple(ipaddress.ip_network(text) for text in ("198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from firezone_tunnel.sansio import Entropy, SocketAddress
+from firezone_tunnel.core.sansio import Entropy, SocketAddress
 
 MAPPING_LIFETIME = 30.0  # what Linux grants to UDP that wasn't answered yet: the shortest in wide use
 TURN_PORT = 3478

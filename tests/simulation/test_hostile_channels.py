@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from firezone_tunnel.packet.superpacket import SuperPacket
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.snownet.events import ConnectionFailed, Role
-from firezone_tunnel.turn.channel_data import HEADER
+from firezone_tunnel.core.packet.superpacket import SuperPacket
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.snownet.events import ConnectionFailed, Role
+from firezone_tunnel.core.turn.channel_data import HEADER
 from tests.simulation.internet import Internet, exchange, way
-from tests.unit.snownet.world import Host, assert_no_slot_is_lost, datagram, run_of_segments
+from tests.unit.core.snownet.world import Host, assert_no_slot_is_lost, datagram, run_of_segments
 
 
 def relayed() -> tuple[Internet, Host, Host]:

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.snownet.events import Role
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.snownet.events import Role
 from tests.simulation.internet import Internet, exchange
 from tests.simulation.nat import KINDS
-from tests.unit.snownet.world import Host, assert_no_slot_is_lost, datagram, run_of_segments
+from tests.unit.core.snownet.world import Host, assert_no_slot_is_lost, datagram, run_of_segments
 
 _HEALTHY = 25.0
 _MOMENTS = st.floats(0.0, 20.0, allow_nan=False)

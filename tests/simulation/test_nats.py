@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from firezone_tunnel.snownet.events import ConnectionFailed, Role
+from firezone_tunnel.core.snownet.events import ConnectionFailed, Role
 from tests.simulation.internet import Internet, exchange, way
 from tests.simulation.nat import KINDS, expected_way
-from tests.unit.snownet.world import assert_no_slot_is_lost, datagram
+from tests.unit.core.snownet.world import assert_no_slot_is_lost, datagram
 
 
 @pytest.mark.parametrize(("client_nat", "gateway_nat"), list(itertools.product(KINDS, KINDS)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from firezone_tunnel.snownet.events import ConnectionFailed, NewCandidates, Role
-from firezone_tunnel.snownet.relays import RelayAllocated, RelayFailed
+from firezone_tunnel.core.snownet.events import ConnectionFailed, NewCandidates, Role
+from firezone_tunnel.core.snownet.relays import RelayAllocated, RelayFailed
 from tests.simulation.internet import Internet, Relay, exchange, longest_gap, ping, way
-from tests.unit.snownet.world import Host, assert_no_slot_is_lost, datagram
+from tests.unit.core.snownet.world import Host, assert_no_slot_is_lost, datagram
 
 
 def relayed(*, relays: int = 2, standard: bool = False, families: str = "46") -> tuple[Internet, Host, Host]:

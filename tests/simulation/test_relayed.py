@@ -6,12 +6,12 @@ import struct
 
 import pytest
 
-from firezone_tunnel.packet.rewrite import CE
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.snownet.events import ConnectionEstablished, ConnectionFailed, PathChanged, Role
-from firezone_tunnel.wireguard.cookie import HANDSHAKES_PER_SECOND
+from firezone_tunnel.core.packet.rewrite import CE
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.snownet.events import ConnectionEstablished, ConnectionFailed, PathChanged, Role
+from firezone_tunnel.core.wireguard.cookie import HANDSHAKES_PER_SECOND
 from tests.simulation.internet import Internet, Relay, exchange, longest_gap, ping, way
-from tests.unit.snownet.world import LATENCY, Host, assert_no_slot_is_lost, datagram, run_of_segments
+from tests.unit.core.snownet.world import LATENCY, Host, assert_no_slot_is_lost, datagram, run_of_segments
 
 _ECT0 = 2
 _INITIATION, _COOKIE = b"\1\0\0\0", b"\3\0\0\0"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from firezone_tunnel.sansio import SocketAddress
-from firezone_tunnel.snownet.events import ConnectionFailed, InvalidatedCandidates, PathChanged, Role
-from firezone_tunnel.snownet.relays import RelayAllocated, RelayFailed
-from firezone_tunnel.stun import message as stun
-from firezone_tunnel.stun.message import Method
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.snownet.events import ConnectionFailed, InvalidatedCandidates, PathChanged, Role
+from firezone_tunnel.core.snownet.relays import RelayAllocated, RelayFailed
+from firezone_tunnel.core.stun import message as stun
+from firezone_tunnel.core.stun.message import Method
 from tests.simulation.internet import Internet, exchange, longest_gap, ping, way
-from tests.unit.snownet.world import Host, assert_no_slot_is_lost, datagram, run_of_segments
+from tests.unit.core.snownet.world import Host, assert_no_slot_is_lost, datagram, run_of_segments
 
 
 def relayed(*, relays: int = 1, nat: str = "udp-blocked") -> tuple[Internet, Host, Host]:

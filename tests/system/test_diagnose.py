@@ -15,10 +15,10 @@ from tests.system.hosts import Host, Lab
 pytestmark = pytest.mark.namespaces
 
 _ROOT = Path(__file__).parents[2]
-_MAIN = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from firezone_tunnel.cli.main import main; main()"
+_MAIN = f"import sys; sys.path.insert(0, {str(_ROOT)!r}); from firezone_tunnel.apps.cli.main import main; main()"
 _HOLD = """
 import signal
-from firezone_tunnel.host.instance import Instance
+from firezone_tunnel.shell.host.instance import Instance
 held = Instance("gateway")
 print("held", flush=True)
 signal.pause()

@@ -13,11 +13,11 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from firezone_tunnel.client.options import Options as ClientOptions
-from firezone_tunnel.gateway.options import Options as GatewayOptions
-from firezone_tunnel.policy.account import PeerRole
-from firezone_tunnel.policy.seed import SeedContext, parse_seed
-from firezone_tunnel.process.settings import Options
+from firezone_tunnel.apps.client.options import Options as ClientOptions
+from firezone_tunnel.apps.gateway.options import Options as GatewayOptions
+from firezone_tunnel.core.portal.account import PeerRole
+from firezone_tunnel.core.portal.seed import SeedContext, parse_seed
+from firezone_tunnel.shell.process.settings import Options
 
 yaml = pytest.importorskip("yaml")
 

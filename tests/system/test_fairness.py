@@ -19,7 +19,7 @@ from tests.system.test_demo_path import download
 pytestmark = pytest.mark.namespaces
 
 _LATE_P999_MS = 100
-_HEARTBEAT_INTERVAL = 10.0  # firezone_tunnel.phoenix.channel
+_HEARTBEAT_INTERVAL = 10.0  # firezone_tunnel.core.phoenix.channel
 _IDLE_SECONDS = 10
 _WAKES_A_SECOND = 1.5  # twisted.web looks at the clock once a second wherever health checks are served
 

@@ -14,11 +14,11 @@ import pytest
 import pytest_twisted
 
 from firezone_tunnel.errors import PlatformError
-from firezone_tunnel.host import nftables, sysctl
-from firezone_tunnel.host.firewall import GatewayFirewall
-from firezone_tunnel.host.kernel import FIREZONE_MARK
-from firezone_tunnel.host.rpfilter import ReplyMarks
-from firezone_tunnel.host.worker_thread import WorkerThread
+from firezone_tunnel.shell.host import nftables, sysctl
+from firezone_tunnel.shell.host.firewall import GatewayFirewall
+from firezone_tunnel.shell.host.kernel import FIREZONE_MARK
+from firezone_tunnel.shell.host.rpfilter import ReplyMarks
+from firezone_tunnel.shell.host.worker_thread import WorkerThread
 from tests.polling import until
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside

@@ -11,11 +11,11 @@ import pytest_twisted
 from twisted.internet.defer import Deferred
 
 from firezone_tunnel.errors import PlatformError
-from firezone_tunnel.host.addresses import Uplink, host_candidates, uplinks
-from firezone_tunnel.host.kernel import USER_TABLE, Families
-from firezone_tunnel.host.netlink import Netlink, NetworkWatcher
-from firezone_tunnel.host.worker_thread import WorkerThread
-from firezone_tunnel.tun.device import TunDevice, open_tun
+from firezone_tunnel.shell.host.addresses import Uplink, host_candidates, uplinks
+from firezone_tunnel.shell.host.kernel import USER_TABLE, Families
+from firezone_tunnel.shell.host.netlink import Netlink, NetworkWatcher
+from firezone_tunnel.shell.host.worker_thread import WorkerThread
+from firezone_tunnel.shell.tun.device import TunDevice, open_tun
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
 

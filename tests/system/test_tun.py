@@ -16,11 +16,11 @@ from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
+from firezone_tunnel.core.packet.superpacket import UDP, SuperPacket
 from firezone_tunnel.errors import InUseError, PlatformError
-from firezone_tunnel.packet.superpacket import UDP, SuperPacket
-from firezone_tunnel.tun import device as tun_device
-from firezone_tunnel.tun.device import Offload, TunDevice, open_tun, tun_from_fd
-from firezone_tunnel.tun.transport import TunTransport
+from firezone_tunnel.shell.tun import device as tun_device
+from firezone_tunnel.shell.tun.device import Offload, TunDevice, open_tun, tun_from_fd
+from firezone_tunnel.shell.tun.transport import TunTransport
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import pytest
 from twisted.python.failure import Failure
 
-from firezone_tunnel.datagrams import DatagramBatch
-from firezone_tunnel.sansio import SocketAddress, Transmit
-from firezone_tunnel.udp.transport import UdpTransport
+from firezone_tunnel.core.datagrams import DatagramBatch
+from firezone_tunnel.core.sansio import SocketAddress, Transmit
+from firezone_tunnel.shell.udp.transport import UdpTransport
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
 
@@ -128,7 +128,7 @@ def test_the_mark_keeps_datagrams_out_of_the_tunnel(alice: Host) -> None:
 
 def test_without_the_capability_to_mark_there_is_no_socket(alice: Host) -> None:
     command = (
-        "from firezone_tunnel.udp.sockets import bind\n"
+        "from firezone_tunnel.shell.udp.sockets import bind\n"
         "from firezone_tunnel.errors import PlatformError\n"
         "try: bind('0.0.0.0', [0], mark=1)\n"
         "except PlatformError as error: print(error)"

@@ -1,0 +1,237 @@
+"""What this host offers a client and a gateway, found by trying it. Nothing that was there before is changed.
+
+Everything here blocks, for a few seconds at most.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
+from firezone_tunnel.shell.host import nftables
+from firezone_tunnel.shell.host.addresses import Uplink, host_candidates, uplinks
+from firezone_tunnel.shell.host.instance import Instance
+from firezone_tunnel.shell.host.kernel import Kernel
+from firezone_tunnel.shell.host.rpfilter import is_strict
+from firezone_tunnel.shell.host.sysctl import PROC_SYS
+from firezone_tunnel.shell.portal_link.url import LoginUrl
+from firezone_tunnel.shell.tun.device import DEFAULT_NAME, Offload, open_tun
+from firezone_tunnel.shell.udp import sockets
+
+ROLES = ("client", "gateway")
+_PORTAL_TIMEOUT = 5.0
+
+
+class CheckState(enum.Enum):
+    """Whether what was looked at does its part; a limit makes the tunnel slower or narrower, but not impossible."""
+
+    OK = "ok"
+    LIMIT = "limit"
+    MISSING = "missing"
+
+
+@attrs.frozen
+class Finding:
+    """What was found, and what to do about it. `needed_by` names the roles that can't work where it is missing."""
+
+    check: str
+    state: CheckState
+    found: str
+    advice: str = ""
+    needed_by: tuple[str, ...] = ROLES
+
+
+def diagnose(interface: str = DEFAULT_NAME, api_url: str | None = None, ca_file: Path | None = None) -> list[Finding]:
+    """Everything; the portal only where its URL is given.
+
+    :param interface: the name that client and gateway give their TUN device.
+    """
+    network = list(_network(interface))
+    needs_nft = ROLES if any(one.check == _STRICT for one in network) else ("gateway",)
+    findings = [_privileges(), *_tun(), *_udp(), *network, _nft(needs_nft), _forwarding(), *_instances()]
+    if api_url is not None:
+        findings.append(_portal(api_url, ca_file))
+    return findings
+
+
+def is_usable(findings: list[Finding], role: str) -> bool:
+    """Whether nothing is missing that a client, or a gateway, needs."""
+    return not any(one.state is CheckState.MISSING and role in one.needed_by for one in findings)
+
+
+_CAP_NET_ADMIN = 12  # <linux/capability.h>
+_STRICT = "strict rp_filter"
+_BEST = "Linux 6.2 or later has all of it"
+_OFFLOADS = {
+    Offload.UDP: "TCP and UDP segmentation",
+    Offload.TCP: "TCP segmentation",
+    Offload.CHECKSUM: "checksums only",
+    Offload.NONE: "none",
+}
+
+
+def _privileges() -> Finding:
+    if os.geteuid() == 0 and _has_net_admin():
+        return Finding("privileges", CheckState.OK, "root, with CAP_NET_ADMIN")
+    if _has_net_admin():
+        return Finding("privileges", CheckState.OK, "CAP_NET_ADMIN")
+    who = "root, but without CAP_NET_ADMIN" if os.geteuid() == 0 else "neither root nor CAP_NET_ADMIN"
+    return Finding("privileges", CheckState.MISSING, who, "run as root; in a container add the capability NET_ADMIN")
+
+
+def _has_net_admin() -> bool:
+    """Whether CAP_NET_ADMIN is effective: proc(5)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
+    return False
+
+
+def _tun() -> Iterator[Finding]:
+    """A device of another name, for a moment."""
+    try:
+        device = open_tun("fz-diagnose%d")  # the kernel puts the first free number there
+    except PlatformError as error:
+        yield Finding("tun", CheckState.MISSING, str(error), "modprobe tun; in a container pass on /dev/net/tun")
+        return
+    device.close()
+    yield Finding("tun", CheckState.OK, "a TUN device can be made")
+    is_best = device.offload is Offload.UDP
+    yield Finding(
+        "tun offloads",
+        CheckState.OK if is_best else CheckState.LIMIT,
+        _OFFLOADS[device.offload],
+        "" if is_best else f"works, but more slowly: {_BEST}",
+    )
+
+
+def _udp() -> Iterator[Finding]:
+    try:
+        with sockets.bind("0.0.0.0", [0], mark=None) as udp:
+            features = sockets.configure(udp, gso=True, gro=True)
+    except PlatformError as error:
+        yield Finding("udp", CheckState.MISSING, one_line(error), "allow UDP sockets")
+        return
+    lacking = [name for name, has in (("GSO", features.gso), ("GRO", features.gro)) if not has]
+    yield Finding(
+        "udp offloads",
+        CheckState.LIMIT if lacking else CheckState.OK,
+        f"without {' and '.join(lacking)}" if lacking else "GSO and GRO",
+        f"works, but more slowly: {_BEST}" if lacking else "",
+    )
+    kept = features.receive_buffer // 2  # the kernel counts twice what was asked for
+    is_large = kept >= sockets.RECEIVE_BUFFER
+    yield Finding(
+        "udp buffer",
+        CheckState.OK if is_large else CheckState.LIMIT,
+        f"{kept >> 10} KiB for what arrives",
+        "" if is_large else f"run as root, or set net.core.rmem_max to {sockets.RECEIVE_BUFFER}",
+    )
+
+
+def _nft(needed_by: tuple[str, ...]) -> Finding:
+    try:
+        nftables.rules()
+    except PlatformError as error:
+        return Finding("nftables", CheckState.MISSING, str(error), "install nftables; run as root", needed_by)
+    return Finding("nftables", CheckState.OK, "rules can be read", "", needed_by)
+
+
+def _forwarding() -> Finding:
+    path = PROC_SYS / "net/ipv4/ip_forward"
+    if _read(path) == "1":
+        return Finding("forwarding", CheckState.OK, "IPv4 is forwarded", needed_by=("gateway",))
+    if os.access(path, os.W_OK):
+        return Finding("forwarding", CheckState.OK, "is off; a gateway switches it on", needed_by=("gateway",))
+    return Finding(
+        *("forwarding", CheckState.MISSING, "is off, and can't be switched on from here"),
+        "set net.ipv4.ip_forward=1 (docker: --sysctl)",
+        needed_by=("gateway",),
+    )
+
+
+def _network(interface: str) -> Iterator[Finding]:
+    kernel = Kernel()
+    try:
+        snapshot = kernel.snapshot()
+    except (PlatformError, OSError) as error:
+        yield Finding("network", CheckState.MISSING, one_line(error), "allow netlink sockets")
+        return
+    finally:
+        kernel.close()
+    found = uplinks(snapshot, own_link=interface)
+    for family, uplink in (("IPv4", found.ipv4), ("IPv6", found.ipv6)):
+        yield _uplink(f"{family} uplink", uplink)
+    hosts = host_candidates(snapshot, own_link=interface)
+    if hosts:
+        yield Finding("candidates", CheckState.OK, ", ".join(hosts))
+    else:
+        yield Finding("candidates", CheckState.MISSING, "no address that a peer could use", "give the host an address")
+    for name in dict.fromkeys(uplink.interface for uplink in found if uplink is not None):
+        if is_strict(name, lambda setting: _read(PROC_SYS / setting)):
+            yield Finding(_STRICT, CheckState.OK, f"on {name}: the client marks answers, by nftables")
+
+
+def _uplink(check: str, uplink: Uplink | None) -> Finding:
+    if uplink is None:
+        return Finding(
+            check, CheckState.LIMIT, "no default route", "needed only for peers beyond the host's own networks"
+        )
+    by = f" via {uplink.next_hop}" if uplink.next_hop else ""
+    source = f" from {uplink.preferred_source}" if uplink.preferred_source else ""
+    return Finding(check, CheckState.OK, f"{uplink.interface}{by}{source}")
+
+
+def _instances() -> Iterator[Finding]:
+    for role in ROLES:
+        try:
+            Instance(role).close()
+        except InUseError:
+            advice = f"stop it before you start another {role}"
+            yield Finding(
+                f"{role} running", CheckState.LIMIT, f"a {role} of ours runs in this network namespace", advice
+            )
+        except PlatformError as error:
+            yield Finding(
+                f"{role} running", CheckState.MISSING, one_line(error), "allow Unix sockets", needed_by=(role,)
+            )
+        else:
+            yield Finding(f"{role} running", CheckState.OK, "none")
+
+
+def _portal(api_url: str, ca_file: Path | None) -> Finding:
+    """Whether somebody answers there, over TLS whom we trust. Nothing is said to it."""
+    try:
+        portal = LoginUrl.client(api_url, "", device_id="diagnose", name="diagnose")
+        with socket.create_connection((portal.host, portal.port), _PORTAL_TIMEOUT) as connection:
+            address = connection.getpeername()[0]
+            if portal.is_secure:
+                context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+                context.wrap_socket(connection, server_hostname=portal.host).close()
+    except ConfigurationError as error:
+        return Finding("portal", CheckState.MISSING, one_line(error), "check --api-url")
+    except ssl.SSLCertVerificationError as error:
+        advice = "check the portal's certificate, or name its CA with --ca-file"
+        return Finding("portal", CheckState.MISSING, f"{portal} is not trusted: {error.verify_message}", advice)
+    except OSError as error:
+        advice = "check --api-url, name resolution and the firewall"
+        return Finding("portal", CheckState.MISSING, f"{portal} does not answer: {_reason(error)}", advice)
+    return Finding("portal", CheckState.OK, f"{portal} answers at {address}")
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,266 @@
+"""`twistd firezone-relay`."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from firezone_tunnel.apps.relay.config import EngineConfig
+from firezone_tunnel.apps.relay.service import PortalConfig, RelayOptions, RelayService
+from firezone_tunnel.core.relay.allocator import RelayConfig
+from firezone_tunnel.core.relay.credentials import StaticUsers
+from firezone_tunnel.core.relay.peer_policy import PRIVATE, Network
+from firezone_tunnel.core.stun.message import FIREZONE_REALM
+from firezone_tunnel.errors import ConfigurationError
+from firezone_tunnel.shell.host.kernel import Kernel
+from firezone_tunnel.shell.portal_link.service import trust_from_file
+from firezone_tunnel.shell.portal_link.url import LoginUrl
+from firezone_tunnel.shell.process.application import ApplicationService
+from firezone_tunnel.shell.process.health import HealthServer
+from firezone_tunnel.shell.process.settings import (
+    API_URL,
+    CA_FILE,
+    FIREZONE_NAME,
+    HEALTH_CHECK_ADDR,
+    LOG_SETTINGS,
+    MAX_PARTITION_TIME,
+    Setting,
+    parse_duration,
+    read_token,
+    token_path,
+)
+from firezone_tunnel.shell.process.settings import Options as CommonOptions
+
+MAX_WORKERS = 64
+
+
+def parse_port(text: str) -> int:
+    """
+    Raises: ValueError.
+    """
+    if not text.isdecimal() or not 0 < int(text) <= 0xFFFF:
+        raise ValueError(f"{text!r} is not a valid port")
+    return int(text)
+
+
+def parse_limit(text: str) -> int:
+    """A number of things; 0 for no limit.
+
+    Raises: ValueError.
+    """
+    if not text.isdecimal():
+        raise ValueError(f"{text!r} is not a number")
+    return int(text)
+
+
+def parse_workers(text: str) -> int:
+    """
+    Raises: ValueError.
+    """
+    if not text.isdecimal() or not 0 < int(text) <= MAX_WORKERS:
+        raise ValueError(f"{text!r} is not a number from 1 to {MAX_WORKERS}")
+    return int(text)
+
+
+def parse_ipv4(text: str) -> str:
+    """
+    Raises: ValueError.
+    """
+    return str(ipaddress.IPv4Address(text))
+
+
+def parse_ipv6(text: str) -> str:
+    """
+    Raises: ValueError.
+    """
+    return str(ipaddress.IPv6Address(text))
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """Networks between commas; "private" stands for the private ones.
+
+    Raises: ValueError.
+    """
+    networks: list[Network] = []
+    for name in text.replace(",", " ").split():
+        networks += PRIVATE if name == "private" else [ipaddress.ip_network(name)]
+    return tuple(networks)
+
+
+class Options(CommonOptions):
+    """A relay of a Firezone portal or, with --users-file, a TURN server for anybody in that file.
+
+    The token comes by FIREZONE_TOKEN, by a file, or as a systemd credential: never on the command line.
+    """
+
+    settings = (
+        Setting(
+            "public-ip4-addr", "IPv4 address that this relay is reached at", ("PUBLIC_IP4_ADDR",), parse=parse_ipv4
+        ),
+        Setting(
+            "public-ip6-addr", "IPv6 address that this relay is reached at", ("PUBLIC_IP6_ADDR",), parse=parse_ipv6
+        ),
+        Setting("bind-ip4-addr", "IPv4 address to listen on", ("BIND_IP4_ADDR",), "0.0.0.0", parse=parse_ipv4),
+        Setting("bind-ip6-addr", "IPv6 address to listen on", ("BIND_IP6_ADDR",), "::", parse=parse_ipv6),
+        Setting("listen-port", "port to listen on; Firezone expects 3478", ("LISTEN_PORT",), "3478", parse=parse_port),
+        Setting("lowest-port", "first port for allocations", ("LOWEST_PORT",), "49152", parse=parse_port),
+        Setting("highest-port", "last port for allocations", ("HIGHEST_PORT",), "65535", parse=parse_port),
+        API_URL,
+        token_path("/etc/firezone/relay-token"),
+        attrs.evolve(FIREZONE_NAME, help="what the portal calls this relay"),
+        CA_FILE,
+        attrs.evolve(MAX_PARTITION_TIME, short=None),
+        Setting(
+            "users-file",
+            "serve the users of this file, a name:password in each line, and no portal",
+            variables=("FIREZONE_RELAY_USERS_FILE",),
+            parse=Path,
+        ),
+        Setting("realm", "realm of those users", ("FIREZONE_RELAY_REALM",), FIREZONE_REALM),
+        Setting(
+            "allow-peers",
+            "special networks to relay to all the same, such as 10.1.0.0/16, or private for all private ones",
+            variables=("FIREZONE_RELAY_ALLOW_PEERS",),
+            parse=parse_networks,
+        ),
+        Setting(
+            "max-allocations",
+            "at most this many; 0 for no limit",
+            ("FIREZONE_RELAY_MAX_ALLOCATIONS",),
+            "0",
+            parse_limit,
+        ),
+        Setting(
+            "max-allocations-per-user",
+            "at most this many of one user; 0 for no limit",
+            ("FIREZONE_RELAY_MAX_ALLOCATIONS_PER_USER",),
+            "0",
+            parse_limit,
+        ),
+        Setting(
+            "workers",
+            "share the port between this many processes; a client stays with one of them",
+            ("FIREZONE_RELAY_WORKERS",),
+            "1",
+            parse_workers,
+        ),
+        Setting(
+            "drain-time",
+            "how long to serve those who are there after SIGTERM; a second one ends it at once",
+            variables=("FIREZONE_RELAY_DRAIN_TIME",),
+            default="30s",
+            parse=parse_duration,
+        ),
+        HEALTH_CHECK_ADDR,
+        *LOG_SETTINGS,
+    )
+
+
+class Application(ApplicationService):
+    """A relay for as long as the process lives."""
+
+    def __init__(self, reactor: Any, options: Options, config: RelayOptions) -> None:
+        self._relay = RelayService(reactor, config)
+        health = HealthServer(reactor, options["health-check-addr"], lambda: self._relay.is_ready)
+        super().__init__(reactor, "firezone-relay", options, health, self._relay)
+        self.process.on_second_signal(self._relay.stop_draining)
+
+    async def watch(self) -> None:
+        self._relay.ready.addCallback(lambda _: self.process.ready())
+        error = await self._relay.failed
+        self._relay.stopService()
+        self._relay.stop_draining()  # a relay that failed, or that the portal refused, serves nobody
+        raise error
+
+
+def make_service(reactor: Any, options: Options) -> Application:
+    """
+    Raises: ConfigurationError.
+    """
+    relaying = RelayConfig(
+        public_ipv4=options["public-ip4-addr"],
+        public_ipv6=options["public-ip6-addr"],
+        lowest_port=options["lowest-port"],
+        highest_port=options["highest-port"],
+        max_allocations=options["max-allocations"],
+        max_allocations_per_user=options["max-allocations-per-user"],
+        workers=options["workers"],
+    )
+    if not relaying.hosts:
+        raise ConfigurationError("A relay needs --public-ip4-addr or --public-ip6-addr, or both")
+    if relaying.lowest_port > relaying.highest_port:
+        raise ConfigurationError("--lowest-port is greater than --highest-port, which leaves no port for allocations")
+    if relaying.lowest_port <= options["listen-port"] <= relaying.highest_port:
+        raise ConfigurationError(
+            "--listen-port must lie outside the range from --lowest-port to --highest-port, which allocations use"
+        )
+    if relaying.workers > relaying.highest_port - relaying.lowest_port + 1:
+        raise ConfigurationError("--workers is greater than the number of ports from --lowest-port to --highest-port")
+    engine = EngineConfig(
+        relaying,
+        bind_ipv4=options["bind-ip4-addr"],
+        bind_ipv6=options["bind-ip6-addr"],
+        own_hosts=_own_hosts(),
+        allow_peers=tuple(str(network) for network in options["allow-peers"] or ()),
+        drain_time=options["drain-time"],
+    )
+    users_file = options["users-file"]
+    config = RelayOptions(
+        engine,
+        listen_port=options["listen-port"],
+        portal=None if users_file is not None else _portal(options, relaying),
+        users=None if users_file is None else _read_users(users_file, options["realm"]),
+        realm=options["realm"],
+    )
+    return Application(reactor, options, config)
+
+
+def _portal(options: Options, relaying: RelayConfig) -> PortalConfig:
+    ca_file = options["ca-file"]
+    return PortalConfig(
+        LoginUrl.relay(
+            options["api-url"],
+            read_token(options.environment, options["token-path"]),
+            ipv4=relaying.public_ipv4,
+            ipv6=relaying.public_ipv6,
+            port=options["listen-port"],
+            name=options["firezone-name"],
+        ),
+        trust=None if ca_file is None else trust_from_file(ca_file),
+        max_partition_time=options["max-partition-time"],
+    )
+
+
+def _own_hosts() -> tuple[str, ...]:
+    """The addresses of this host as they are at the start."""
+    kernel = Kernel()
+    try:
+        return tuple(address.host for address in kernel.snapshot().addresses)
+    finally:
+        kernel.close()
+
+
+def _read_users(path: Path, realm: str) -> Mapping[str, str]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"Can't read the users file {path}: {error}") from None
+    users: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        name, colon, password = line.strip().partition(":")
+        if not name or not colon:
+            if line.strip() and not line.startswith("#"):
+                raise ConfigurationError(f"{path}, line {number}: expected name:password")
+            continue
+        users[name] = password
+    if not users:
+        raise ConfigurationError(f"{path} lists no users: write one name:password per line")
+    try:
+        StaticUsers(users, realm)
+    except ValueError as error:
+        raise ConfigurationError(f"--realm: {error}") from None
+    return users

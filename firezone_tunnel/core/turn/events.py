@@ -1,0 +1,55 @@
+"""What an allocation tells its owner."""
+
+from __future__ import annotations
+
+import enum
+
+import attrs
+
+from firezone_tunnel.core.ice.candidate import Candidate
+
+
+@attrs.frozen
+class CandidateFound:
+    """Offer this candidate to peers: a host or reflexive one that the relay showed us, or one at the relay."""
+
+    candidate: Candidate
+
+
+@attrs.frozen
+class CandidateLost:
+    """Take this candidate back."""
+
+    candidate: Candidate
+
+
+class FailureReason(enum.Enum):
+    """The value is a sentence's end: "the relay …"."""
+
+    NO_RESPONSE = "did not answer: is UDP to it blocked?"
+    NO_AUTHENTIC_RESPONSE = "gave no answer that our credentials confirm: are they wrong?"
+    CREDENTIALS_REJECTED = "rejected our credentials: they are wrong or expired"
+    PROTOCOL = "does not understand an attribute that we need"
+
+
+@attrs.frozen
+class Failed:
+    """The allocation is over for good, free it. Only the portal can announce that relay again."""
+
+    reason: FailureReason
+
+
+AllocationEvent = CandidateFound | CandidateLost | Failed
+
+
+@attrs.define
+class AllocationCounters:
+    requests_sent: int = 0
+    """Every transmission counts."""
+    answers_received: int = 0
+    unauthentic: int = 0
+    """Answers to open requests that are not signed, or not with our credentials."""
+    unexpected: int = 0
+    """Messages from the relay that answer nothing, or make no sense."""
+    binds_refused: int = 0
+    """Peers that no channel was requested for: allocation suspended, other address family, waiting list full."""

@@ -1,0 +1,213 @@
+"""What a gateway's host needs for its clients: forwarding, masquerade, and the consent of other firewalls."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from twisted.internet.defer import Deferred
+
+from firezone_tunnel.core.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
+from firezone_tunnel.errors import PlatformError, one_line
+from firezone_tunnel.shell.host import nftables
+from firezone_tunnel.shell.host.sysctl import Sysctls
+from firezone_tunnel.shell.host.worker_thread import WorkerThread
+from firezone_tunnel.shell.logs import events as log
+
+
+class GatewayFirewall:
+    """Forwarding and masquerade for one TUN device, from `install` to `remove`.
+
+    The rules are in a table of our own. Where another program's forward chain would drop, as Docker's, ufw's and
+    firewalld's do, two rules go to its top as well, as no table can overrule another's drop.
+    """
+
+    def __init__(self, worker: WorkerThread, *, interface: str, state_directory: Path) -> None:
+        """`state_directory` keeps the host's original settings for as long as ours hold."""
+        self._worker = worker
+        self._host = _ForwardingHost(interface, Sysctls(state_directory / "gateway-sysctls.json"))
+
+    def install(self) -> Deferred[None]:
+        """Remove what a killed predecessor left, then set everything up.
+
+        Fails with: PlatformError, if IPv4 can't be forwarded or nftables are not available.
+        """
+        return self._worker.call(self._host.install)
+
+    def remove(self) -> Deferred[None]:
+        """Put everything back, but leave forwarding on where something else may have come to need it.
+
+        Fails with: PlatformError.
+        """
+        return self._worker.call(self._host.remove)
+
+
+_TABLE = "firezone_gateway"
+_COMMENT = "firezone_tunnel"  # marks our rules in the chains of others
+_DOCKER_CHAIN = "DOCKER-USER"  # which Docker leaves to its users, and jumps to first
+_LEGACY_TABLES = ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
+
+_IPV4_FORWARDING = "net/ipv4/ip_forward"
+_IPV6_FORWARDING = "net/ipv6/conf/all/forwarding"
+
+
+class _ForwardingHost:
+    """All of it, blocking."""
+
+    def __init__(self, interface: str, sysctls: Sysctls) -> None:
+        self._interface = interface
+        self._sysctls = sysctls
+
+    def install(self) -> None:
+        try:
+            self._install()
+        except PlatformError:
+            try:
+                self.remove()
+            except PlatformError as error:
+                log.error("host:not_restored", reason=one_line(error))
+            raise
+
+    def remove(self) -> None:
+        nftables.run(_no_table())
+        ruleset = nftables.rules()
+        _delete_foreign_rules(ruleset)
+        reasons = [reason for reason in self._reasons(ruleset) if reason not in self._sysctls.notes]
+        if reasons and self._sysctls.changed():
+            log.info("firewall:forwarding_left_on", because=reasons)
+            self._sysctls.forget()
+        else:
+            self._sysctls.restore()
+
+    def _install(self) -> None:
+        is_successor = self._sysctls.recover()
+        nftables.run(_own_table(self._interface))
+        ruleset = nftables.rules()
+        _delete_foreign_rules(ruleset)
+        if not is_successor:  # what was there before us had managed without forwarding
+            self._sysctls.notes = self._reasons(ruleset)
+        for family, table, chain in _dropping_chains(ruleset):
+            self._open(family, table, chain)
+        if any(_legacy_iptables()):
+            log.warning("firewall:legacy_iptables_found", reason="its FORWARD chain can't be seen: it may drop packets")
+        self._forward_ipv4()
+        self._forward_ipv6()
+
+    def _reasons(self, ruleset: list[dict[str, Any]]) -> list[str]:
+        """What may need this host to forward, besides us: interfaces, and chains for what is forwarded."""
+        names = [name for _, name in socket.if_nameindex() if name not in {"lo", self._interface}]
+        chains = [
+            f"chain {chain['family']} {chain['table']} {chain['name']}"
+            for chain in _of_kind(ruleset, "chain")
+            if chain.get("hook") in {"forward", "postrouting"} and chain["table"] != _TABLE
+        ]
+        return [f"interface {name}" for name in names] + chains + [f"iptables {name}" for name in _legacy_iptables()]
+
+    def _open(self, family: str, table: str, chain: str) -> None:
+        try:
+            nftables.run(_accepting_rules(family, table, chain, self._interface))
+        except PlatformError as error:  # a table may belong to one process alone
+            log.error("firewall:chain_left_closed", family=family, table=table, chain=chain, reason=str(error))
+            return
+        log.info("firewall:chain_opened", family=family, table=table, chain=chain, interface=self._interface)
+
+    def _forward_ipv4(self) -> None:
+        # Switching it also switches these, so what they were has to be put back after it.
+        dependent = self._sysctls.names("net/ipv4/conf/*/forwarding")
+        self._sysctls.remember([_IPV4_FORWARDING, *dependent, "net/ipv4/conf/all/accept_redirects"])
+        self._sysctls.write(_IPV4_FORWARDING, "1")
+
+    def _forward_ipv6(self) -> None:
+        sysctls = self._sysctls
+        if sysctls.read(_IPV6_FORWARDING) != "0":
+            return
+        # A router ignores router advertisements, and drops the routes it has from them, unless this is 2.
+        advertised = [name for name in sysctls.names("net/ipv6/conf/*/accept_ra") if sysctls.read(name) == "1"]
+        sysctls.remember([_IPV6_FORWARDING, *sysctls.names("net/ipv6/conf/*/forwarding"), *advertised])
+        try:
+            for name in advertised:
+                sysctls.write(name, "2")
+            sysctls.write(_IPV6_FORWARDING, "1")
+        except PlatformError as error:
+            log.warning("firewall:ipv6_not_forwarded", reason=str(error))
+
+
+def _own_table(interface: str) -> str:
+    name = json.dumps(interface)
+    return f"""{_no_table()}
+table inet {_TABLE} {{
+    chain forward {{
+        type filter hook forward priority filter - 10; policy accept;
+        iifname {name} accept
+        oifname {name} accept
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {TUNNEL_IPV4} oifname != {name} masquerade
+        ip6 saddr {TUNNEL_IPV6} oifname != {name} masquerade
+    }}
+}}
+"""
+
+
+def _no_table() -> str:
+    """Adding it first makes sure that there is one to delete."""
+    return f"add table inet {_TABLE}\ndelete table inet {_TABLE}\n"
+
+
+def _accepting_rules(family: str, table: str, chain: str, interface: str) -> str:
+    name = json.dumps(interface)
+    return "".join(
+        f'insert rule {family} {table} {chain} {direction} {name} counter accept comment "{_COMMENT}"\n'
+        for direction in ("oifname", "iifname")
+    )
+
+
+def _delete_foreign_rules(ruleset: list[dict[str, Any]]) -> None:
+    """Delete our rules from the chains of others."""
+    ours = [rule for rule in _of_kind(ruleset, "rule") if rule.get("comment") == _COMMENT and rule["table"] != _TABLE]
+    script = "".join(
+        f"delete rule {rule['family']} {rule['table']} {rule['chain']} handle {rule['handle']}\n" for rule in ours
+    )
+    if script:
+        nftables.run(script)
+
+
+def _dropping_chains(ruleset: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+    """Family, table and name of each chain that needs our rules: a forward chain that would drop, or Docker's own."""
+    chains = list(_of_kind(ruleset, "chain"))
+    for chain in chains:
+        family, table, name = chain["family"], chain["table"], chain["name"]
+        if chain.get("hook") != "forward" or family not in {"ip", "ip6", "inet"} or table == _TABLE:
+            continue
+        if chain.get("policy") != "drop" and not _ends_in_refusal(ruleset, chain):
+            continue
+        has_docker = any(
+            (other["family"], other["table"], other["name"]) == (family, table, _DOCKER_CHAIN) for other in chains
+        )
+        yield family, table, _DOCKER_CHAIN if has_docker else name
+
+
+def _ends_in_refusal(ruleset: list[dict[str, Any]], chain: dict[str, Any]) -> bool:
+    """Whether the chain's last rule drops or rejects whatever comes to it, as firewalld's does."""
+    where = (chain["family"], chain["table"], chain["name"])
+    rules = [rule for rule in _of_kind(ruleset, "rule") if (rule["family"], rule["table"], rule["chain"]) == where]
+    if not rules:
+        return False
+    kinds = {kind for expression in rules[-1]["expr"] for kind in expression}
+    return bool(kinds & {"drop", "reject"}) and kinds <= {"drop", "reject", "counter", "log"}
+
+
+def _legacy_iptables() -> Iterator[str]:
+    for file in _LEGACY_TABLES:
+        try:
+            yield from Path(file).read_text().split()
+        except OSError:  # no such module in the kernel
+            continue
+
+
+def _of_kind(ruleset: list[dict[str, Any]], kind: str) -> Iterator[dict[str, Any]]:
+    return (item[kind] for item in ruleset if kind in item)

@@ -1,0 +1,420 @@
+"""The portal connection as a service of its own: the core's `Channel`, given sockets, a timer and a log.
+
+It is joined to the tunnel service by two bounded queues: `send` puts into the channel's own, and what the tunnel
+service is to know is put into `events`: `Joined`, `PushReceived`, `Lost` and `Fatal` of `phoenix.channel`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from cryptography import x509
+from OpenSSL import crypto
+from twisted.internet import error, ssl
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.endpoints import wrapClientTLS
+from twisted.internet.interfaces import IResolutionReceiver
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from firezone_tunnel.core.phoenix.channel import (
+    Channel,
+    ChannelCounters,
+    ChannelLost,
+    ChannelState,
+    Dial,
+    Event,
+    Fatal,
+    HangUp,
+    Joined,
+    Lost,
+    PushReceived,
+    UpgradeRefused,
+)
+from firezone_tunnel.core.sansio import Entropy
+from firezone_tunnel.errors import ConfigurationError, FirezoneError, one_line
+from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.portal_link.protocol import PortalLinkFactory, PortalLinkProtocol
+from firezone_tunnel.shell.portal_link.url import LoginUrl
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.shell.reactor.service import Service
+from firezone_tunnel.shell.udp.stream import MarkedEndpoint, RacingEndpoint
+
+TCP_TIMEOUT = 5.0  # spec/portal-protocol.md, 1.7
+CLOSE_TIMEOUT = 1.0
+RETRY_PUT_INTERVAL = 0.01
+
+Notice = Joined | PushReceived | Lost | Fatal
+"""Events for the tunnel service."""
+Resolver = Callable[[str], "Deferred[list[str]]"]
+"""Resolves a host name to its addresses, best first."""
+
+
+class EventQueue(Protocol):
+    """The queue towards the tunnel service: `firezone_tunnel.shell.reactor.queues.BoundedQueue`."""
+
+    def put(self, item: Any, /) -> bool: ...
+
+
+class Timer(Protocol):
+    """`firezone_tunnel.shell.reactor.clock.BoottimeTimer`, or a test's."""
+
+    def set(self, deadline: float | None) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PortalLink(Service):
+    """Keeps one role joined to its portal, from the first `connect` until it is stopped or refused for good.
+
+    While `events` is full nothing is read from the portal.
+    """
+
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        url: LoginUrl,
+        topic: str,
+        events: EventQueue,
+        join_payload: object = None,
+        mark: int | None = None,
+        trust: Any = None,
+        max_partition_time: float | None = None,
+        entropy: Entropy = os.urandom,
+        resolve: Resolver | None = None,
+        clock: Callable[[], float] = boottime,
+        utc_clock: Callable[[], float] = utc,
+        make_timer: Callable[[Callable[[], object]], Timer] | None = None,
+    ) -> None:
+        """
+        :param mark: firewall mark of the sockets; None where nothing of ours leads into a tunnel.
+        :param trust: whom to trust with the portal's certificate (`trust_from_file`); None: whom the host trusts.
+        :param max_partition_time: give up when the delays between attempts sum up to more seconds; None: never.
+        :param resolve: in place of the reactor's name resolver.
+        :param clock: `now`, and :param utc_clock: unix time, both in seconds; :param make_timer: runs on `clock`.
+        """
+        self.events = events
+        self._reactor = reactor
+        self._url = url
+        self._mark = mark
+        self._trust = trust
+        self._resolve = resolve or (lambda host: resolve_host(reactor, host))
+        self._clock = clock
+        self._utc_clock = utc_clock
+        self._make_timer = make_timer or (lambda callback: BoottimeTimer(reactor, callback))
+        self._channel = Channel(
+            topic=topic, join_payload=join_payload, entropy=entropy, max_partition_time=max_partition_time
+        )
+        self._public_key: bytes | None = None
+        self._is_wanted = False
+        self._tls: Any = None
+        self._timer: Timer | None = None
+        self._attempt: _DialAttempt | None = None
+        self._held: deque[Notice] = deque()
+        self._retry_put: Any = None
+
+    @property
+    def state(self) -> ChannelState:
+        return self._channel.state
+
+    @property
+    def counters(self) -> ChannelCounters:
+        return self._channel.counters
+
+    def startService(self) -> None:
+        """
+        Raises: ConfigurationError, where no certificate could ever be for the portal's host name.
+        """
+        super().startService()
+        if self._url.is_secure and self._tls is None:
+            self._tls = _tls_options(self._url.host, self._trust)
+        self._timer = self._make_timer(self._timed_out)
+        if self._is_wanted:
+            self._connect()
+
+    def stopService(self) -> Deferred[None]:
+        """Close the WebSocket in good order, or, after a second, without."""
+        super().stopService()
+        self._is_wanted = False
+        self._channel.close()
+        self._pump()
+        log.info("portal:closed", portal=str(self._url), **log.nonzero(self.counters))
+        self._held.clear()
+        if self._retry_put is not None and self._retry_put.active():
+            self._retry_put.cancel()
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+        attempt, self._attempt = self._attempt, None
+        return succeed(None) if attempt is None else attempt.close()
+
+    def connect(self, public_key: bytes | None = None) -> None:
+        """Connect at once with this tunnel key (a relay has none), aborting the connection there is.
+
+        Before the service is started it is only remembered.
+        """
+        self._public_key = public_key
+        self._is_wanted = True
+        if self.running:
+            self._connect()
+
+    def send(self, event: str, payload: object) -> bool:
+        """Send a message to the portal, at once or when the join is through; see `Channel.send`.
+
+        False, and counted, if there is no connection to wait for or too much waits already.
+        """
+        if not self._channel.send(event, payload):
+            return False
+        self._pump()
+        return True
+
+    def _connect(self) -> None:
+        self._channel.connect(self._clock())
+        self._pump()
+
+    def _timed_out(self) -> None:
+        self._channel.handle_timeout(self._clock())
+        self._pump()
+
+    def _pump(self) -> None:
+        """Execute the channel's events and transmits."""
+        for event in self._channel.events():
+            self._handle(event)
+        attempt = self._attempt
+        if attempt is not None and attempt.is_writable:
+            for text in self._channel.transmits():
+                attempt.send(text)
+                if not attempt.is_writable:
+                    break
+        timeout = self._channel.next_timeout()
+        if self._timer is not None:
+            self._timer.set(None if timeout is None else timeout.at)
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Dial):
+            self._dial(event)
+        elif isinstance(event, HangUp):
+            self._hang_up()
+        elif isinstance(event, ChannelLost):
+            log.info("portal:channel_lost", portal=str(self._url), reason=event.reason)
+        else:
+            self._log(event)
+            self._put(event)
+
+    def _dial(self, event: Dial) -> None:
+        log.debug("portal:dialed", portal=str(self._url), attempt=event.attempt, user_agent=self._url.user_agent)
+        self._attempt = attempt = _DialAttempt(self._reactor, self._channel, self._pump, self._clock, self._utc_clock)
+        attempt.start(self._url, self._public_key, resolve=self._resolve, tls=self._tls, mark=self._mark)
+
+    def _hang_up(self) -> None:
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.abort()
+
+    def _log(self, event: Notice) -> None:
+        portal = str(self._url)
+        if isinstance(event, Joined):
+            log.info("portal:joined", portal=portal)
+        elif isinstance(event, Fatal):
+            log.info("portal:failed", portal=portal, reason=one_line(event.error))
+        elif isinstance(event, Lost):
+            if event.was_joined:
+                log.info("portal:connection_lost", portal=portal, reason=event.reason)
+            delay, attempt = round(event.delay, 3), event.attempt + 1
+            log.info("portal:retry_scheduled", portal=portal, reason=event.reason, attempt=attempt, delay=delay)
+
+    def _put(self, event: Notice) -> None:
+        if isinstance(event, Lost | Fatal):  # undelivered events of a lost connection are obsolete
+            self._held.clear()
+        self._held.append(event)
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Move held events into the queue while it has room; resume reading when none are left."""
+        while self._held and self.events.put(self._held[0]):
+            self._held.popleft()
+        is_waiting = self._retry_put is not None and self._retry_put.active()
+        if self._held and not is_waiting:
+            self._retry_put = self._reactor.callLater(RETRY_PUT_INTERVAL, self._deliver)
+        if self._attempt is not None:
+            self._attempt.pause_reading(paused=bool(self._held))
+
+
+def resolve_host(reactor: Any, host: str) -> Deferred[list[str]]:
+    """Ask the reactor's name resolver, which asks the system's in a thread. Cancelling it only stops the waiting."""
+    receiver = _Addresses()
+    reactor.nameResolver.resolveHostName(receiver, host, transportSemantics="TCP")
+    return receiver.done
+
+
+def trust_from_file(path: Path) -> Any:
+    """The certificates of a PEM file as the only ones to trust: for portals with a private CA.
+
+    Raises: ConfigurationError.
+    """
+    try:
+        certificates = x509.load_pem_x509_certificates(path.read_bytes())
+    except (OSError, ValueError) as problem:
+        raise ConfigurationError(f"Cannot read CA certificates in {path}: {problem}") from problem
+    trusted = [ssl.Certificate(crypto.X509.from_cryptography(one)) for one in certificates]
+    return ssl.trustRootFromCertificates(trusted)
+
+
+class _DialAttempt:
+    """One WebSocket from name resolution to its end, which tells the channel what becomes of it."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        channel: Channel,
+        pump: Callable[[], None],
+        clock: Callable[[], float],
+        utc_clock: Callable[[], float],
+    ) -> None:
+        self._reactor = reactor
+        self._channel = channel
+        self._pump = pump
+        self._clock = clock
+        self._utc_clock = utc_clock
+        self._connecting: Deferred[None] | None = None
+        self._protocol: PortalLinkProtocol | None = None
+        self._is_paused = False
+        self._closing: Deferred[None] | None = None
+        self._close_timer: Any = None
+
+    @property
+    def is_writable(self) -> bool:
+        return self._protocol is not None and self._protocol.is_writable
+
+    def start(self, url: LoginUrl, public_key: bytes | None, *, resolve: Resolver, tls: Any, mark: int | None) -> None:
+        factory = PortalLinkFactory(
+            self._reactor,
+            target=url.target(public_key),
+            headers=url.headers,
+            listener=self,
+            utc_clock=self._utc_clock,
+        )
+        self._connecting = Deferred.fromCoroutine(self._connect(url, factory, resolve, tls, mark))
+        self._connecting.addErrback(self._failed)
+
+    def send(self, text: bytes) -> None:
+        assert self._protocol is not None
+        self._protocol.sendMessage(text)
+
+    def pause_reading(self, *, paused: bool) -> None:
+        if self._protocol is None or paused == self._is_paused:
+            return
+        self._is_paused = paused
+        if paused:
+            self._protocol.transport.pauseProducing()
+        else:
+            self._protocol.transport.resumeProducing()
+
+    def abort(self) -> None:
+        """Close the socket without notifying the channel."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._protocol is not None:
+            self._protocol.abort()
+        self._closed()
+
+    def close(self) -> Deferred[None]:
+        """Fires when the WebSocket is closed, or aborted because that took too long."""
+        if self._protocol is None or not self._protocol.is_upgraded:
+            self.abort()
+            return succeed(None)
+        closing: Deferred[None] = Deferred()
+        self._closing = closing
+        self._close_timer = self._reactor.callLater(CLOSE_TIMEOUT, self.abort)
+        self.pause_reading(paused=False)
+        self._protocol.close()
+        return closing
+
+    def opened(self) -> None:
+        self._channel.handle_open(self._clock())
+        self._pump()
+
+    def text_received(self, text: bytes) -> None:
+        self._channel.handle_text(text, self._clock())
+        self._pump()
+
+    def writable(self) -> None:
+        self._pump()
+
+    def refused(self, refusal: UpgradeRefused) -> None:
+        self._channel.handle_refused(refusal, self._clock())
+        self._pump()
+
+    def closed(self, reason: str) -> None:
+        self._channel.handle_lost(reason, self._clock())
+        self._pump()
+        self._closed()
+
+    async def _connect(
+        self, url: LoginUrl, factory: PortalLinkFactory, resolve: Resolver, tls: Any, mark: int | None
+    ) -> None:
+        hosts = [url.host] if _is_ip(url.host) else await resolve(url.host)
+        if not hosts:
+            raise error.DNSLookupError(f"no address is known for {url.host}")
+        log.debug("portal:resolved", portal=str(url), addresses=hosts)
+        endpoint: Any = RacingEndpoint(
+            self._reactor,
+            [MarkedEndpoint(self._reactor, host, url.port, mark, timeout=TCP_TIMEOUT) for host in dict.fromkeys(hosts)],
+        )
+        if tls is not None:
+            endpoint = wrapClientTLS(tls, endpoint)
+        self._protocol = await endpoint.connect(factory)
+
+    def _failed(self, failure: Failure) -> None:
+        problem: Any = failure.value
+        if isinstance(problem, CancelledError):
+            return
+        if not isinstance(problem, FirezoneError | OSError | error.ConnectError | error.DNSLookupError):
+            log.error("portal:attempt_crashed", traceback=failure.getTraceback())
+        self.closed(one_line(problem))
+
+    def _closed(self) -> None:
+        if self._close_timer is not None and self._close_timer.active():
+            self._close_timer.cancel()
+        closing, self._closing = self._closing, None
+        if closing is not None:
+            closing.callback(None)
+
+
+@implementer(IResolutionReceiver)
+class _Addresses:
+    """Collects what a name resolves to."""
+
+    def __init__(self) -> None:
+        self.done: Deferred[list[str]] = Deferred()
+        self._hosts: list[str] = []
+
+    def resolutionBegan(self, resolutionInProgress: object) -> None:
+        pass
+
+    def addressResolved(self, address: Any) -> None:
+        self._hosts.append(address.host)
+
+    def resolutionComplete(self) -> None:
+        self.done.callback(self._hosts)
+
+
+def _tls_options(host: str, trust: Any) -> Any:
+    try:
+        return ssl.optionsForClientTLS(host, trustRoot=trust)
+    except (UnicodeError, ValueError) as problem:
+        raise ConfigurationError(f"No certificate can match the portal's host {host!r}: {problem}") from problem
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

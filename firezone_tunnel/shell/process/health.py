@@ -1,0 +1,72 @@
+"""Whether a process lives and is ready, over HTTP: for container engines and load balancers (spec: gateway, 5.1)."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from typing import Any
+
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import IListeningPort
+from twisted.web.resource import Resource
+from twisted.web.server import Site
+
+from firezone_tunnel import __version__
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.errors import InUseError, PlatformError
+from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.reactor.service import Service
+
+
+class HealthServer(Service):
+    """`GET /healthz` is 200 while the process lives, `GET /readyz` 200 or 503; without an address nothing is served."""
+
+    def __init__(self, reactor: Any, address: SocketAddress | None, is_ready: Callable[[], bool]) -> None:
+        self._reactor = reactor
+        self._address = address
+        self._is_ready = is_ready
+        self._port: IListeningPort | None = None
+
+    def startService(self) -> None:
+        """
+        Raises: InUseError, PlatformError.
+        """
+        super().startService()
+        if self._address is None:
+            return
+        root = Resource()
+        root.putChild(b"healthz", _Answer(lambda: True))
+        root.putChild(b"readyz", _Answer(self._is_ready))
+        site = Site(root)
+        site.noisy = False
+        host, port = self._address
+        try:
+            self._port = self._reactor.listenTCP(port, site, interface=host)
+        except CannotListenError as error:
+            kind = InUseError if getattr(error.socketError, "errno", None) == errno.EADDRINUSE else PlatformError
+            raise kind(
+                f"Can't serve health checks on {self._address} ({error.socketError}): choose another "
+                "--health-check-addr, or off"
+            ) from error
+        log.debug("health:listening", address=str(self._address))
+
+    def stopService(self) -> Deferred[Any]:
+        super().stopService()
+        port, self._port = self._port, None
+        return maybeDeferred(lambda: port.stopListening() if port is not None else None)
+
+
+class _Answer(Resource):
+    isLeaf = True
+
+    def __init__(self, is_well: Callable[[], bool]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Twisted has no types here
+        self._is_well = is_well
+
+    def render_GET(self, request: Any) -> bytes:
+        is_well = self._is_well()
+        request.setResponseCode(200 if is_well else 503)
+        request.setHeader(b"content-type", b"application/json")
+        return json.dumps({"status": "ok" if is_well else "not ready", "version": __version__}).encode()

@@ -1,0 +1,126 @@
+"""The shell's clocks: seconds since boot, which go on during suspend and never step, and unix time.
+
+`reactor.callLater` runs on the wall clock, which may be set: a core's deadlines are driven by `BoottimeTimer`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from firezone_tunnel.shell.reactor.boundary import Boundary
+
+_TRY_AGAIN_AFTER = 1.0
+
+
+boottime: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_BOOTTIME)
+"""CLOCK_BOOTTIME in seconds: the `now` of every core."""
+
+utc = time.time
+"""Unix time in seconds: the `utc_now` of every core."""
+
+
+@implementer(IReadDescriptor)
+class BoottimeTimer:
+    """One timer on CLOCK_BOOTTIME: `callback()` is called by the reactor once the deadline has passed.
+
+    It fires once for each `set`; setting it again replaces the deadline, and a deadline in the past fires in the
+    next turn. A callback that raises is called again a second later: what was due may be so still. It holds a file
+    descriptor until `close()`.
+    """
+
+    def __init__(self, reactor: IReactorFDSet, callback: Callable[[], object]) -> None:
+        """
+        Raises: OSError, where the process is out of file descriptors.
+        """
+        self._reactor = reactor
+        self._callback = callback
+        self._boundary = Boundary("process:timer_failed")
+        self._deadline: float | None = None
+        self._fd = _create_timer()
+        reactor.addReader(self)
+
+    @property
+    def deadline(self) -> float | None:
+        """What it is set to, None while it isn't."""
+        return self._deadline
+
+    def set(self, deadline: float | None) -> None:
+        """Fire at `deadline`, in `boottime()` seconds; None: not at all."""
+        if deadline == self._deadline or self._fd == -1:
+            return
+        self._deadline = deadline
+        # Zero would disarm it; a time long past fires at once.
+        _set_timer(self._fd, 0 if deadline is None else max(1, round(deadline * 1e9)))
+
+    def close(self) -> None:
+        """Never fire again. May be called more than once."""
+        if self._fd == -1:
+            return
+        self._reactor.removeReader(self)
+        os.close(self._fd)
+        self._fd = -1
+        self._deadline = None
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def doRead(self) -> None:
+        try:
+            os.read(self._fd, 8)
+        except BlockingIOError:  # set anew after the reactor saw it fire
+            return
+        self._deadline = None
+        with self._boundary:  # the reactor would close it
+            self._callback()
+            return
+        self.set(boottime() + _TRY_AGAIN_AFTER)
+
+    def connectionLost(self, reason: Failure) -> None:
+        self.close()
+
+    def logPrefix(self) -> str:
+        return "BoottimeTimer"
+
+
+if sys.version_info >= (3, 13):
+
+    def _create_timer() -> int:
+        return os.timerfd_create(time.CLOCK_BOOTTIME, flags=os.TFD_NONBLOCK | os.TFD_CLOEXEC)
+
+    def _set_timer(fd: int, nanoseconds: int) -> None:
+        os.timerfd_settime_ns(fd, flags=os.TFD_TIMER_ABSTIME, initial=nanoseconds)
+
+else:
+    import ctypes
+
+    _TFD_TIMER_ABSTIME = 1  # <sys/timerfd.h>
+    _TFD_FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
+
+    class _TimeSpec(ctypes.Structure):
+        _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+    class _ITimerSpec(ctypes.Structure):
+        _fields_ = (("interval", _TimeSpec), ("value", _TimeSpec))
+
+    _libc = ctypes.CDLL(None, use_errno=True)
+
+    def _create_timer() -> int:
+        return _checked(_libc.timerfd_create(time.CLOCK_BOOTTIME, _TFD_FLAGS))
+
+    def _set_timer(fd: int, nanoseconds: int) -> None:
+        value = _ITimerSpec(value=_TimeSpec(*divmod(nanoseconds, 1_000_000_000)))
+        _checked(_libc.timerfd_settime(fd, _TFD_TIMER_ABSTIME, ctypes.byref(value), None))
+
+    def _checked(result: int) -> int:
+        if result == -1:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return result

@@ -1,0 +1,121 @@
+"""The command: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from firezone_tunnel import __version__
+from firezone_tunnel.apps.cli.diagnose import CheckState, Finding, is_usable
+from firezone_tunnel.apps.cli.main import main
+
+_ROOT = Path(__file__).parents[4]
+
+
+def test_help_tells_the_commands_and_no_others() -> None:
+    done = CliRunner().invoke(main, ["--help"])
+
+    commands = done.output.partition("Commands:")[2].split("\n")
+    assert [line.split()[0] for line in commands if line.strip()] == ["diagnose", "token"]
+    assert CliRunner().invoke(main, ["--version"]).output == f"{__version__}\n"
+
+
+def test_a_token_is_random_and_comes_with_the_hash_that_the_portal_knows_it_by() -> None:
+    made = [json.loads(CliRunner().invoke(main, ["token", "--json"]).output) for _ in range(2)]
+
+    assert made[0]["token"] != made[1]["token"]
+    assert len(made[0]["token"]) >= 43  # 32 random bytes
+    for one in made:
+        assert one["sha3_256"] == hashlib.sha3_256(one["token"].encode()).hexdigest()
+
+
+def test_the_hash_is_printed_as_the_seed_file_has_it() -> None:
+    first, second = CliRunner().invoke(main, ["token"]).output.splitlines()
+
+    token = first.removeprefix("token:").strip()
+    assert second == f'sha3_256 = "{hashlib.sha3_256(token.encode()).hexdigest()}"'
+
+
+def test_the_table_and_the_object_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("firezone_tunnel.apps.cli.main.look_at_host", lambda *_: _FINDINGS)
+
+    table = CliRunner().invoke(main, ["diagnose"], env={"COLUMNS": "200"})
+    record = CliRunner().invoke(main, ["diagnose", "--json"])
+
+    assert (table.exit_code, record.exit_code) == (1, 1)
+    assert json.loads(record.output)["client"] is True
+    assert json.loads(record.output)["gateway"] is False
+    assert json.loads(record.output)["checks"][1] == {
+        "check": "nftables",
+        "state": "missing",
+        "found": "no [nft]",
+        "advice": "install it",
+        "needed_by": ["gateway"],
+    }
+    lines = [line.split() for line in table.output.splitlines()]
+    assert ["nftables", "missing", "no", "[nft]", "install", "it"] in lines
+    assert table.output.endswith("A client can run here.\nA gateway can't run here yet.\n")
+
+
+def test_a_limit_keeps_nothing_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = [Finding("udp offloads", CheckState.LIMIT, "without GSO", "a newer kernel")]
+    monkeypatch.setattr("firezone_tunnel.apps.cli.main.look_at_host", lambda *_: findings)
+
+    assert is_usable(findings, "client")
+    assert CliRunner().invoke(main, ["diagnose"]).exit_code == 0
+
+
+def test_the_portal_is_asked_only_where_it_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        answers = _portal(f"ws://127.0.0.1:{port}")
+    refuses = _portal(f"ws://127.0.0.1:{port}")
+
+    assert answers == {"state": "ok", "found": f"ws://127.0.0.1:{port} answers at 127.0.0.1"}
+    assert refuses["state"] == "missing"
+    assert "does not answer: Connection refused" in refuses["found"]
+    assert "must begin with https://" in _portal("portal.example")["found"]
+    unasked = json.loads(CliRunner().invoke(main, ["diagnose", "--json"], env={"FIREZONE_API_URL": None}).output)
+    assert "portal" not in {one["check"] for one in unasked["checks"]}
+
+
+def test_a_portal_that_does_not_speak_tls_is_no_portal_by_wss() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        script = (
+            "import socket,sys; s=socket.socket(fileno=int(sys.argv[1])); c,_=s.accept(); c.sendall(b'no TLS\\r\\n')"
+        )
+        descriptor = listener.fileno()
+        peer = subprocess.Popen([sys.executable, "-c", script, str(descriptor)], pass_fds=[descriptor])
+        found = _portal(f"wss://127.0.0.1:{listener.getsockname()[1]}")
+        peer.wait(10)
+
+    assert found["state"] == "missing"
+    assert "does not answer: " in found["found"]
+
+
+def test_it_loads_no_reactor() -> None:
+    script = "import sys, firezone_tunnel.apps.cli.main; print('twisted.internet.reactor' in sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", script], cwd=_ROOT, capture_output=True, text=True, check=True)
+
+    assert done.stdout == "False\n"
+
+
+_FINDINGS = [
+    Finding("privileges", CheckState.OK, "root"),
+    Finding("nftables", CheckState.MISSING, "no [nft]", "install it", needed_by=("gateway",)),
+]
+
+
+def _portal(url: str) -> dict[str, str]:
+    """State and finding of the portal's check."""
+    done = CliRunner().invoke(main, ["diagnose", "--json", "--api-url", url])
+    (found,) = [one for one in json.loads(done.output)["checks"] if one["check"] == "portal"]
+    return {"state": found["state"], "found": found["found"]}

@@ -1,0 +1,211 @@
+"""Addresses come and go: paths follow, and nothing is lost that a moment's patience does not bring back."""
+
+from __future__ import annotations
+
+import pytest
+
+from firezone_tunnel.core.ice.candidate import parse_sdp
+from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.snownet.events import (
+    ConnectionEstablished,
+    ConnectionFailed,
+    InvalidatedCandidates,
+    NewCandidates,
+    PathChanged,
+)
+from tests.unit.core.snownet.world import (
+    INITIATION,
+    LATENCY,
+    Host,
+    World,
+    assert_traffic_flows,
+    connected,
+    datagram,
+)
+
+_ELSEWHERE = SocketAddress("10.0.7.1", 52625)
+
+
+@pytest.mark.parametrize("roaming", ["client", "gateway"])
+def test_who_moves_to_another_address_is_reached_there_within_2_seconds(roaming: str) -> None:
+    world, client, gateway = connected(seconds=10.0)
+    client.send(gateway, datagram("busy"))
+
+    world.hosts[roaming].move("10.0.7.1")
+    took = _run_until_packets_pass(world)
+
+    assert took < 2.0
+    assert client.of(ConnectionFailed) == gateway.of(ConnectionFailed) == []
+    assert client.path(gateway) == gateway.path(client)[::-1]
+    assert _ELSEWHERE in client.path(gateway)
+    assert_traffic_flows(world, client, gateway)
+
+
+def test_moving_while_idle_is_noticed_within_2_seconds_too() -> None:
+    world, _client, gateway = connected(seconds=120.0)
+
+    gateway.move("10.0.7.1")
+
+    assert _run_until_packets_pass(world) < 2.0
+
+
+def test_the_old_address_is_taken_back_and_the_new_one_told() -> None:
+    _world, _client, gateway = connected(seconds=10.0)
+    gateway.events.clear()
+
+    gateway.move("10.0.7.1")
+
+    (gone,), (new,) = gateway.of(InvalidatedCandidates), gateway.of(NewCandidates)
+    assert [_host(text) for text in gone.candidates] == ["10.0.2.1"]
+    assert [_host(text) for text in new.candidates] == ["10.0.7.1"]
+
+
+def test_an_address_that_is_gone_before_it_was_told_is_taken_back_all_the_same() -> None:
+    world, client, gateway = connected(seconds=10.0)
+    gateway.events.clear()
+    addresses = (*gateway.addresses, _ELSEWHERE)
+    gateway.node.set_local_addresses(addresses, world.now)
+    gateway.node.set_local_addresses(gateway.addresses, world.now)
+    gateway.drain()
+
+    assert gateway.of(NewCandidates) == []
+    assert [_host(text) for event in gateway.of(InvalidatedCandidates) for text in event.candidates] == ["10.0.7.1"]
+    assert_traffic_flows(world, client, gateway)
+
+
+def test_the_same_addresses_again_change_nothing() -> None:
+    world, _client, gateway = connected(seconds=10.0)
+    gateway.events.clear()
+
+    gateway.move("10.0.2.1")
+    world.run(5.0)
+
+    assert gateway.events == []
+
+
+def test_an_additional_address_that_is_better_is_used() -> None:
+    world = World()
+    client, gateway = world.client("client", "10.0.1.1", "2001:db8:1::1"), world.gateway()
+    world.introduce(client, gateway)
+    client.send(gateway, datagram("hello"))
+    world.run(3.0)
+    gateway.events.clear()
+
+    gateway.move("10.0.2.1", "2001:db8:2::1")
+    world.run(2.0)
+
+    ipv6 = (SocketAddress("2001:db8:1::1", 52625), SocketAddress("2001:db8:2::1", 52625))
+    assert client.path(gateway) == ipv6
+    assert gateway.path(client) == ipv6[::-1]
+    assert len(client.of(PathChanged)) == 1
+    assert_traffic_flows(world, client, gateway)
+
+
+def test_a_path_that_changes_is_no_reason_to_lose_packets_or_to_establish_again() -> None:
+    world = World()
+    client = world.client("client", "10.0.1.1", "2001:db8:1::1")
+    gateway = world.gateway("gateway", "10.0.2.1", "2001:db8:2::1")
+    world.introduce(client, gateway)
+    client.send(gateway, datagram("hello"))
+    world.run(30.0)
+    gateway.packets.clear()
+    for number in range(60):
+        if number == 20:
+            client.move("10.0.1.1")  # IPv6 is gone, the other path works already
+            world.run(0.0)
+        client.send(gateway, datagram(str(number)))
+        world.run(0.1)
+
+    assert client.path(gateway)[0].host == "10.0.1.1"
+    assert gateway.texts() == [str(number) for number in range(60)]
+    assert len(client.of(ConnectionEstablished)) == len(gateway.of(ConnectionEstablished)) == 1
+
+
+def test_a_new_path_makes_the_client_shake_hands_but_not_more_than_once_in_20_seconds() -> None:
+    world, client, gateway = connected(seconds=30.0)
+    client.send(gateway, datagram("busy"))
+
+    for last in range(2, 6):
+        client.move(f"10.0.7.{last}")
+        world.run(2.0)
+
+    assert len(client.messages(INITIATION)) <= 3  # the first, one for all four paths, perhaps repeated
+    assert gateway.messages(INITIATION) == []
+
+
+def test_without_any_address_for_a_while_the_connection_comes_back_with_one() -> None:
+    world, client, gateway = connected(seconds=10.0)
+    client.send(gateway, datagram("busy"))
+    client.move()
+    world.run(8.0)
+
+    client.move("10.0.7.1")
+
+    assert _run_until_packets_pass(world) < 2.0
+
+
+def test_what_the_portal_lost_is_told_again_on_demand() -> None:
+    world = World()
+    client, gateway = world.client(), world.gateway()
+    world.portal_is_up = False
+    world.introduce(client, gateway)
+    client.send(gateway, datagram("hello"))
+    world.run(5.0)
+    assert gateway.texts() == []
+
+    world.portal_is_up = True
+    for host in (client, gateway):
+        host.node.announce()
+        host.drain()
+    world.run(1.0)
+
+    assert gateway.texts() == ["hello"]
+
+
+def test_an_address_that_was_taken_back_while_the_portal_was_away_is_taken_back_again_on_demand() -> None:
+    world, _client, gateway = connected(seconds=10.0)
+    world.portal_is_up = False
+    gateway.move("10.0.7.1")
+    world.portal_is_up = True
+
+    assert _taken_back_on_demand(gateway) == ["10.0.2.1"]
+    gateway.move("10.0.2.1")
+    assert _taken_back_on_demand(gateway) == ["10.0.7.1"]
+
+
+def test_a_new_connection_gets_the_addresses_of_now() -> None:
+    world = World()
+    client, gateway = world.client(), world.gateway()
+    client.move("10.0.7.1")
+    world.introduce(client, gateway)
+    client.send(gateway, datagram("hello"))
+    world.run(1.0)
+
+    assert client.path(gateway)[0] == _ELSEWHERE
+
+
+def _taken_back_on_demand(host: Host) -> list[str]:
+    host.events.clear()
+    host.node.announce()
+    host.drain()
+    return [_host(text) for event in host.of(InvalidatedCandidates) for text in event.candidates]
+
+
+def _run_until_packets_pass(world: World) -> float:
+    """Send both ways all the time, as applications do; returns how long nothing got through."""
+    client, gateway = world.hosts["client"], world.hosts["gateway"]
+    client.packets.clear()
+    gateway.packets.clear()
+    start = world.now
+    while not (client.packets and gateway.packets):
+        assert world.now < start + 20.0, "no packets pass any longer"
+        client.send(gateway, datagram("ping"))
+        gateway.send(client, datagram("pong"))
+        world.run(LATENCY)
+    return world.now - start
+
+
+def _host(sdp: str) -> str:
+    candidate = parse_sdp(sdp)
+    assert candidate is not None
+    return candidate.address.host

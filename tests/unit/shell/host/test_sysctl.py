@@ -1,0 +1,149 @@
+"""Settings that are changed and put back, on a directory that stands for /proc/sys."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.shell.host import sysctl
+from firezone_tunnel.shell.host.sysctl import Sysctls
+
+FORWARD = "net/ipv4/ip_forward"
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "sys"
+    (root / "net/ipv4/conf/eth0").mkdir(parents=True)
+    (root / FORWARD).write_text("0\n")
+    (root / "net/ipv4/conf/eth0/rp_filter").write_text("1\n")
+    monkeypatch.setattr(sysctl, "PROC_SYS", root)
+    return root
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "state" / "originals.json"
+
+
+def test_what_was_changed_is_put_back(kernel: Path, file: Path) -> None:
+    sysctls = Sysctls(file)
+    sysctls.remember([FORWARD])
+    sysctls.write(FORWARD, "1")
+    assert sysctls.read(FORWARD) == "1"
+
+    sysctls.restore()
+
+    assert sysctls.read(FORWARD) == "0"
+    assert not file.exists()
+
+
+def test_originals_are_on_disk_before_anything_changes(kernel: Path, file: Path) -> None:
+    Sysctls(file).remember([FORWARD])
+
+    assert json.loads(file.read_text())["originals"] == {FORWARD: "0"}
+
+
+def test_a_successor_puts_back_what_its_predecessor_had_found(kernel: Path, file: Path) -> None:
+    killed = Sysctls(file)
+    killed.remember([FORWARD])
+    killed.write(FORWARD, "1")
+
+    successor = Sysctls(file)
+    assert successor.recover()
+    successor.remember([FORWARD])
+    successor.restore()
+
+    assert successor.read(FORWARD) == "0"
+
+
+def test_without_a_predecessor_there_is_nothing_to_recover(kernel: Path, file: Path) -> None:
+    assert not Sysctls(file).recover()
+
+
+def test_settings_that_are_forgotten_stay(kernel: Path, file: Path) -> None:
+    sysctls = Sysctls(file)
+    sysctls.remember([FORWARD])
+    sysctls.write(FORWARD, "1")
+
+    sysctls.forget()
+    sysctls.restore()
+
+    assert sysctls.read(FORWARD) == "1"
+    assert not file.exists()
+
+
+def test_an_interface_that_is_gone_is_passed_over(kernel: Path, file: Path) -> None:
+    sysctls = Sysctls(file)
+    sysctls.remember(["net/ipv4/conf/eth0/rp_filter", FORWARD])
+    sysctls.write(FORWARD, "1")
+    (kernel / "net/ipv4/conf/eth0/rp_filter").unlink()
+
+    sysctls.restore()
+
+    assert sysctls.read(FORWARD) == "0"
+
+
+def test_what_cant_be_put_back_is_told_and_keeps_nothing_else_from_it(
+    kernel: Path, file: Path, monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]]
+) -> None:
+    sysctls = Sysctls(file)
+    sysctls.remember(["net/ipv4/conf/eth0/rp_filter", FORWARD])
+    sysctls.write("net/ipv4/conf/eth0/rp_filter", "2")
+    sysctls.write(FORWARD, "1")
+    write_text = Path.write_text
+
+    def refuse_one(path: Path, text: str) -> int:
+        if path.name == "rp_filter":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write_text(path, text)
+
+    monkeypatch.setattr(Path, "write_text", refuse_one)
+    sysctls.restore()
+
+    assert sysctls.read(FORWARD) == "0"
+    (told,) = [message for message in logged if message["message_type"] == "host:sysctl_not_restored"]
+    assert (told["name"], told["value"]) == ("net/ipv4/conf/eth0/rp_filter", "1")
+
+
+def test_a_setting_that_the_kernel_lacks_is_neither_read_nor_noted(kernel: Path, file: Path) -> None:
+    sysctls = Sysctls(file)
+
+    sysctls.remember(["net/ipv6/conf/all/forwarding"])
+
+    assert sysctls.read("net/ipv6/conf/all/forwarding") is None
+    assert not file.exists()
+
+
+def test_settings_are_found_by_pattern(kernel: Path, file: Path) -> None:
+    assert Sysctls(file).names("net/ipv4/conf/*/rp_filter") == ["net/ipv4/conf/eth0/rp_filter"]
+
+
+def test_a_setting_that_has_the_value_is_not_written(kernel: Path, file: Path) -> None:
+    (kernel / FORWARD).chmod(0o444)
+    before = (kernel / FORWARD).stat().st_mtime_ns
+
+    Sysctls(file).write(FORWARD, "0")
+
+    assert (kernel / FORWARD).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]"])
+def test_a_damaged_file_is_named(kernel: Path, file: Path, content: str) -> None:
+    file.parent.mkdir()
+    file.write_text(content)
+
+    with pytest.raises(PlatformError, match=r"originals\.json"):
+        Sysctls(file).recover()
+
+
+def test_a_state_directory_that_cant_be_written_is_named_before_anything_changes(kernel: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(PlatformError, match="originals"):
+        Sysctls(tmp_path / "file" / "originals.json").remember([FORWARD])

@@ -1,0 +1,103 @@
+"""An application's parts: how they start and stop together, and what their failures do to the process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred
+from twisted.internet.testing import MemoryReactorClock
+
+from firezone_tunnel.errors import InUseError
+from firezone_tunnel.shell.process.application import ApplicationService
+from firezone_tunnel.shell.process.settings import LOG_SETTINGS, Options
+
+
+def test_parts_start_in_order() -> None:
+    first, second = parts = [Part(), Part()]
+
+    Example(*parts).startService()
+
+    assert (first.running, second.running) == (1, 1)
+
+
+def test_where_a_part_cannot_start_the_process_ends_and_the_next_is_left_alone(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    first, second = parts = [Part(fails=InUseError("the port is in use")), Part()]
+    application = Example(*parts)
+
+    application.startService()
+
+    assert application.reactor.hasStopped
+    assert capfd.readouterr().err == "example: the port is in use\n"
+    assert (first.running, second.running, application.watches) == (1, 0, False)
+
+
+def test_what_goes_wrong_later_ends_the_process(
+    capfd: pytest.CaptureFixture[str], logged: list[dict[str, Any]]
+) -> None:
+    application = Example(Part())
+    application.startService()
+    assert not application.reactor.hasStopped
+
+    application.later.errback(ValueError("a mistake"))
+
+    assert application.reactor.hasStopped
+    assert capfd.readouterr().err == "example: a mistake\n"
+    (told,) = [message for message in logged if message["message_type"] == "process:failed"]
+    assert "in watch" in told["traceback"]
+
+
+def test_it_has_stopped_when_all_parts_have() -> None:
+    first, second = parts = [Part(), Part()]
+    application = Example(*parts)
+    application.startService()
+    done: list[Any] = []
+
+    application.stopService().addCallback(done.append)
+
+    assert (first.running, second.running) == (0, 0)
+    for part in parts:
+        assert done == []
+        part.stopped.callback(None)
+    assert len(done) == 1
+
+
+class Part(Service):
+    def __init__(self, fails: Exception | None = None) -> None:
+        self.stopped: Deferred[None] = Deferred()
+        self._fails = fails
+
+    def startService(self) -> None:
+        super().startService()
+        if self._fails is not None:
+            raise self._fails
+
+    def stopService(self) -> Deferred[None]:
+        super().stopService()
+        return self.stopped
+
+
+class Example(ApplicationService):
+    def __init__(self, *parts: Service) -> None:
+        self.reactor: Any = MemoryReactorClock()
+        self.reactor.running = True
+        self.watches = False
+        self.later: Deferred[None] = Deferred()
+        super().__init__(self.reactor, "example", _options(), *parts)
+
+    async def watch(self) -> None:
+        self.watches = True
+        await self.later
+
+
+class LogOptions(Options):
+    settings = LOG_SETTINGS
+
+
+def _options() -> Options:
+    options = LogOptions({})
+    options.parseOptions([])
+    return options

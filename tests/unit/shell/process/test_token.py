@@ -1,0 +1,120 @@
+"""Where a token comes from, and that it goes nowhere else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from firezone_tunnel.errors import ConfigurationError, one_line
+from firezone_tunnel.shell.process.settings import read_token
+
+_SECRET = "n.a-token-that-nobody-may-see"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A token file as it should be."""
+    path = tmp_path / "token"
+    path.write_text(f"  {_SECRET}-of-the-file\n")
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def credentials(tmp_path: Path) -> str:
+    """A directory of systemd credentials, with ours among them."""
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials/FIREZONE_TOKEN").write_text(f"{_SECRET}-of-systemd\n")
+    return str(tmp_path / "credentials")
+
+
+def test_the_environment_comes_first_then_the_credential_then_the_file(file: Path, credentials: str) -> None:
+    environment = {"FIREZONE_TOKEN": f" {_SECRET}\n", "CREDENTIALS_DIRECTORY": credentials}
+
+    assert read_token(environment, file) == _SECRET
+    assert read_token(environment, file) == f"{_SECRET}-of-systemd"
+    del environment["CREDENTIALS_DIRECTORY"]
+    assert read_token(environment, file) == f"{_SECRET}-of-the-file"
+
+
+def test_it_is_gone_from_the_environment_once_it_was_read(file: Path) -> None:
+    environment = {"FIREZONE_TOKEN": _SECRET, "OTHER": "stays"}
+
+    read_token(environment, file)
+
+    assert environment == {"OTHER": "stays"}
+
+
+def test_an_empty_variable_or_credential_is_none(file: Path, credentials: str, tmp_path: Path) -> None:
+    Path(credentials, "FIREZONE_TOKEN").write_text("\n")
+
+    environment = {"FIREZONE_TOKEN": " ", "CREDENTIALS_DIRECTORY": credentials}
+    assert read_token(environment, file) == f"{_SECRET}-of-the-file"
+    assert read_token({"CREDENTIALS_DIRECTORY": str(tmp_path)}, file) == f"{_SECRET}-of-the-file"
+
+
+@pytest.mark.parametrize("text", [None, "", " \n"])
+def test_where_there_is_none_both_places_are_named(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "token"
+    if text is not None:
+        path.write_text(text)
+        path.chmod(0o600)
+
+    with pytest.raises(ConfigurationError, match=f"There is no token: set FIREZONE_TOKEN, or put it into {path}"):
+        read_token({}, path)
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o600])
+def test_a_file_that_only_its_owner_reads_is_accepted(file: Path, mode: int) -> None:
+    file.chmod(mode)
+
+    assert read_token({}, file) == f"{_SECRET}-of-the-file"
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o700, 0o660])
+def test_a_file_that_others_could_read_is_refused(file: Path, mode: int) -> None:
+    file.chmod(mode)
+
+    _fails(file, "must belong to us and be readable by nobody else: chmod 600")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_of_somebody_else_is_refused(file: Path) -> None:
+    os.chown(file, 65534, 65534)
+
+    _fails(file, "must belong to us")
+
+
+def test_a_symlink_is_judged_by_what_it_points_to(file: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    assert read_token({}, link) == f"{_SECRET}-of-the-file"
+
+    file.chmod(0o644)
+    _fails(link, "chmod 600")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe" + _SECRET.encode(), _SECRET.encode() + b"\x80"])
+def test_a_file_that_is_no_text_is_refused_without_quoting_it(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+
+    _fails(file, "does not hold a token: it is no UTF-8 text")
+
+
+def test_a_directory_in_its_place_is_one_sentence(tmp_path: Path) -> None:
+    tmp_path.chmod(0o400)  # or it would be refused for its mode
+    try:
+        _fails(tmp_path, "Can't read the token in .*: Is a directory")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def _fails(path: Path, complaint: str) -> None:
+    with pytest.raises(ConfigurationError, match=complaint) as raised:
+        read_token({}, path)
+    text = one_line(raised.value)
+    assert str(path) in text
+    assert "nobody-may-see" not in text
+    assert "0xff" not in text
