@@ -12,7 +12,7 @@ OURS_DIRECT = "ours-direct"
 """What ours reaches in the same run without a relay in between."""
 
 NATS = ("none", "cone", "fullcone", "symmetric", "double", "cgn", "udp-blocked", "v6-v4")
-"""Every kind of decision 8, client and gateway behind it."""
+"""Client and gateway behind every kind of NAT (docs/decisions.md, 8)."""
 
 PING_INTERVALS = {"2ms": 0.002, "10ms": 0.01, "200ms": 0.2, "1s": 1.0}
 """Seconds between the pings of an idle tunnel. The longer a process has slept, the colder its caches are."""

@@ -2,10 +2,10 @@
 
     python -m benchmarks.relay_flood [--count 1000000] [--workers N] [--requests] [--seed N]
 
-Neither may they crash it, nor make it grow, nor have it send more than they do (decision 22). Between bursts a client
-with an allocation asks something, and waits for the answer: so everything that was sent has been looked at, and the
-relay still serves who it is there for. With --requests all of the flood are requests that would be answered, most of
-them smaller than their answer.
+Neither may they crash it, nor make it grow, nor have it send more than they do (docs/decisions.md, 22). Between bursts
+a client with an allocation asks something, and waits for the answer: so everything that was sent has been looked at,
+and the relay still serves who it is there for. With --requests all of the flood are requests that would be answered,
+most of them smaller than their answer.
 """
 
 from __future__ import annotations

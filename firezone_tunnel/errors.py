@@ -62,8 +62,8 @@ _UNREACHABLE = frozenset(
 def is_unreachable(error: OSError) -> bool:
     """Whether a failed send only says that this address can't be reached from here.
 
-    Such errors are DEBUG noise (spec/data-plane.md, 7.7). It is for ordinary sends: of one with UDP_SEGMENT, EINVAL
-    says that the path refuses GSO.
+    Such errors are DEBUG noise (docs/protocol/data-plane.md, 7.7). It is for ordinary sends: of one with UDP_SEGMENT,
+    EINVAL says that the path refuses GSO.
     """
     return error.errno in _UNREACHABLE
 

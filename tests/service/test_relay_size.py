@@ -1,4 +1,4 @@
-"""How large a relay may become: decision 23, and what becomes of a flood of allocations from one address."""
+"""How large a relay may become (docs/decisions.md, 23), and what a flood of allocations from one address does."""
 
 from __future__ import annotations
 

@@ -144,7 +144,10 @@ class Internet(World):
         return relay
 
     def host_behind(self, nat: str, role: Role, *, name: str | None = None, relays: list[Relay] | None = None) -> Host:
-        """A host with IPv4, behind a NAT of this name (decision 8); the portal tells it all relays, or these."""
+        """A host with IPv4, behind a NAT of this name; the portal tells it all relays, or these.
+
+        See docs/decisions.md, 8.
+        """
         number = next(self._public)
         public = f"203.0.113.{number}"
         address = public if nat == "none" else f"10.0.{number}.1"

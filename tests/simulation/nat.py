@@ -1,4 +1,4 @@
-"""NATs as models: which port a datagram leaves from, and what may come back in (decision 8 names the kinds)."""
+"""NATs as models: which port a datagram leaves from, and what may come back in (docs/decisions.md, 8)."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def nats(kind: str, public: str, entropy: Entropy) -> list[Nat]:
 
 
 def expected_way(client: str, gateway: str) -> str:
-    """Decision 8: how a pair of NATs connects."""
+    """How a pair of NATs connects (docs/decisions.md, 8)."""
     pair = {"cone" if kind in {"double", "cgn"} else kind for kind in (client, gateway)}
     if "udp-blocked" in pair:
         return "relayed"

@@ -1,4 +1,4 @@
-"""Relays go, fall silent, come back as somebody else: connections go on within the times of decision 3."""
+"""Relays go, fall silent, come back as somebody else: connections go on (docs/decisions.md, 3)."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Pair(NamedTuple):
 
     @property
     def is_direct(self) -> bool:
-        """Whether the two sides can reach each other without a relay (decision 8)."""
+        """Whether the two sides can reach each other without a relay (docs/decisions.md, 8)."""
         if "udp-blocked" in self or set(self) == {"v4", "v6"}:
             return False
         mapped = ["cone" if kind in {"double", "cgn"} else kind for kind in self]

@@ -20,7 +20,7 @@ from tests.system.traffic import Download, Ping
 pytestmark = pytest.mark.namespaces
 
 PAIRS = [*map(Pair, *zip(*itertools.product(KINDS, repeat=2), strict=True)), Pair("v6", "v4"), Pair("v4", "v6")]
-DIRECT_WITHIN = 3.0  # seconds from the first packet: decision 8
+DIRECT_WITHIN = 3.0  # seconds from the first packet: docs/decisions.md, 8
 _PORT = 52625
 _BYTES = 1_000_000
 

@@ -1,7 +1,7 @@
 """What the user notices when something on the way breaks: a short silence, and no broken TCP connection.
 
 Silence is measured by a ping of 20 Hz, from the moment of the event until pings that were sent later are answered one
-after the other. The limits are decision 3's.
+after the other. The limits are those of docs/decisions.md, 3.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from tests.system.traffic import Download, Ping
 
 pytestmark = pytest.mark.namespaces
 
-KILLED_RELAY = 2.0  # seconds: decision 3, as the next two
+KILLED_RELAY = 2.0  # seconds: docs/decisions.md, 3, as the next two
 SILENT_RELAY = 5.0
 ROAMING = 2.0
-KILLED_GATEWAY = 15.25 + 2.0 + 5.0  # until ICE gives up, spec/data-plane.md 2.3; then a new flow, on a busy machine
+# Until ICE gives up, docs/protocol/data-plane.md, 2.3; then a new flow, on a busy machine.
+KILLED_GATEWAY = 15.25 + 2.0 + 5.0
 RESTARTED_GATEWAY = 3.0  # one that said goodbye
 RESTARTED_PORTAL = 10.0
 

@@ -27,7 +27,7 @@ from tests.system.namespace import inside
 pytestmark = pytest.mark.namespaces
 
 NAME = "tun-firezone"
-HERE = "100.64.0.1"  # the tunnel's range: spec/data-plane.md, 0.1
+HERE = "100.64.0.1"  # the tunnel's range: docs/protocol/data-plane.md, 0.1
 THERE = "100.64.0.2"
 
 

@@ -15,7 +15,7 @@ from tests.system.hosts import Host
 from tests.system.namespace import inside
 from tests.system.programs import Program
 
-PING_INTERVAL = 0.05  # 20 Hz: decision 3
+PING_INTERVAL = 0.05  # 20 Hz: docs/decisions.md, 3
 _STEADY = 10  # answers in a row that make a recovery
 _ANSWER = re.compile(r"^\[(\d+\.\d+)\] \d+ bytes from .* icmp_seq=(\d+) .*time=([\d.]+) ms", re.MULTILINE)
 

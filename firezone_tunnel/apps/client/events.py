@@ -1,4 +1,4 @@
-"""What a session tells: the events, and the stream that carries them (spec/client-application.md, 1.3)."""
+"""What a session tells: the events, and the stream that carries them (docs/protocol/client-application.md, 1.3)."""
 
 from __future__ import annotations
 

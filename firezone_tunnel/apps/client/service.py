@@ -61,7 +61,7 @@ class ClientService(TunnelEndpoint):
         self.rebind()
 
     async def set_up_host(self) -> None:
-        """Let replies to our own sockets arrive whatever the tunnel's routes are (decision 13)."""
+        """Let replies to our own sockets arrive whatever the tunnel's routes are (docs/decisions.md, 13)."""
         await self._reply_marks.ensure(self.monitor.interfaces)
 
     async def restore_host(self) -> None:

@@ -53,7 +53,10 @@ class GatewayService(TunnelEndpoint):
         await self._firewall.remove()
 
     def moved(self) -> None:
-        """Unlike a client, a gateway keeps its key and its connections: it only takes other paths (decision 3)."""
+        """Unlike a client, a gateway keeps its key and its connections: it only takes other paths.
+
+        See docs/decisions.md, 3.
+        """
         self.rebind()
         self._gateway.restart_relays(boottime())
         self._tunnel.settle()

@@ -42,7 +42,7 @@ class JoinRefused:
 
 
 class UnknownMessage(Exception):
-    """A message that this role doesn't send, or a malformed one (spec, 2.8)."""
+    """A message that this role doesn't send, or a malformed one (docs/protocol/portal-protocol.md, 2.8)."""
 
 
 class ChannelHandler(Protocol):

@@ -28,7 +28,7 @@ from firezone_tunnel.core.sansio import Timeout, earliest
 from firezone_tunnel.errors import PlatformError, one_line
 from firezone_tunnel.shell.logs import events as log
 
-SWEEP_INTERVAL = 60.0  # expired flows, and policies that time changed (spec, 3.8, 3.13)
+SWEEP_INTERVAL = 60.0  # expired flows, and policies that time changed (docs/protocol/portal-protocol.md, 3.8, 3.13)
 _IDLE_CHECK_INTERVAL = 5.0
 _RETRY_AFTER = 1  # seconds
 

@@ -31,7 +31,7 @@ class PortalState:
     relays: RelayRegistry = attrs.Factory(RelayRegistry)
 
     def displace(self, id_: str, socket: PeerSocket) -> None:
-        """Close the older connection of a device or relay that a newer one replaced (decision 25)."""
+        """Close the older connection of a device or relay that a newer one replaced (docs/decisions.md, 25)."""
         if self.swaps.note(id_, self.now()):
             log.warning("portal:identity_shared", device=id_, advice="two hosts share one identity: give each its own")
         socket.close()

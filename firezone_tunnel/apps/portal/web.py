@@ -179,7 +179,8 @@ class PortalFactory(WebSocketServerFactory):  # type: ignore[misc]  # Autobahn h
     def __init__(self, reactor: Any, hub: Hub) -> None:
         super().__init__(reactor=reactor, server=None)
         self.hub = hub
-        # No pings: V1 peers parse an empty one as a broken document, and reconnect (spec, 1.5).
+        # No pings: V1 peers parse an empty one as a broken document, and reconnect
+        # (docs/protocol/portal-protocol.md, 1.5).
         self.setProtocolOptions(
             versions=[13],
             autoPingInterval=0,

@@ -149,7 +149,10 @@ class WebSocketConnection:
             self._socket.reply(message)
 
     def _crash(self, delivery: Delivery) -> None:
-        """Close after `phx_error`, so that the peer reconnects: V1 peers don't rejoin by themselves (spec, 3.14)."""
+        """Close after `phx_error`, so that the peer reconnects: V1 peers don't rejoin by themselves.
+
+        See docs/protocol/portal-protocol.md, 3.14.
+        """
         assert self.channel is not None
         self.channel.left()
         if isinstance(delivery, JoinRequested):

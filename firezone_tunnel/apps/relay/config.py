@@ -14,9 +14,9 @@ from firezone_tunnel.core.relay.nonce import NONCE_KEY_SIZE
 from firezone_tunnel.core.relay.peer_policy import Network, PeerPolicy
 from firezone_tunnel.core.stun.message import FAMILY_IPV6, FIREZONE_REALM
 
-DRAIN_TIME = 30.0  # decision 6
+DRAIN_TIME = 30.0  # docs/decisions.md, 6
 
-_STAMP_SECRET_SIZE = 32  # spec/gateway-and-relay.md, 6.2
+_STAMP_SECRET_SIZE = 32  # docs/protocol/gateway-and-relay.md, 6.2
 
 
 @attrs.frozen

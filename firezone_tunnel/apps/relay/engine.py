@@ -24,7 +24,7 @@ from firezone_tunnel.shell.reactor.boundary import Boundary
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.shell.udp.transport import IBatchProtocol, UdpTransport
 
-STATISTICS_INTERVAL = 10.0  # spec/gateway-and-relay.md, 8.4
+STATISTICS_INTERVAL = 10.0  # docs/protocol/gateway-and-relay.md, 8.4
 REPEAT_ADVICE_AFTER = 3600.0
 
 

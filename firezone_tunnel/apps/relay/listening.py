@@ -12,7 +12,7 @@ def bind_listening(config: EngineConfig, port: int) -> list[list[socket.socket]]
     """For each worker a list with a socket of each family.
 
     The sockets of a family share the port. The kernel gives all datagrams of a sender to the same socket, as long as
-    no socket is closed or added (decision 24).
+    no socket is closed or added (docs/decisions.md, 24).
 
     Raises: PlatformError.
     """

@@ -1,4 +1,6 @@
-"""The workers of a relay, as their parent manages them: start, stop, and replacement when one dies (decision 24).
+"""The workers of a relay, as their parent manages them: start, stop, and replacement when one dies.
+
+See docs/decisions.md, 24.
 
 The parent holds the listening sockets of all workers, and each worker holds its own. A new worker inherits the sockets
 of its predecessor, so the group of sockets, and with it the worker of each client, stays the same.

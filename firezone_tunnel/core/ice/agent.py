@@ -1,4 +1,4 @@
-"""A full ICE agent as Firezone's peers speak it (spec/data-plane.md, 2.4.7 and 2.5; RFC 8445).
+"""A full ICE agent as Firezone's peers speak it (docs/protocol/data-plane.md, 2.4.7 and 2.5; RFC 8445).
 
 One component over UDP, trickled candidates, roles fixed by the portal, no restart. Every working pair is checked for
 as long as the agent lives; the controlling side always nominates the best one that answers, the controlled follows.
@@ -32,8 +32,8 @@ from firezone_tunnel.core.stun.message import (
 )
 
 MAX_REMOTE_ADDRESSES = 100  # as many as there can be pairs: more would never be checked
-MAX_OPTIMISTIC = 2  # spec/data-plane.md, 2.4.7
-MISSES_TO_LEAVE = 3  # decision 3: the controlling side leaves a pair after so many, if another one answers
+MAX_OPTIMISTIC = 2  # docs/protocol/data-plane.md, 2.4.7
+MISSES_TO_LEAVE = 3  # docs/decisions.md, 3: the controlling side leaves a pair after so many, if another one answers
 # The controlling peer checks every 1.5 s, or 25 s when idle. Upstream goes on sending USE-CANDIDATE on all pairs that
 # it ever nominated, so "the newest wins" must not mean each single check: a nomination holds for a check and a third.
 NOMINATION_LIFETIME = 2.0
@@ -293,7 +293,8 @@ class Agent:
             self.counters.unexpected += 1
             return True
         if self.controlling and use_candidate:
-            self.counters.role_conflicts += 1  # roles are fixed: nothing to resolve (spec/data-plane.md, 2.5.1)
+            # Roles are fixed: nothing to resolve (docs/protocol/data-plane.md, 2.5.1).
+            self.counters.role_conflicts += 1
             return True
         self._answer(message, source, destination)
         pair = self._pair_of_check(local, source, priority, now)
@@ -371,7 +372,7 @@ class Agent:
     def _guess(self, now: float) -> None:
         """Keep a few candidates that nobody signalled: the peer's public addresses with its local ports.
 
-        They reach a peer behind a symmetric NAT whose owner forwarded the port (spec/data-plane.md, 2.4.7).
+        They reach a peer behind a symmetric NAT whose owner forwarded the port (docs/protocol/data-plane.md, 2.4.7).
         """
         wanted = self._guesses()
         for address in [present for present in self._optimistic if present not in wanted]:

@@ -1,6 +1,6 @@
 """Candidates: where a peer can be reached, how much each way is worth, and the text that the portal carries.
 
-Sources: RFC 8445, section 5.1; spec/data-plane.md, 2.4.5, 2.4.6 and 12.1.
+Sources: RFC 8445, section 5.1; docs/protocol/data-plane.md, 2.4.5, 2.4.6 and 12.1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CandidateKind(enum.Enum):
     RELAYED = "relay"
 
 
-_TYPE_PREFERENCE = {  # spec/data-plane.md, 2.4.6: upstream prefers relays by 2 where the RFC has 0
+_TYPE_PREFERENCE = {  # docs/protocol/data-plane.md, 2.4.6: upstream prefers relays by 2 where the RFC has 0
     CandidateKind.HOST: 126,
     CandidateKind.PEER_REFLEXIVE: 110,
     CandidateKind.SERVER_REFLEXIVE: 100,
@@ -92,16 +92,19 @@ class Candidate:
 
     @property
     def reflexive_priority(self) -> int:
-        """What the PRIORITY attribute of a check says: this candidate's, had the peer discovered it (2.5.1)."""
+        """What the PRIORITY attribute of a check says: this candidate's, had the peer discovered it.
+
+        See docs/protocol/data-plane.md, 2.5.1.
+        """
         return _TYPE_PREFERENCE[CandidateKind.PEER_REFLEXIVE] << 24 | self.priority & 0xFFFFFF
 
     @property
     def identity(self) -> Identity:
-        """What an invalidation must repeat for it to count (spec/data-plane.md, 2.4.7)."""
+        """What an invalidation must repeat for it to count (docs/protocol/data-plane.md, 2.4.7)."""
         return self.kind, self.address, self.related
 
     def to_sdp(self) -> str:
-        """The text that the portal carries, as upstream writes it (spec/data-plane.md, 2.4.5)."""
+        """The text that the portal carries, as upstream writes it (docs/protocol/data-plane.md, 2.4.5)."""
         text = (
             f"{_PREFIX}{self.foundation} {_COMPONENT} udp {self.priority}"
             f" {self.address.host} {self.address.port} typ {self.kind.value}"
@@ -146,7 +149,10 @@ def pair_priority(controlling: int, controlled: int) -> int:
 
 
 def is_usable(address: SocketAddress) -> bool:
-    """Whether a candidate may have this address (spec/data-plane.md, 2.4.5). Loopback may, a zero port may not."""
+    """Whether a candidate may have this address. Loopback may, a zero port may not.
+
+    See docs/protocol/data-plane.md, 2.4.5.
+    """
     if address.port == 0:
         return False
     ip = ipaddress.ip_address(address.host)

@@ -1,4 +1,4 @@
-"""Candidate pairs, and which of them is checked when (spec/data-plane.md, 2.5.3; RFC 8445, section 6.1.2).
+"""Candidate pairs, and which of them is checked when (docs/protocol/data-plane.md, 2.5.3; RFC 8445, section 6.1.2).
 
 A pair is checked for as long as it lives: the same checks find out whether it works, keep NATs open and show that the
 peer is still there. A pair that never answers, or no longer does, ends when its history holds nothing but misses.
@@ -13,7 +13,7 @@ import attrs
 from firezone_tunnel.core.ice.candidate import Candidate, pair_priority
 from firezone_tunnel.core.sansio import SocketAddress
 
-MAX_PAIRS = 100  # spec/data-plane.md, 2.4.6
+MAX_PAIRS = 100  # docs/protocol/data-plane.md, 2.4.6
 NEVER = float("-inf")
 
 
@@ -41,7 +41,8 @@ class Timings:
     idle: Schedule
 
 
-# spec/data-plane.md, 0.3. A peer that never answers is given up after 15.25 s, or 100 s where the connection is idle.
+# docs/protocol/data-plane.md, 0.3. A peer that never answers is given up after 15.25 s, or 100 s where the connection
+# is idle.
 DEFAULT_TIMINGS = Timings(active=Schedule(0.25, 1.5, 12), idle=Schedule(25.0, 25.0, 4))
 
 

@@ -1,4 +1,4 @@
-"""Messages between the portal and a client (spec/portal-protocol.md, 2.1 and 2.2)."""
+"""Messages between the portal and a client (docs/protocol/portal-protocol.md, 2.1 and 2.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types that several messages share, and reading and writing messages (spec/portal-protocol.md, 2.0)."""
+"""Types that several messages share, and reading and writing messages (docs/protocol/portal-protocol.md, 2.0)."""
 
 from __future__ import annotations
 
@@ -167,7 +167,8 @@ def read(kind: type[M], payload: object) -> M:
 def readable(kind: Any, entries: object, skipped: list[str] | None) -> object:
     """The entries of a list that can be read as `kind`, or `entries` itself if it isn't a list.
 
-    An unreadable entry is never fatal (spec, 2.0): it is left out, and the reason is added to `skipped`.
+    An unreadable entry is never fatal (docs/protocol/portal-protocol.md, 2.0): it is left out, and the reason is added
+    to `skipped`.
     """
     if not isinstance(entries, list):
         return entries

@@ -1,4 +1,4 @@
-"""Messages between the portal and a gateway (spec/portal-protocol.md, 2.4)."""
+"""Messages between the portal and a gateway (docs/protocol/portal-protocol.md, 2.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages between the portal and a relay (spec/portal-protocol.md, 2.5)."""
+"""Messages between the portal and a relay (docs/protocol/portal-protocol.md, 2.5)."""
 
 from __future__ import annotations
 

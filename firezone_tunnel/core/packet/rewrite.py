@@ -13,7 +13,7 @@ CE = 3
 
 
 def icmp_error(packet: SuperPacket) -> SuperPacket | None:
-    """The ICMP error for a prohibited packet, or a super-packet's first segment (spec/data-plane.md, 6.2).
+    """The ICMP error for a prohibited packet, or a super-packet's first segment (docs/protocol/data-plane.md, 6.2).
 
     It comes from the packet's destination. None where there must be none (RFC 1122, 3.2.2; RFC 4443, 2.4): about an
     ICMP error, a fragment other than the first, or a packet whose addresses are not both of a single host.
@@ -41,7 +41,8 @@ def is_icmp_error(packet: SuperPacket) -> bool:
 def mark_congestion(packet: SuperPacket) -> None:
     """Carry a congestion mark (CE) of the outer packet over to the inner one, in place (RFC 6040).
 
-    Only a packet whose sender understands marks gets one; every other is left as it is (spec/data-plane.md, 7.3).
+    Only a packet whose sender understands marks gets one; every other is left as it is
+    (docs/protocol/data-plane.md, 7.3).
     """
     if packet.ecn not in {ECT_0, ECT_1}:
         return
@@ -63,7 +64,7 @@ _ERROR = struct.Struct(">BBHI")
 _PROHIBITED = (3, 13)  # communication administratively prohibited (RFC 1812, section 5.2.7.1)
 _PROHIBITED_V6 = (1, 1)  # the same (RFC 4443, section 3.1)
 
-_TTL = 20  # spec/data-plane.md, 6.2
+_TTL = 20  # docs/protocol/data-plane.md, 6.2
 _ICMP_ERRORS = frozenset({3, 4, 5, 11, 12})  # unreachable, source quench, redirect, time exceeded, parameter problem
 
 

@@ -6,7 +6,7 @@ import struct
 
 from firezone_tunnel.core.packet.checksum import checksum, word_sum
 
-MAX_PACKET_SIZE = 1280  # spec/data-plane.md, 7.1: the MTU of the tunnel
+MAX_PACKET_SIZE = 1280  # docs/protocol/data-plane.md, 7.1: the MTU of the tunnel
 VIRTIO_HEADER_SIZE = 10
 
 ICMP = 1  # protocol numbers: IANA, "Assigned Internet Protocol Numbers"

@@ -8,7 +8,7 @@
 
 The shell opens a WebSocket on `Dial`, reports what happens to it, and drops it on `HangUp`. It never reports
 anything about a WebSocket after its `HangUp`. The rules are upstream's of V2
-(spec/portal-protocol.md, 1.4 to 1.9, column "Today"), without its limit of 15 s for the first join.
+(docs/protocol/portal-protocol.md, 1.4 to 1.9, column "Today"), without its limit of 15 s for the first join.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from firezone_tunnel.core.phoenix.codec import Form, Frame, MalformedFrame, Ref,
 from firezone_tunnel.core.sansio import Entropy, Timeout, earliest
 from firezone_tunnel.errors import AuthenticationError, PortalError
 
-DIAL_TIMEOUT = 15.0  # TCP, TLS and WebSocket together (spec, 1.7)
-JOIN_TIMEOUT = 5.0  # spec, 1.7
-HEARTBEAT_INTERVAL = 10.0  # whatever else is sent (spec, 1.8)
-MAX_UNANSWERED = 3  # spec, 1.8
+DIAL_TIMEOUT = 15.0  # TCP, TLS and WebSocket together (docs/protocol/portal-protocol.md, 1.7)
+JOIN_TIMEOUT = 5.0  # docs/protocol/portal-protocol.md, 1.7
+HEARTBEAT_INTERVAL = 10.0  # whatever else is sent (docs/protocol/portal-protocol.md, 1.8)
+MAX_UNANSWERED = 3  # docs/protocol/portal-protocol.md, 1.8
 QUEUE_CAPACITY = 128
 REJOIN_INTERVAL = 5.0  # a channel that ends sooner than this after its join gets a new socket, with backoff
 
-BACKOFF_INITIAL = 0.5  # spec, 1.9
+BACKOFF_INITIAL = 0.5  # docs/protocol/portal-protocol.md, 1.9
 BACKOFF_MULTIPLIER = 1.5
 BACKOFF_JITTER = 0.5
 BACKOFF_MAX = 60.0

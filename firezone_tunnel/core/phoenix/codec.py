@@ -1,4 +1,4 @@
-"""Phoenix frames as JSON text, in both forms that a Phoenix socket speaks (spec/portal-protocol.md, 1.5).
+"""Phoenix frames as JSON text, in both forms that a Phoenix socket speaks (docs/protocol/portal-protocol.md, 1.5).
 
 Object form (`vsn` absent or 1.0.0): {"topic": …, "event": …, "payload": …, "ref": …}
 Array form (`vsn` 2.0.0): [join_ref, ref, topic, event, payload]
@@ -66,7 +66,7 @@ def encode(frame: Frame, form: Form) -> bytes:
 
 
 def reply(frame: Frame, status: Literal["ok", "error"], response: object) -> Frame:
-    """The answer to a frame: `phx_reply` with its topic and refs (spec, 1.6).
+    """The answer to a frame: `phx_reply` with its topic and refs (docs/protocol/portal-protocol.md, 1.6).
 
     Upstream's peers accept a join reply only if the response is the empty object.
     """

@@ -1,4 +1,4 @@
-"""The portal's side of a Phoenix socket (spec/portal-protocol.md, 1.5, 1.6): one topic, and a mailbox.
+"""The portal's side of a Phoenix socket (docs/protocol/portal-protocol.md, 1.5, 1.6): one topic, and a mailbox.
 
 Frames wait in the mailbox until the previous frame is handled: `next_message()` returns a message, `done()` frees the
 socket for the next. So a handler may wait for a database and still sees its peer's messages in order.
@@ -20,7 +20,8 @@ import attrs
 
 from firezone_tunnel.core.phoenix.codec import Form, Frame, decode, encode, reply
 
-IDLE_TIMEOUT = 75.0  # V1 peers send every 30 s (spec, 1.8); at least 60 (spec, 4.1)
+# V1 peers send every 30 s (docs/protocol/portal-protocol.md, 1.8); at least 60 (docs/protocol/portal-protocol.md, 4.1).
+IDLE_TIMEOUT = 75.0
 MAILBOX_CAPACITY = 256
 
 _PHOENIX = "phoenix"

@@ -78,7 +78,10 @@ class Resource:
 
     @property
     def reach(self) -> str:
-        """The resource's type and place, as one string: when it changes, all flows to the resource end (spec, 3.8)."""
+        """The resource's type and place, as one string: when it changes, all flows to the resource end.
+
+        See docs/protocol/portal-protocol.md, 3.8.
+        """
         return "|".join((self.type, self.address, self.ip_stack or "", *self.sites))
 
 

@@ -1,4 +1,4 @@
-"""Who may open a socket: the request's path, token and parameters (spec/portal-protocol.md, 1.1 to 1.4)."""
+"""Who may open a socket: the request's path, token and parameters (docs/protocol/portal-protocol.md, 1.1 to 1.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""How a changed configuration affects connected peers and granted flows (spec, 3.8, 3.13)."""
+"""How a changed configuration affects connected peers and granted flows.
+
+See docs/protocol/portal-protocol.md, 3.8, 3.13.
+"""
 
 from __future__ import annotations
 

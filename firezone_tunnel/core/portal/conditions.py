@@ -1,4 +1,4 @@
-"""Conditions of a policy (spec/portal-protocol.md, 3.12): where a client connects from, and when."""
+"""Conditions of a policy (docs/protocol/portal-protocol.md, 3.12): where a client connects from, and when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Credentials that the portal derives for two devices that connect (spec/portal-protocol.md, 3.4, 3.6, 3.7).
+"""Credentials that the portal derives for two devices that connect (docs/protocol/portal-protocol.md, 3.4, 3.6, 3.7).
 
 Every derivation is deterministic: the same pair with the same keys gets the same credentials, and so keeps its
 connection. Public keys are the padded base64 text that goes over the wire.
@@ -37,7 +37,7 @@ class Party(NamedTuple):
 
 
 def ice_credentials(client: Party, gateway: Party) -> PairCredentials:
-    """Spec 3.6: base32 of a hash over both identities, cut into four pieces."""
+    """Base32 of a hash over both identities, cut into four pieces (docs/protocol/portal-protocol.md, 3.6)."""
     seed = f"{client.id}:{client.public_key}:{gateway.id}:{gateway.public_key}"
     text = base64.b32encode(hashlib.sha256(seed.encode()).digest()).decode().rstrip("=").lower()
     return PairCredentials(
@@ -47,7 +47,7 @@ def ice_credentials(client: Party, gateway: Party) -> PairCredentials:
 
 
 def preshared_key(client: Party, gateway: Party) -> bytes:
-    """Spec 3.7: 32 bytes, PBKDF2 with one round over both devices' secrets."""
+    """32 bytes, PBKDF2 with one round over both devices' secrets (docs/protocol/portal-protocol.md, 3.7)."""
     salt = f"WG_PSK|C_ID:{client.id}|G_ID:{gateway.id}|C_PK:{client.public_key}|G_PK:{gateway.public_key}"
     return hashlib.pbkdf2_hmac("sha256", client.psk_base + gateway.psk_base, salt.encode(), 1, 32)
 
@@ -55,7 +55,10 @@ def preshared_key(client: Party, gateway: Party) -> bytes:
 def relay_credentials(
     relay_id: str, address: SocketAddress, *, stamp_secret: str, public_key: str, expires_at: int
 ) -> Relay:
-    """Spec 3.4: a TURN username and password that the relay can recompute from its stamp secret."""
+    """A TURN username and password that the relay can recompute from its stamp secret.
+
+    See docs/protocol/portal-protocol.md, 3.4.
+    """
     salt = _base64_unpadded(hashlib.sha256(public_key.encode()).digest())
     return Relay(
         id=relay_id,

@@ -1,4 +1,4 @@
-"""Clients and gateways as the portal knows them, and one connection of each (spec/portal-protocol.md, 3.1)."""
+"""Clients and gateways as the portal knows them, and one connection of each (docs/protocol/portal-protocol.md, 3.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may reach what, and through which gateway (spec/portal-protocol.md, 3.8).
+"""Who may reach what, and through which gateway (docs/protocol/portal-protocol.md, 3.8).
 
 A flow permits one client to reach one resource at one gateway. When a client requests a flow, the portal grants or
 refuses it, asks the gateway to admit the client, waits for its answer, and answers the client.
@@ -31,8 +31,9 @@ from firezone_tunnel.core.portal.presence import Presence
 from firezone_tunnel.core.portal.versions import is_compatible
 from firezone_tunnel.core.sansio import Entropy, Timeout, earliest
 
-GATEWAY_TIMEOUT = 15.0  # spec, 3.8, V2
-_INGEST_GRACE = 30 * 24 * 3600  # an ingest token outlives its authorization by this (spec, 2.6)
+GATEWAY_TIMEOUT = 15.0  # docs/protocol/portal-protocol.md, 3.8, V2
+# An ingest token outlives its authorization by this (docs/protocol/portal-protocol.md, 2.6).
+_INGEST_GRACE = 30 * 24 * 3600
 
 Reason = Literal["not_found", "offline", "forbidden", "version_mismatch"]
 
@@ -258,7 +259,10 @@ class FlowAuthorizer:
         return preferred[int.from_bytes(self._entropy(4)) % len(preferred)]
 
     def _ingest_token(self, account: Account, pending: PendingFlow, role: Literal["initiator", "responder"]) -> str:
-        """The token for flow logs, which V2 peers require (spec, 2.6); nothing is uploaded with it."""
+        """The token for flow logs, which V2 peers require; nothing is uploaded with it.
+
+        See docs/protocol/portal-protocol.md, 2.6.
+        """
         flow, device, resource = pending.flow, pending.client.device, pending.resource
         actor = account.actors.get(device.identity.owner)
         ends_at = FOREVER if flow.expires_at is None else flow.expires_at

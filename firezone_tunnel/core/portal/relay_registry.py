@@ -1,4 +1,4 @@
-"""The joined relays, their assignment to peers, and updates (spec/portal-protocol.md, 3.3, 3.4, 4.4)."""
+"""The joined relays, their assignment to peers, and updates (docs/protocol/portal-protocol.md, 3.3, 3.4, 4.4)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from firezone_tunnel.core.portal.derived_credentials import FOREVER, relay_crede
 from firezone_tunnel.core.portal.devices import DeviceSession, PeerSocket
 from firezone_tunnel.core.sansio import SocketAddress, Timeout
 
-RELAYS_EACH = 2  # spec, 3.3
-DEBOUNCE = 1.0  # spec, 3.3, V2
+RELAYS_EACH = 2  # docs/protocol/portal-protocol.md, 3.3
+DEBOUNCE = 1.0  # docs/protocol/portal-protocol.md, 3.3, V2
 
 
 @attrs.define(eq=False)

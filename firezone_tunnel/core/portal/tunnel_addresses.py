@@ -1,4 +1,4 @@
-"""Tunnel addresses of clients and gateways: assigned once, kept for life (spec/portal-protocol.md, 3.5)."""
+"""Tunnel addresses of clients and gateways: assigned once, kept for life (docs/protocol/portal-protocol.md, 3.5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The program and version in a User-Agent, and version rules (spec/portal-protocol.md, 1.2, 3.9)."""
+"""The program and version in a User-Agent, and version rules (docs/protocol/portal-protocol.md, 1.2, 3.9)."""
 
 from __future__ import annotations
 

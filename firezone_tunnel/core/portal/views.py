@@ -1,4 +1,4 @@
-"""The configuration as payloads for each role, generation and version (spec, 2.0)."""
+"""The configuration as payloads for each role, generation and version (docs/protocol/portal-protocol.md, 2.0)."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def gateway_init(
 
 
 def turn_servers(account: Account, session: DeviceSession) -> list[Relay]:
-    """Standard TURN servers, in addition to the relays, for our own peers only (decision 4)."""
+    """Standard TURN servers, in addition to the relays, for our own peers only (docs/decisions.md, 4)."""
     if not session.agent.is_ours:
         return []
     return [

@@ -34,7 +34,7 @@ class RelayConfig:
     max_channels: int = 200_000
     max_permissions: int = 400_000
     workers: int = 1
-    """How many processes share the listening port (decision 24), and with it these ports and limits."""
+    """How many processes share the listening port (docs/decisions.md, 24), and with it these ports and limits."""
     worker: int = 0
     """The number of this worker, from 0."""
     same_user_only: bool = False

@@ -1,7 +1,7 @@
 """Authenticates requests (RFC 8489, section 9.2.4), in the order that Firezone's clients rely on.
 
 They send their first Allocate with USERNAME and MESSAGE-INTEGRITY but without NONCE, give up on a second 401, and
-ignore responses without MESSAGE-INTEGRITY (spec/gateway-and-relay.md, 9).
+ignore responses without MESSAGE-INTEGRITY (docs/protocol/gateway-and-relay.md, 9).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Limits responses to unauthenticated senders: a relay must not be an amplifier (decision 22).
+"""Limits responses to unauthenticated senders: a relay must not be an amplifier (docs/decisions.md, 22).
 
 Their addresses may be forged, so every response may hit a victim.
 """

@@ -1,7 +1,7 @@
 """Who may use the relay: long-term credentials (RFC 8489, section 9.2), derived from a secret or listed.
 
 The portal and the relay derive the same passwords from the relay's stamp secret, and so never need to talk about
-them (spec/gateway-and-relay.md, 6.3).
+them (docs/protocol/gateway-and-relay.md, 6.3).
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class CredentialSource(Protocol):
 
 
 class StampSecret:
-    """Firezone's scheme: names are `<expiry>:<salt>`, passwords a hash of both and the secret (spec, 6.3)."""
+    """Firezone's scheme: names are `<expiry>:<salt>`, passwords a hash of both and the secret.
+
+    See docs/protocol/gateway-and-relay.md, 6.3.
+    """
 
     realm = FIREZONE_REALM
 
@@ -86,7 +89,7 @@ class StaticUsers:
 
 
 def stamp_password(expiry: int, secret: str, salt: str) -> str:
-    """Unpadded base64 of SHA-256 over `<expiry>:<secret>:<salt>` (spec, 6.3)."""
+    """Unpadded base64 of SHA-256 over `<expiry>:<secret>:<salt>` (docs/protocol/gateway-and-relay.md, 6.3)."""
     digest = hashlib.sha256(f"{expiry}:{secret}:{salt}".encode()).digest()
     return base64.b64encode(digest).decode().rstrip("=")
 

@@ -8,7 +8,7 @@ import struct
 
 from firezone_tunnel.core.sansio import SocketAddress
 
-NONCE_LIFETIME = 3600.0  # spec/gateway-and-relay.md, 7.4: at least an hour
+NONCE_LIFETIME = 3600.0  # docs/protocol/gateway-and-relay.md, 7.4: at least an hour
 NONCE_SIZE = 24
 """Characters. A 401 with realm, integrity and fingerprint then has exactly 100 bytes."""
 NONCE_KEY_SIZE = 32

@@ -1,4 +1,4 @@
-"""The addresses that nothing is relayed to (RFC 8656, sections 21.2.3 and 21.4; design/peers.md, 5.2).
+"""The addresses that nothing is relayed to (RFC 8656, sections 21.2.3 and 21.4).
 
 Without this policy, users could reach the relay's own services and its neighbours. An address is judged together with
 every IPv4 address that is embedded in it.

@@ -6,7 +6,7 @@ from collections import deque
 
 from firezone_tunnel.core.sansio import Entropy
 
-QUARANTINE = 120.0  # spec/gateway-and-relay.md, 10.2 (T20): late datagrams belong to the port's last user
+QUARANTINE = 120.0  # docs/protocol/gateway-and-relay.md, 10.2 (T20): late datagrams belong to the port's last user
 
 _FREE, _TAKEN, _RESTING = 0, 1, 2
 

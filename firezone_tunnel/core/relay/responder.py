@@ -1,4 +1,4 @@
-"""Responses: signed for users, small and few for unauthenticated senders (decision 22)."""
+"""Responses: signed for users, small and few for unauthenticated senders (docs/decisions.md, 22)."""
 
 from __future__ import annotations
 

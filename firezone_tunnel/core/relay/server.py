@@ -1,4 +1,4 @@
-"""A STUN and TURN server (RFC 8489 and 8656) without sockets: spec/gateway-and-relay.md, 7 to 9.
+"""A STUN and TURN server (RFC 8489 and 8656) without sockets: docs/protocol/gateway-and-relay.md, 7 to 9.
 
 It takes datagrams of clients, and of peers at the relayed addresses, and emits `RelayTransmit`s, which name the
 socket. It keeps no state for unauthenticated senders.

@@ -1,4 +1,4 @@
-"""One peer: ICE finds the path, WireGuard has the keys (spec/data-plane.md, 2.2 to 2.9)."""
+"""One peer: ICE finds the path, WireGuard has the keys (docs/protocol/data-plane.md, 2.2 to 2.9)."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from firezone_tunnel.core.wireguard.peer import Expired, Peer
 from firezone_tunnel.core.wireguard.seal import SealBuffer
 from firezone_tunnel.core.wireguard.transport_data import seal_message
 
-NO_CANDIDATES_TIMEOUT = 10.0  # spec/data-plane.md, 0.3, this one and the next two
+NO_CANDIDATES_TIMEOUT = 10.0  # docs/protocol/data-plane.md, 0.3, this one and the next two
 DISCONNECT_GRACE = 2.0
 IDLE_AFTER = 20.0
-PROACTIVE_HANDSHAKE_INTERVAL = 20.0  # spec/data-plane.md, 2.9
+PROACTIVE_HANDSHAKE_INTERVAL = 20.0  # docs/protocol/data-plane.md, 2.9
 
 
 class State(enum.Enum):
@@ -115,7 +115,7 @@ class Connection:
         False: `settle` has something to do.
         """
         outbound = self._outbound
-        # A gateway never makes the first handshake: it waits for the client's (2.8).
+        # A gateway never makes the first handshake: it waits for the client's (docs/protocol/data-plane.md, 2.8).
         if outbound.path is None or not (self._is_client or self._has_had_session):
             outbound.hold(packet)
             return True
@@ -131,7 +131,10 @@ class Connection:
         return not self._note_activity(now)
 
     def renew(self, now: float, utc_now: float) -> None:
-        """The portal names the same terms again: the other side may have lost what it knew (2.2 and 2.9)."""
+        """The portal names the same terms again: the other side may have lost what it knew.
+
+        See docs/protocol/data-plane.md, 2.2 and 2.9.
+        """
         self._note_activity(now)
         if self.path is not None:
             self._handshake(now, utc_now)
@@ -271,7 +274,10 @@ class Connection:
         self._handshake(now, utc_now)
 
     def _handshake(self, now: float, utc_now: float) -> None:
-        """Synchronize both sides quickly (2.9). As long as there never was a session, each new path gets its chance."""
+        """Synchronize both sides quickly. As long as there never was a session, each new path gets its chance.
+
+        See docs/protocol/data-plane.md, 2.9.
+        """
         if not self._is_client:
             return
         peer = self.peer

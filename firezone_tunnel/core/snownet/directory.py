@@ -1,4 +1,4 @@
-"""Which connection a datagram belongs to (spec/data-plane.md, 2.5.2 and 2.7)."""
+"""Which connection a datagram belongs to (docs/protocol/data-plane.md, 2.5.2 and 2.7)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from firezone_tunnel.core.wireguard.session import PeerCounters
 
 
 class Role(enum.Enum):
-    """Fixed by the portal: clients control ICE and initiate WireGuard (spec/data-plane.md, 2.2)."""
+    """Fixed by the portal: clients control ICE and initiate WireGuard (docs/protocol/data-plane.md, 2.2)."""
 
     CLIENT = "client"
     GATEWAY = "gateway"
@@ -24,7 +24,10 @@ class Role(enum.Enum):
 
 @attrs.frozen
 class Terms:
-    """The keys and credentials that the portal gave to both sides. A connection lasts as long as they do (2.2)."""
+    """The keys and credentials that the portal gave to both sides. A connection lasts as long as they do.
+
+    See docs/protocol/data-plane.md, 2.2.
+    """
 
     remote_public_key: bytes
     preshared_key: bytes = attrs.field(repr=False)

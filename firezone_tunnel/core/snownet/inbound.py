@@ -73,7 +73,7 @@ class Inbound:
     def handle(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
         """Handle a batch. Returns the packets in it, by connection.
 
-        WireGuard messages may come over any path: their keys say whose they are (2.7).
+        WireGuard messages may come over any path: their keys say whose they are (docs/protocol/data-plane.md, 2.7).
         """
         if batch.count > 1:
             self._arena.reset()
@@ -102,7 +102,7 @@ class Inbound:
                 continue
             message = stun.parse(batch.rows.row(index))
             if message is None or not self._relays.handle_message(allocation, message, batch.source, batch.local, now):
-                # A peer behind the relay's address sent it, not the relay (decision 4).
+                # A peer behind the relay's address sent it, not the relay (docs/decisions.md, 4).
                 received += self._mixed(batch, index, index + 1, now, utc_now)
         return received
 

@@ -1,4 +1,7 @@
-"""All connections of one side: candidates, demultiplexing, and what leaves as datagrams (spec/data-plane.md, 2)."""
+"""All connections of one side: candidates, demultiplexing, and what leaves as datagrams.
+
+See docs/protocol/data-plane.md, 2.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ class Node:
             self.deadlines.no_later_than(connection, now, "other local addresses")
 
     def update_relays(self, gone: Iterable[str], connected: Iterable[RelayTerms], now: float) -> None:
-        """Use other relays: some are gone, these are there (2.10)."""
+        """Use other relays: some are gone, these are there (docs/protocol/data-plane.md, 2.10)."""
         self._relays.update(gone, connected, now)
         self._follow_relays(now)
 
@@ -102,7 +105,9 @@ class Node:
         now: float,
         utc_now: float,
     ) -> bool:
-        """Connect to a peer. A connection on the very same terms is kept, one on others is replaced (2.2).
+        """Connect to a peer. A connection on the very same terms is kept, one on others is replaced.
+
+        See docs/protocol/data-plane.md, 2.2.
 
         Returns whether it was kept.
 

@@ -25,7 +25,7 @@ from firezone_tunnel.core.wireguard.seal import SealBuffer, plan
 from firezone_tunnel.core.wireguard.session import Session
 from firezone_tunnel.core.wireguard.transport_data import OVERHEAD, seal_message
 
-MAX_WAITING = 128  # spec/data-plane.md, 2.3
+MAX_WAITING = 128  # docs/protocol/data-plane.md, 2.3
 _MIN_POOLED = 4  # fewer lone packets are sealed faster into memory of their own
 _RESERVED_BUFFERS = 4  # which a turn of super-packets may need
 

@@ -1,4 +1,7 @@
-"""The ways that datagrams can take to a peer: from a socket of ours, or through a relay (spec/data-plane.md, 2.6)."""
+"""The ways that datagrams can take to a peer: from a socket of ours, or through a relay.
+
+See docs/protocol/data-plane.md, 2.6.
+"""
 
 from __future__ import annotations
 

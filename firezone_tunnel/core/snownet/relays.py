@@ -1,6 +1,7 @@
 """The relays of a node: their allocations, the candidates that they give, and what goes through them.
 
-spec/data-plane.md, 2.4, 2.7, 2.10 and 3. Every connection gets the candidates of all relays (decision 3).
+docs/protocol/data-plane.md, 2.4, 2.7, 2.10 and 3. Every connection gets the candidates of all relays
+(docs/decisions.md, 3).
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ class Relays:
         return bool(self._touched or self._transmits or self._events)
 
     def update(self, gone: Iterable[str], connected: Iterable[RelayTerms], now: float) -> None:
-        """Drop the relays in `gone`, add `connected`, and verify the allocations on those that stay (2.10)."""
+        """Drop the relays in `gone`, add `connected`, and verify the allocations on those that stay.
+
+        See docs/protocol/data-plane.md, 2.10.
+        """
         for rid in gone:
             self._drop(rid)
         present = list(self._allocations)
@@ -130,7 +134,10 @@ class Relays:
         )
 
     def bind_channels(self, remote: Candidate, now: float) -> None:
-        """Let every relay forward what comes from this remote address, before it is needed (2.4.7)."""
+        """Let every relay forward what comes from this remote address, before it is needed.
+
+        See docs/protocol/data-plane.md, 2.4.7.
+        """
         if remote.kind is CandidateKind.HOST:
             return
         for allocation in self._allocations.values():

@@ -1,6 +1,6 @@
 """Requests that wait for their answers: under which ids they went out, and when to send them again.
 
-Source: spec/data-plane.md, 3.4 (RFC 8489, section 6.2.1, with other intervals).
+Source: docs/protocol/data-plane.md, 3.4 (RFC 8489, section 6.2.1, with other intervals).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import attrs
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.stun.message import Attribute, Method
 
-BACKOFF = (1.0, 1.5, 2.25, 3.375)  # spec/data-plane.md, 3.4: sent at 0, 1, 2.5 and 4.75 s, given up at 8.125 s
+BACKOFF = (1.0, 1.5, 2.25, 3.375)  # docs/protocol/data-plane.md, 3.4: sent at 0, 1, 2.5 and 4.75 s, given up at 8.125 s
 
 
 @attrs.define(eq=False)

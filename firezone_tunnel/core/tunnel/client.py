@@ -1,6 +1,6 @@
 """The client's data plane: which resource a packet is for, through which gateway it goes, and which replies are valid.
 
-spec/data-plane.md, section 4; the packets themselves are carried by the node's connections.
+docs/protocol/data-plane.md, 4; the packets themselves are carried by the node's connections.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from firezone_tunnel.core.tunnel.waiting import WaitingPackets
 from firezone_tunnel.core.wireguard.seal import SealBuffer
 from firezone_tunnel.errors import ProtocolError
 
-ASK_AGAIN_AFTER = 2.0  # spec/data-plane.md, 4.4
-RECENT_TRAFFIC = 20.0  # how recently a resource was used whose flow is asked for again after roaming (decision 3)
+ASK_AGAIN_AFTER = 2.0  # docs/protocol/data-plane.md, 4.4
+# How recently a resource was used whose flow is asked for again after roaming (docs/decisions.md, 3).
+RECENT_TRAFFIC = 20.0
 
 
 @attrs.frozen
@@ -188,7 +189,7 @@ class ClientTunnel(Tunnel):
     def reset(self, now: float) -> None:
         """Start again with a new key after the network has changed: with new sockets and a new portal connection.
 
-        Flows with recent traffic are asked for again as soon as the portal has answered (decision 3).
+        Flows with recent traffic are asked for again as soon as the portal has answered (docs/decisions.md, 3).
         """
         entries = sorted(self._resources.entries(), key=_latest_first)
         self._wanted_again = tuple(entry.id for entry in entries if entry.used_at > now - RECENT_TRAFFIC)

@@ -1,4 +1,4 @@
-"""One client of a gateway: its authorizations and their filters (spec/data-plane.md, 6.1 and 6.5)."""
+"""One client of a gateway: its authorizations and their filters (docs/protocol/data-plane.md, 6.1 and 6.5)."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class AdmittedClient:
         return min((one.expires_at for one in self.resources.values() if one.expires_at is not None), default=None)
 
     def expired(self, utc_now: float) -> list[str]:
-        """Resources that expire now or have expired (spec/gateway-and-relay.md, 3.6)."""
+        """Resources that expire now or have expired (docs/protocol/gateway-and-relay.md, 3.6)."""
         return [rid for rid, one in self.resources.items() if one.expires_at is not None and one.expires_at <= utc_now]
 
     def _rebuild(self) -> None:

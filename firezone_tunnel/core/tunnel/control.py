@@ -1,4 +1,4 @@
-"""Control messages that client and gateway send each other inside the tunnel (spec/data-plane.md, 5).
+"""Control messages that client and gateway send each other inside the tunnel (docs/protocol/data-plane.md, 5).
 
 A message is an IPv6 packet with next header 0xFF, hop limit 0, and `::` as source and destination. Its payload: the
 event (u8), seven reserved bytes, then JSON. Nothing is acknowledged, so every event may come twice or never.

@@ -1,4 +1,7 @@
-"""Which protocols and ports pass to and from an address (spec/data-plane.md, 6.5; spec/gateway-and-relay.md, 3.1)."""
+"""Which protocols and ports pass to and from an address.
+
+See docs/protocol/data-plane.md, 6.5; docs/protocol/gateway-and-relay.md, 3.1.
+"""
 
 from __future__ import annotations
 

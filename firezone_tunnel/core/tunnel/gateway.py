@@ -1,6 +1,6 @@
 """The gateway's data plane: who sent a packet, which resources the client may reach, and which replies may return.
 
-spec/data-plane.md, section 6; spec/gateway-and-relay.md, sections 2.4, 2.5 and 3.
+docs/protocol/data-plane.md, 6; docs/protocol/gateway-and-relay.md, 2.4, 2.5 and 3.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The gateways of a client, and which resources each serves (spec/data-plane.md, 4.4 and 4.7)."""
+"""The gateways of a client, and which resources each serves (docs/protocol/data-plane.md, 4.4 and 4.7)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import lru_cache
 from firezone_tunnel.core.messages.common import Network
 from firezone_tunnel.core.tunnel.prefixes import PrefixTable
 
-MAX_RECENT = 100  # spec/data-plane.md, 4.4
+MAX_RECENT = 100  # docs/protocol/data-plane.md, 4.4
 _MAX_CACHED_SOURCES = 1024
 
 

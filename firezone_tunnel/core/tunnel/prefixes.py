@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 
 from firezone_tunnel.core.messages.common import Network
 
-TUNNEL_IPV4 = ipaddress.IPv4Network("100.64.0.0/11")  # spec/data-plane.md, 0.1
+TUNNEL_IPV4 = ipaddress.IPv4Network("100.64.0.0/11")  # docs/protocol/data-plane.md, 0.1
 TUNNEL_IPV6 = ipaddress.IPv6Network("fd00:2021:1111::/107")
 
 _T = TypeVar("_T")

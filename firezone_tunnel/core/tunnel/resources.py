@@ -1,6 +1,6 @@
 """The resources of a client: which one an address belongs to, and how a front end shows them.
 
-spec/data-plane.md, 4.2 and 4.3; spec/client-application.md, 1.9.
+docs/protocol/data-plane.md, 4.2 and 4.3; docs/protocol/client-application.md, 1.9.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from firezone_tunnel.core.tunnel.filter import PERMIT_NOTHING, FilterTable, Rule
 from firezone_tunnel.core.tunnel.prefixes import PrefixTable, is_multicast, is_tunnel_address, parse_network
 
 MAX_CACHED_DESTINATIONS = 1024
-OFFLINE_FOR = 300.0  # spec/data-plane.md, 4.3: after that nobody knows
+OFFLINE_FOR = 300.0  # docs/protocol/data-plane.md, 4.3: after that nobody knows
 
 
 class Status(enum.Enum):

@@ -1,10 +1,10 @@
-"""Packets that wait for a way to their resource (spec/data-plane.md, 4.4)."""
+"""Packets that wait for a way to their resource (docs/protocol/data-plane.md, 4.4)."""
 
 from __future__ import annotations
 
 from firezone_tunnel.core.packet.superpacket import TCP, SuperPacket
 
-CAPACITY = 128  # spec/data-plane.md, 4.4
+CAPACITY = 128  # docs/protocol/data-plane.md, 4.4
 _SYN, _ACK = 0x02, 0x10
 
 

@@ -1,1 +1,1 @@
-"""A TURN client for relays: allocations and their channels (RFC 8656; spec/data-plane.md, 3)."""
+"""A TURN client for relays: allocations and their channels (RFC 8656; docs/protocol/data-plane.md, 3)."""

@@ -1,6 +1,6 @@
 """One relay, as its client sees it: which candidates it gives us, and the channels through it.
 
-Sources: spec/data-plane.md, 3 and 12.4; RFC 8656. Differences to upstream are named where they are.
+Sources: docs/protocol/data-plane.md, 3 and 12.4; RFC 8656. Differences to upstream are named where they are.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from firezone_tunnel.core.turn.events import (
 )
 from firezone_tunnel.core.turn.request import Request
 
-KEEPALIVE_INTERVAL = 25.0  # spec/data-plane.md, 3.6
-PROBE = (1.0,)  # spec/data-plane.md, 3.6: a proactive REFRESH is sent once and has a second to be answered
+KEEPALIVE_INTERVAL = 25.0  # docs/protocol/data-plane.md, 3.6
+PROBE = (1.0,)  # docs/protocol/data-plane.md, 3.6: a proactive REFRESH is sent once and has a second to be answered
 DEFAULT_LIFETIME = 600  # RFC 8656, section 3.2; for a relay that doesn't say
-MAX_BUFFERED_PEERS = 100  # spec/data-plane.md, 3.1
+MAX_BUFFERED_PEERS = 100  # docs/protocol/data-plane.md, 3.1
 MAX_CHALLENGES = 3  # a relay that finds every nonce stale gets the next transmission when it is due, not at once
 MAX_MISMATCHES = 4  # in a row: a relay that denies what it has just granted is left alone
 
@@ -276,7 +276,7 @@ class Allocation:
         return True
 
     def _begin(self, now: float) -> None:
-        """Ask all addresses of the relay at once which of them answers (3.2)."""
+        """Ask all addresses of the relay at once which of them answers (docs/protocol/data-plane.md, 3.2)."""
         self._now = now
         self._active = None
         self._mismatches = 0
@@ -320,7 +320,7 @@ class Allocation:
         if error.code == 438 and request.nonce is not None and (self._expects_unsigned or self._grant is None):
             return self._challenge(request, message, first=False, is_vouched=False)
         if error.code in {400, 401, 438} and request.is_signed and request.nonce is None:
-            # coturn takes a request with credentials but without nonce for a bad one (decision 4).
+            # coturn takes a request with credentials but without nonce for a bad one (docs/decisions.md, 4).
             request.is_signed = False
             request.start_over()
             self._send(request)
@@ -445,7 +445,7 @@ class Allocation:
             self._finish_all()
 
     def _maintain(self, now: float) -> None:
-        """What an allocation needs from time to time (3.6 and 3.7)."""
+        """What an allocation needs from time to time (docs/protocol/data-plane.md, 3.6 and 3.7)."""
         if self._refresh_at is not None and now >= self._refresh_at:
             self._refresh_at = None
             self._start_refresh(BACKOFF)
@@ -475,7 +475,7 @@ class Allocation:
             self._send(Request(method, self._active, attributes, is_signed=is_signed, **more))
 
     def _send(self, request: Request) -> None:
-        # A BINDING keeps its id; what is signed anew is a new request to the relay (3.4).
+        # A BINDING keeps its id; what is signed anew is a new request to the relay (docs/protocol/data-plane.md, 3.4).
         reused = request.latest_id if request.method == Method.BINDING else None
         transaction_id = reused or self._entropy(TRANSACTION_ID_SIZE)
         self._transmits.append(Transmit(request.destination, self._encode(request, transaction_id)))

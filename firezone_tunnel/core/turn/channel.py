@@ -1,6 +1,6 @@
 """The channel numbers of one allocation: which number stands for which peer.
 
-Sources: spec/data-plane.md, 3.7; RFC 8656, section 12.
+Sources: docs/protocol/data-plane.md, 3.7; RFC 8656, section 12.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.turn.channel_data import FIRST_CHANNEL, LAST_CHANNEL
 
 CHANNEL_LIFETIME = 600.0  # RFC 8656, section 12: since the last successful bind
-CHANNEL_REFRESH = 300.0  # spec/data-plane.md, 3.7: a channel of this age is bound again, if its peer still speaks
+# docs/protocol/data-plane.md, 3.7: a channel of this age is bound again, if its peer still speaks.
+CHANNEL_REFRESH = 300.0
 CHANNEL_COOL_DOWN = 300.0  # RFC 8656, section 12: after its end, before a number may stand for another peer
 
 

@@ -1,6 +1,6 @@
 """TURN channel data: four bytes in front of each payload (RFC 8656, section 12.4).
 
-Sources: spec/data-plane.md, 3.7; spec/gateway-and-relay.md, 8.6.
+Sources: docs/protocol/data-plane.md, 3.7; docs/protocol/gateway-and-relay.md, 8.6.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The long-term credential mechanism, the client's side (RFC 8489, section 9.2; spec/data-plane.md, 3.3)."""
+"""The long-term credential mechanism, the client's side (RFC 8489, section 9.2; docs/protocol/data-plane.md, 3.3)."""
 
 from __future__ import annotations
 

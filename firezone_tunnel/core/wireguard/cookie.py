@@ -28,7 +28,7 @@ from firezone_tunnel.core.wireguard.handshake import (
 )
 
 COOKIE_LIFETIME = 120.0  # whitepaper, section 5.4.7: the secret changes every two minutes
-HANDSHAKES_PER_SECOND = 100  # spec/data-plane.md, 2.1: more than that is load
+HANDSHAKES_PER_SECOND = 100  # docs/protocol/data-plane.md, 2.1: more than that is load
 _NONCE_SIZE = 24
 _NO_MAC = bytes(MAC_SIZE)
 

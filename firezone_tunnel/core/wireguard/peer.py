@@ -1,7 +1,7 @@
 """One WireGuard peer: handshakes, sessions and every timer between them (whitepaper, sections 5 and 6).
 
-Where the whitepaper and spec/data-plane.md, 2.8, differ, the spec holds: older sessions go on receiving until they
-are 180 s old, an attempt ends 15 s after its first initiation, and an idle initiator renews its session.
+Where the whitepaper and docs/protocol/data-plane.md, 2.8, differ, the latter holds: older sessions go on receiving
+until they are 180 s old, an attempt ends 15 s after its first initiation, and an idle initiator renews its session.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ REKEY_TIMEOUT = 5.0  # whitepaper, section 6.1
 KEEPALIVE_TIMEOUT = 10.0  # whitepaper, section 6.1
 NO_REPLY_TIMEOUT = KEEPALIVE_TIMEOUT + REKEY_TIMEOUT  # whitepaper, section 6.5
 REKEY_ON_RECEIVE_AFTER = REJECT_AFTER_TIME - KEEPALIVE_TIMEOUT - REKEY_TIMEOUT  # whitepaper, section 6.2
-REKEY_ATTEMPT_TIME = 15.0  # spec/data-plane.md, 0.3 and 2.8, as are the next two
+REKEY_ATTEMPT_TIME = 15.0  # docs/protocol/data-plane.md, 0.3 and 2.8, as are the next two
 NO_SESSION_TIMEOUT = 3 * REJECT_AFTER_TIME
 MAX_JITTER = 0.333
 FORCED_INTERVAL = 1.0  # longer than any round trip worth waiting for
-MAX_SESSIONS = 8  # spec/data-plane.md, 2.8
+MAX_SESSIONS = 8  # docs/protocol/data-plane.md, 2.8
 _MAX_QUEUED = 16  # messages and events that were not drained; the oldest are dropped
 
 

@@ -15,8 +15,8 @@ REKEY_AFTER_MESSAGES = 2**60  # whitepaper, section 6.1, this one and the next t
 REJECT_AFTER_MESSAGES = 2**64 - 2**13 - 1
 REKEY_AFTER_TIME = 120.0
 REJECT_AFTER_TIME = 180.0
-INITIATOR_SENDS_FOR = 170.0  # spec/data-plane.md, 2.8
-WINDOW_SIZE = 8192  # spec/data-plane.md, 2.8: V2's; a 64 KiB batch that is overtaken by others must still fit
+INITIATOR_SENDS_FOR = 170.0  # docs/protocol/data-plane.md, 2.8
+WINDOW_SIZE = 8192  # docs/protocol/data-plane.md, 2.8: V2's; a 64 KiB batch that is overtaken by others must still fit
 
 Mask = npt.NDArray[np.bool_]
 Counters = npt.NDArray[np.uint64]

@@ -16,7 +16,7 @@ from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.shell.host.addresses import Address, HostSnapshot, Link, Route
 from firezone_tunnel.shell.logs import events as log
 
-FIREZONE_MARK = 0xFD002021  # spec/data-plane.md, 8: what carries it uses the main table
+FIREZONE_MARK = 0xFD002021  # docs/protocol/data-plane.md, 8: what carries it uses the main table
 
 TUNNEL_MTU = 1280
 TUNNEL_QUEUE = 128  # in super-packets: a longer queue is delay
@@ -29,7 +29,7 @@ class Table(NamedTuple):
     priority: int
 
 
-USER_TABLE = Table(0x2021FD00, 100)  # spec/data-plane.md, 8
+USER_TABLE = Table(0x2021FD00, 100)  # docs/protocol/data-plane.md, 8
 LINK_SCOPE_TABLE = Table(0x2021FD01, 200)
 INTERNET_TABLE = Table(0x2021FD02, 300)
 TABLES = (USER_TABLE, LINK_SCOPE_TABLE, INTERNET_TABLE)

@@ -12,7 +12,7 @@ from firezone_tunnel.shell.host.addresses import HostSnapshot, Uplinks, host_can
 from firezone_tunnel.shell.host.netlink import Netlink, NetworkWatcher
 from firezone_tunnel.shell.logs import events as log
 
-DEBOUNCE = 0.2  # decision 3
+DEBOUNCE = 0.2  # docs/decisions.md, 3
 
 
 class NetworkMonitor:

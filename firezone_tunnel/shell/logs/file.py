@@ -1,4 +1,4 @@
-"""The file that a process logs to, one for each start (spec/client-application.md, 6.3)."""
+"""The file that a process logs to, one for each start (docs/protocol/client-application.md, 6.3)."""
 
 from __future__ import annotations
 

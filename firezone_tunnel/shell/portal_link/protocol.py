@@ -263,7 +263,7 @@ def _read_problem(body: bytes) -> tuple[str | None, str]:
 
 
 def _upgrade_request(target: str, headers: tuple[tuple[str, str], ...], key: bytes) -> bytes:
-    """RFC 6455, section 4.1; without subprotocol, origin and extensions (spec/portal-protocol.md, 1.1)."""
+    """RFC 6455, section 4.1; without subprotocol, origin and extensions (docs/protocol/portal-protocol.md, 1.1)."""
     lines = [
         f"GET {target} HTTP/1.1",
         *(f"{name}: {value}" for name, value in headers),

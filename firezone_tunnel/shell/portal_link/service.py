@@ -45,7 +45,7 @@ from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.shell.reactor.service import Service
 from firezone_tunnel.shell.udp.stream import MarkedEndpoint, RacingEndpoint
 
-TCP_TIMEOUT = 5.0  # spec/portal-protocol.md, 1.7
+TCP_TIMEOUT = 5.0  # docs/protocol/portal-protocol.md, 1.7
 CLOSE_TIMEOUT = 1.0
 RETRY_PUT_INTERVAL = 0.01
 

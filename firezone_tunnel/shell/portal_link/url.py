@@ -1,4 +1,7 @@
-"""Where and as whom to connect to a portal (spec/portal-protocol.md, 1.1 to 1.3): URL, headers, device identity."""
+"""Where and as whom to connect to a portal: URL, headers, device identity.
+
+See docs/protocol/portal-protocol.md, 1.1 to 1.3.
+"""
 
 from __future__ import annotations
 

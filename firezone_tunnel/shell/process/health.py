@@ -1,4 +1,7 @@
-"""Whether a process lives and is ready, over HTTP: for container engines and load balancers (spec: gateway, 5.1)."""
+"""Whether a process lives and is ready, over HTTP: for container engines and load balancers.
+
+See docs/protocol/gateway-and-relay.md, 5.1.
+"""
 
 from __future__ import annotations
 

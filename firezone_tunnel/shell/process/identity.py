@@ -1,4 +1,7 @@
-"""The identity of a device, which the portal recognizes it by (spec/client-application.md, 3.7; gateway, 1.3)."""
+"""The identity of a device, which the portal recognizes it by.
+
+See docs/protocol/client-application.md, 3.7; docs/protocol/gateway-and-relay.md, 1.3.
+"""
 
 from __future__ import annotations
 

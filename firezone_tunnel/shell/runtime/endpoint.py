@@ -35,7 +35,7 @@ from firezone_tunnel.shell.reactor.service import MultiService
 from firezone_tunnel.shell.runtime.tunnel import TunnelCore, TunnelService
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME, open_tun
 
-_PORTAL_EVENTS = 128  # spec/client-application.md, 0.3
+_PORTAL_EVENTS = 128  # docs/protocol/client-application.md, 0.3
 
 
 @attrs.frozen
@@ -157,7 +157,7 @@ class TunnelEndpoint(MultiService):
         return families
 
     def say(self, message: PortalMessage) -> None:
-        """Send a message to the portal. V2 portals understand the names of V1, too (decision 10)."""
+        """Send a message to the portal. V2 portals understand the names of V1, too (docs/decisions.md, 10)."""
         self._portal_link.send(message.event(Generation.V1), write(message))
 
     def rebind(self) -> None:

@@ -15,7 +15,7 @@ import attrs
 from firezone_tunnel.core.packet.superpacket import VIRTIO_HEADER_SIZE
 from firezone_tunnel.errors import InUseError, PlatformError
 
-DEFAULT_NAME = "tun-firezone"  # spec/data-plane.md, 8
+DEFAULT_NAME = "tun-firezone"  # docs/protocol/data-plane.md, 8
 DEVICE_NODE = Path("/dev/net/tun")
 
 

@@ -1,6 +1,6 @@
 """Segmented sends: a batch of datagrams leaves in one system call, or one by one where the path refuses that.
 
-GSO fails per path, not per kernel (decision 2): EMSGSIZE, EINVAL or EIO of a send with UDP_SEGMENT is never
+GSO fails per path, not per kernel (docs/decisions.md, 2): EMSGSIZE, EINVAL or EIO of a send with UDP_SEGMENT is never
 "unreachable". The batch leaves again at once, and the destination keeps to single datagrams for ten minutes.
 """
 

@@ -14,7 +14,7 @@ import attrs
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.errors import PlatformError
 
-SEND_BUFFER = 1 << 20  # spec/data-plane.md, 7.4
+SEND_BUFFER = 1 << 20  # docs/protocol/data-plane.md, 7.4
 RECEIVE_BUFFER = 10 << 20
 
 Ancillary = tuple[int, int, bytes]

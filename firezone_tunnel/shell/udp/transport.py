@@ -24,7 +24,7 @@ from firezone_tunnel.shell.reactor.clock import boottime
 from firezone_tunnel.shell.udp.segmented import SegmentedSender, SendCounters
 from firezone_tunnel.shell.udp.sockets import ANCILLARY_SPACE, Ancillary, Arrival, bind, configure, received, remember
 
-PREFERRED_PORT = 52625  # spec/data-plane.md, 7.4
+PREFERRED_PORT = 52625  # docs/protocol/data-plane.md, 7.4
 
 
 class IBatchProtocol(Interface):

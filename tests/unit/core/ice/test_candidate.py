@@ -33,7 +33,7 @@ _addresses = st.builds(
 
 
 @pytest.mark.parametrize(
-    ("candidate", "priority"),  # spec/data-plane.md, 12.1
+    ("candidate", "priority"),  # docs/protocol/data-plane.md, 12.1
     [
         (Candidate.host(_IPV6), 2130706431),
         (Candidate.host(_IPV4), 2130706175),
@@ -49,7 +49,7 @@ def test_priorities_are_those_of_the_table(candidate: Candidate, priority: int) 
 
 
 @pytest.mark.parametrize(
-    ("candidate", "priority"),  # spec/data-plane.md, 12.1
+    ("candidate", "priority"),  # docs/protocol/data-plane.md, 12.1
     [
         (Candidate.host(_IPV6), 1862270975),
         (Candidate.host(_IPV4), 1862270719),

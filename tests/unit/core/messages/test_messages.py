@@ -98,7 +98,7 @@ _V2 = {"use_iceless": False, "flow_logs_ingest_token": "<JWT>"}
 _CANDIDATES = {"candidates": ["candidate:1 1 udp 2113929471 192.0.2.5 51820 typ host"]}
 _PRESENCE = {"disconnected_ids": ["60e05bd1"], "connected": [_RELAY]}
 
-# Of spec/portal-protocol.md, 2.1 to 2.4.
+# From docs/protocol/portal-protocol.md, 2.1 to 2.4.
 _FROM_PORTAL: list[tuple[ModuleType, str, Any, type[PortalMessage]]] = [
     (client, "init", _CLIENT_INIT, client.Init),
     (client, "init", _CLIENT_INIT | {"authorizations": [], "flow_logs": _FLOW_LOGS}, client.Init),

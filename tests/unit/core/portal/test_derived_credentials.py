@@ -1,4 +1,4 @@
-"""The derivations of spec/portal-protocol.md, 3.4, 3.6 and 3.7, with the vectors given there."""
+"""The derivations of docs/protocol/portal-protocol.md, 3.4, 3.6 and 3.7, with the vectors given there."""
 
 from __future__ import annotations
 

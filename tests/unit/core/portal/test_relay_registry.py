@@ -103,7 +103,7 @@ def test_three_swaps_a_minute_are_no_news_the_fourth_is() -> None:
 
 
 def _apply(news: list[tuple[DeviceSession, object]], known: dict[str, str]) -> None:
-    """What a client does with `relays_presence` (spec, 2.0)."""
+    """What a client does with `relays_presence` (docs/protocol/portal-protocol.md, 2.0)."""
     for _, presence in news:
         for id_ in presence.disconnected_ids:
             known.pop(id_, None)

@@ -15,7 +15,7 @@ from firezone_tunnel.core.stun.message import Kind, Message, Method, long_term_k
 from tests.unit.core.relay.world import CLIENT4, CLIENT6, PEER4, SECRET, UTC, Client, World, code_of, parsed
 
 TRANSPORT = (stun.REQUESTED_TRANSPORT, stun.UDP)
-# spec/gateway-and-relay.md, 6.3
+# docs/protocol/gateway-and-relay.md, 6.3
 OWN_VECTOR = bytes.fromhex(
     "000300a02112a442000102030405060708090a0b00190004110000008000000402000000802200047465737400060036323030303030303030"
     "303a6b46386f3376474f71734261357645724c445253644572363969626145305056657a6c62564534464762590000001400086669726"

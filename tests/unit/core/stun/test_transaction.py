@@ -1,4 +1,4 @@
-"""Requests that wait for answers (spec/data-plane.md, 3.4)."""
+"""Requests that wait for answers (docs/protocol/data-plane.md, 3.4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Control packets inside the tunnel: the vector of spec/data-plane.md, 12.2, round trips and arbitrary bytes."""
+"""Control packets in the tunnel: the vector of docs/protocol/data-plane.md, 12.2, round trips, arbitrary bytes."""
 
 from __future__ import annotations
 

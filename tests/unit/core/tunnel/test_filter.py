@@ -1,4 +1,4 @@
-"""What passes, against an evaluator that asks every resource anew (spec/data-plane.md, 6.5)."""
+"""What passes, against an evaluator that asks every resource anew (docs/protocol/data-plane.md, 6.5)."""
 
 from __future__ import annotations
 

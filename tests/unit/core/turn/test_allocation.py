@@ -1,4 +1,7 @@
-"""How an allocation comes about: addresses, authentication, errors, retransmission (spec/data-plane.md, 3.2 to 3.5)."""
+"""How an allocation comes about: addresses, authentication, errors, retransmission.
+
+See docs/protocol/data-plane.md, 3.2 to 3.5.
+"""
 
 from __future__ import annotations
 
@@ -133,7 +136,7 @@ class TestSockets:
 
 class TestRequests:
     def test_the_first_contact_goes_as_specified(self) -> None:
-        client = Client()  # spec/data-plane.md, 12.4
+        client = Client()  # docs/protocol/data-plane.md, 12.4
         client.answer_binding()
         first = client.take_one(Method.ALLOCATE)
         client.challenge(first, nonce="the nonce")
@@ -322,7 +325,7 @@ class TestAuthentication:
 
 
 class TestStandardServers:
-    """coturn signs no challenge, and wants a request without credentials first (decision 4)."""
+    """coturn signs no challenge, and wants a request without credentials first (docs/decisions.md, 4)."""
 
     @pytest.mark.parametrize("error", [400, 401, 438])
     def test_an_unsigned_refusal_of_the_first_allocate_is_followed_by_one_without_credentials(self, error: int) -> None:

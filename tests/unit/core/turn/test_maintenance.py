@@ -1,4 +1,4 @@
-"""How an allocation is kept, tried, ended and used: spec/data-plane.md, 3.6, 3.7 and 9.5."""
+"""How an allocation is kept, tried, ended and used: docs/protocol/data-plane.md, 3.6, 3.7 and 9.5."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.shell.portal_link.url import LoginUrl, data_plane_agent, external_id
 
 _ID = "EFC7A9E3-3576-4633-B633-7D47BA9E14AC"
-_HASHED = "2606a54a327020a1285cc141aeceb5737a91625e5e1a85c234682266f45820bf"  # spec/portal-protocol.md, 1.3
+_HASHED = "2606a54a327020a1285cc141aeceb5737a91625e5e1a85c234682266f45820bf"  # docs/protocol/portal-protocol.md, 1.3
 
 
 def _gateway(base: str = "wss://portal.example", token: str = "tok") -> LoginUrl:
