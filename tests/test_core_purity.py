@@ -1,14 +1,12 @@
 """The core takes time and randomness as arguments and keeps an order in everything it does.
 
-import-linter sees to the imports between packages; what it can't see, the syntax trees tell: calls of clocks and
-random sources, and iteration over sets, whose order differs from run to run and would make a recorded session
-replay differently.
+import-linter checks the imports between packages. The syntax trees show the rest: calls of clocks and random sources,
+and iteration over sets, whose order differs from run to run and would make a recorded session replay differently.
 """
 
 from __future__ import annotations
 
 import ast
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -226,11 +224,4 @@ def _dotted(node: ast.expr) -> str:
 
 
 def _core_files() -> list[Path]:
-    """Every module of the packages that pyproject.toml's first import contract calls the core."""
-    contracts = tomllib.loads((_ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    files: list[Path] = []
-    for module in contracts[0]["source_modules"]:
-        path = _ROOT / module.replace(".", "/")
-        files += sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-    assert files
-    return files
+    return sorted((_ROOT / "firezone_tunnel/core").rglob("*.py"))
