@@ -39,8 +39,9 @@ lint: $(VENV)/installed ## style, types, imports, shell scripts
 	$(BIN)/lint-imports
 	tools/lint-shell
 
-docs: $(VENV)/installed ## write docs/options.md from the declared options
+docs: $(VENV)/installed ## write the generated pages: options, state machines
 	$(BIN)/python tools/options_reference.py docs/options.md
+	$(BIN)/python tools/state_diagrams.py docs/state-machines.md
 
 clean: ## remove .venv and everything that was built
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

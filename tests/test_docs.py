@@ -10,6 +10,7 @@ import pytest
 
 from firezone_tunnel.apps.cli.main import main
 from firezone_tunnel.core.portal.seed import SeedContext, parse_seed
+from tools import state_diagrams
 from tools.options_reference import page, roles
 
 _ROOT = Path(__file__).parents[1]
@@ -26,6 +27,11 @@ def test_the_options_page_is_what_the_declarations_say() -> None:
     """If not: make docs."""
     assert _OPTIONS_PAGE.read_text() == page()
     assert {"client", "gateway", "portal"} <= set(roles())
+
+
+def test_the_page_of_state_machines_is_what_their_tables_say() -> None:
+    """If not: make docs."""
+    assert (_ROOT / "docs/state-machines.md").read_text() == state_diagrams.page()
 
 
 @pytest.mark.parametrize("path", [*_PAGES, *_REFERENCE_PAGES], ids=lambda path: str(path.relative_to(_ROOT)))

@@ -40,6 +40,8 @@ RETRY_AFTER_MAX = 3600.0  # a portal's error must not keep us away for longer
 
 
 class ChannelState(enum.Enum):
+    """The states of a channel to the portal."""
+
     IDLE = "idle"
     DIALING = "dialing"
     JOINING = "joining"
@@ -57,7 +59,6 @@ TRANSITIONS: Mapping[ChannelState, tuple[ChannelState, ...]] = {
     ChannelState.WAITING: (ChannelState.DIALING, ChannelState.IDLE),
     ChannelState.FAILED: (ChannelState.DIALING, ChannelState.IDLE),
 }
-"""All transitions; the diagram in the documentation is generated from them."""
 
 
 @attrs.frozen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 
 from firezone_tunnel.core.datagrams import BufferPool
 from firezone_tunnel.core.ice.agent import Agent, AgentState, Nominated
@@ -34,7 +35,7 @@ PROACTIVE_HANDSHAKE_INTERVAL = 20.0  # docs/protocol/data-plane.md, 2.9
 
 
 class State(enum.Enum):
-    """Where a connection is. See `_NEXT` for what may follow."""
+    """The states of a connection."""
 
     CONNECTING = "connecting"
     CONNECTED = "connected"
@@ -42,7 +43,7 @@ class State(enum.Enum):
     FAILED = "failed"
 
 
-_NEXT = {
+TRANSITIONS: Mapping[State, tuple[State, ...]] = {
     State.CONNECTING: (State.CONNECTED, State.FAILED),
     State.CONNECTED: (State.IDLE, State.FAILED),
     State.IDLE: (State.CONNECTED, State.FAILED),
@@ -224,7 +225,7 @@ class Connection:
         return f"<Connection {self.peer_id} {self.state.value} via {self.path}>"
 
     def _become(self, state: State) -> None:
-        assert state in _NEXT[self.state], f"{self.state} can't become {state}"
+        assert state in TRANSITIONS[self.state], f"{self.state} can't become {state}"
         self.state = state
 
     def _fail(self, reason: str) -> None:
