@@ -9,7 +9,7 @@ import errno
 
 
 class FirezoneError(Exception):
-    """What was attempted, on what, and what the operator can do, in one sentence."""
+    """The message is one sentence: the attempt, its object, and the remedy."""
 
     exit_code = 1
 

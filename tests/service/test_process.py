@@ -140,7 +140,7 @@ def test_a_missing_token_is_one_sentence_and_code_1(directory: Path, role: str) 
     _fails(
         *(directory, f"firezone-{role}", "--token-path", path, "--state-dir", str(directory)),
         code=1,
-        complaint=f"There is no token: set FIREZONE_TOKEN, or put it into {path}, readable by root only",
+        complaint=f"No token is configured: set FIREZONE_TOKEN, or put it into {path}, readable by its owner only",
     )
 
 
@@ -161,7 +161,7 @@ def test_a_url_that_is_none_is_one_sentence_and_code_1(directory: Path, role: st
         (("--token", _SECRET), "option --token not recognized (see --help)"),
         ((f"--token={_SECRET}",), "option --token not recognized (see --help)"),
         ((_SECRET,), "there are options only, no further arguments (see --help)"),
-        (("--log-level", "loud"), "--log-level: 'loud' is no log level: debug, info, warn or error (see --help)"),
+        (("--log-level", "loud"), "--log-level: 'loud' is not a log level: debug, info, warn or error (see --help)"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_code_2(
@@ -176,7 +176,7 @@ def test_a_variable_with_a_mistake_is_one_line_and_code_2(directory: Path) -> No
     _fails(
         *(directory, "firezone-gateway"),
         code=2,
-        complaint="FIREZONE_MAX_PARTITION_TIME: 'long' is no duration",
+        complaint="FIREZONE_MAX_PARTITION_TIME: 'long' is not a duration",
         FIREZONE_MAX_PARTITION_TIME="long",
     )
 

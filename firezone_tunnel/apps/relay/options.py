@@ -92,7 +92,7 @@ def parse_networks(text: str) -> tuple[Network, ...]:
 
 
 class Options(CommonOptions):
-    """A relay of a Firezone portal or, with --users-file, a TURN server for anybody in that file.
+    """A relay of a Firezone portal or, with --users-file, a TURN server for the users in that file.
 
     The token comes by FIREZONE_TOKEN, by a file, or as a systemd credential: never on the command line.
     """
@@ -173,7 +173,7 @@ class Application(ApplicationService):
         self._relay.ready.addCallback(lambda _: self.process.ready())
         error = await self._relay.failed
         self._relay.stopService()
-        self._relay.stop_draining()  # a relay that failed, or that the portal refused, serves nobody
+        self._relay.stop_draining()  # after a failure or a refusal of the portal, clients can't be served any longer
         raise error
 
 

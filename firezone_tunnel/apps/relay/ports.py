@@ -60,7 +60,7 @@ class AllocationPorts:
     ) -> None:
         """`hosts` are what to bind, by family; `received(port, batch)` is called for what arrives.
 
-        `failed` is told when that raised: the port is closed.
+        `failed(failure)` is called when that raises; the port is closed then.
         """
         self.counters = PortCounters()
         self.reactor = reactor
@@ -126,7 +126,7 @@ class AllocationPorts:
         self._ports.pop((port, is_ipv6), None)
 
     def arrival(self, ancillary: tuple[Ancillary, ...]) -> Arrival:
-        """What control messages say; decoding them costs more than looking up what they said last time."""
+        """The decoded control messages. Looking up earlier ones is cheaper than decoding."""
         arrival = self._arrivals.get(ancillary)
         if arrival is None:
             arrival = received(ancillary)

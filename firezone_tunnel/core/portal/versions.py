@@ -44,7 +44,7 @@ class UserAgent(NamedTuple):
 
 
 def parse_user_agent(user_agent: str) -> UserAgent | None:
-    """Parse the first token such as `connlib/1.5.3` or `gateway/1.6.1`; None if there is none."""
+    """Parse the first token such as `connlib/1.5.3` or `gateway/1.6.1`; None without one."""
     for token in user_agent.split(" "):
         component, slash, text = token.partition("/")
         if slash and component in _COMPONENTS:

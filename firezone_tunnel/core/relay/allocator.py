@@ -23,7 +23,7 @@ MAX_ATTEMPTS = 8
 
 @attrs.frozen
 class RelayConfig:
-    """What a relay serves, and its limits. It needs at least one public address; 0 is no limit."""
+    """The addresses that a relay serves, and its limits. It needs at least one public address; 0 is no limit."""
 
     public_ipv4: str | None = None
     public_ipv6: str | None = None

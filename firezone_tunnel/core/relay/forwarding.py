@@ -108,7 +108,7 @@ class Forwarder:
         self._to_peer(allocation, peer, rows, ecn, now, is_relayed=is_relayed, dont_fragment=dont_fragment)
 
     def from_peer(self, port: int, batch: DatagramBatch, now: float) -> None:
-        """What arrived at the relayed address of an allocation."""
+        """A batch arrived at the relayed address of an allocation."""
         allocation = self._registry.by_port(port)
         if allocation is None:
             self._outbox.counters.without_allocation += batch.count
@@ -135,7 +135,7 @@ class Forwarder:
             if neighbour is not None and peer in neighbour.relayed.values():
                 self._to_client(neighbour, source, rows, ecn, now)
                 return
-            if peer.port in self._registry.ports.ours:  # another program's, if anybody's at all
+            if peer.port in self._registry.ports.ours:  # another program's port, or an unused one
                 self._outbox.counters.without_allocation += rows.count
                 return
             # An allocation of another worker, if any: the kernel delivers it.

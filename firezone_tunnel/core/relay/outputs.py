@@ -67,7 +67,7 @@ Command = OpenPort | ClosePort | Drained
 
 @attrs.define
 class RelayCounters:
-    """What a relay has done, refused and dropped. Counts datagrams unless noted."""
+    """Counters of a relay: in datagrams unless noted."""
 
     responses: Counter[str] = attrs.field(factory=Counter)
     """By error code, or "success"."""

@@ -25,7 +25,7 @@ class PortRange:
         self._entropy = entropy
 
     def take(self, now: float, *, even: bool = False, with_next: bool = False) -> int | None:
-        """A random free port; None if there is none. `with_next` (for an even port) takes the next port as well.
+        """A random free port; None if all are taken. `with_next` (for an even port) takes the next port as well.
 
         A port is in quarantine for two minutes after its use, but is taken earlier if no other is left.
         """

@@ -98,14 +98,14 @@ class Registry:
         return deleted is not None and deleted.transaction_id == transaction_id and now < deleted.until
 
     def reserve(self, reservation: Reservation, now: float) -> bytes:
-        """Reserve a taken port for whoever presents the returned token."""
+        """Reserve a taken port for the client that presents the returned token."""
         token = self._entropy(TOKEN_SIZE)
         self._reservations[token] = reservation
         self._deadlines.set(token, Timeout(now + RESERVATION_LIFETIME, "reservation over"))
         return token
 
     def claim(self, token: bytes) -> Reservation | None:
-        """Take the reservation of this token; None if there is none."""
+        """Take the reservation of this token; None if it is unknown."""
         self._deadlines.set(token, None)
         return self._reservations.pop(token, None)
 

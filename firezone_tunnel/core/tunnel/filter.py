@@ -19,7 +19,7 @@ PortRange = tuple[int, int]
 
 @attrs.frozen
 class Rules:
-    """What passes. The default passes nothing."""
+    """The packets that may pass. By default none may."""
 
     everything: bool = False
     tcp: tuple[PortRange, ...] = ()
@@ -40,7 +40,7 @@ class Rules:
 
     @classmethod
     def union(cls, several: Iterable[Rules]) -> Rules:
-        """What passes by at least one of several."""
+        """The union of several rules."""
         several = list(several)
         if any(rules.everything for rules in several):
             return PERMIT_ALL

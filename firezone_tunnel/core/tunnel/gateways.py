@@ -68,7 +68,7 @@ class Gateways:
     def upsert(self, gid: str, site_id: str, ipv4: str, ipv6: str) -> Gateway:
         """A gateway that the portal named, known or not.
 
-        Raises: ValueError if its addresses are none.
+        Raises: ValueError if its addresses are invalid.
         """
         addresses = (ipaddress.IPv4Address(ipv4).packed, ipaddress.IPv6Address(ipv6).packed)
         gateway = self._by_id.get(gid)
@@ -104,7 +104,7 @@ class Gateways:
             del self._recent[next(iter(self._recent))]
 
     def remove(self, gid: str) -> None:
-        """Its connection is gone; its resources are served by nobody."""
+        """A gateway's connection is gone: no gateway serves its resources."""
         gateway = self._by_id.pop(gid, None)
         if gateway is None:
             return

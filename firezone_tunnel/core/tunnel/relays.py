@@ -1,4 +1,4 @@
-"""What the portal tells about relays, as the node wants it (docs/protocol/data-plane.md, 2.10)."""
+"""Turn the portal's relays into the node's terms (docs/protocol/data-plane.md, 2.10)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from firezone_tunnel.core.tunnel.filter import PERMIT_NOTHING, FilterTable, Rule
 from firezone_tunnel.core.tunnel.prefixes import PrefixTable, is_multicast, is_tunnel_address, parse_network
 
 MAX_CACHED_DESTINATIONS = 1024
-OFFLINE_FOR = 300.0  # docs/protocol/data-plane.md, 4.3: after that nobody knows
+OFFLINE_FOR = 300.0  # docs/protocol/data-plane.md, 4.3: after that the status is unknown
 
 
 class Status(enum.Enum):
@@ -105,7 +105,7 @@ class ResourceTable:
         return True
 
     def networks(self) -> list[Network]:
-        """What the host is to route into the tunnel, sorted, IPv4 first."""
+        """The networks that the host routes into the tunnel, sorted, IPv4 first."""
         distinct = dict.fromkeys(network for entry in self._entries.values() for network in entry.networks)
         return sorted(distinct, key=_network_order)
 
@@ -152,7 +152,7 @@ class ResourceTable:
 
 
 class SiteStatuses:
-    """What is known of each site: online while one of its gateways is connected, offline if the portal said so."""
+    """The status of each site: online while a gateway of it is connected, offline if the portal reported it."""
 
     def __init__(self) -> None:
         self._gateways: dict[str, dict[str, None]] = {}  # by site: the connected ones, in order

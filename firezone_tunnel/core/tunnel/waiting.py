@@ -43,7 +43,7 @@ class WaitingPackets:
 
 
 def _syn(packet: SuperPacket) -> tuple[bytes, bytes, int, int, bytes] | None:
-    """What a TCP connection attempt and its repetitions have in common; None for every other packet."""
+    """The key that a TCP SYN and its retransmissions share; None for every other packet."""
     if packet.protocol != TCP or packet.fragment:
         return None
     start = packet.transport_offset

@@ -39,7 +39,7 @@ class Listener(Protocol):
     def text_received(self, text: bytes) -> None: ...
 
     def writable(self) -> None:
-        """What was written has left, after `is_writable` was False."""
+        """The written data has left, after `is_writable` was False."""
 
     def refused(self, refusal: UpgradeRefused) -> None: ...
 
@@ -106,7 +106,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
             super().failHandshake("the header of the portal's answer is not UTF-8")
 
     def failHandshake(self, reason: str) -> None:
-        """The answer is not the upgrade: wait for the refusal's body, unless it is no HTTP answer at all."""
+        """The response is not the upgrade: wait for the refusal's body, if it is HTTP at all."""
         status = _STATUS_LINE.match(getattr(self, "http_status_line", ""))
         if status is None or status[1] == "101":
             super().failHandshake(reason)
@@ -189,7 +189,7 @@ class PortalLinkFactory(WebSocketClientFactory):  # type: ignore[misc]  # Autoba
         self.log = _NullLogger()
         self.setProtocolOptions(
             openHandshakeTimeout=DIAL_TIMEOUT,
-            closeHandshakeTimeout=0,  # Autobahn's 1 s may be over before the frame has left; whoever closes has his own
+            closeHandshakeTimeout=0,  # 1 s may be over before the frame has left; the caller has a limit of its own
             maxFramePayloadSize=MAX_MESSAGE,
             maxMessagePayloadSize=MAX_MESSAGE,
             autoPingInterval=0,

@@ -167,7 +167,7 @@ class PortalLink(Service):
     def send(self, event: str, payload: object) -> bool:
         """Send a message to the portal, at once or when the join is through; see `Channel.send`.
 
-        False, and counted, if there is no connection to wait for or too much waits already.
+        False, and counted, without a connection to wait for or with a full queue.
         """
         if not self._channel.send(event, payload):
             return False
@@ -267,7 +267,7 @@ def trust_from_file(path: Path) -> Any:
 
 
 class _DialAttempt:
-    """One WebSocket from name resolution to its end, which tells the channel what becomes of it."""
+    """One WebSocket from name resolution to its end. It reports its progress to the channel."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ def data_plane_agent() -> str:
 
 
 def external_id(device_id: str) -> str:
-    """What the portal gets to see of a device's identity: anything that reads as a UUID is hashed, as it is written."""
+    """A device's identity as the portal sees it: the hash of a UUID's text, any other text unchanged."""
     if _UUID.fullmatch(device_id):
         return hashlib.sha256(device_id.encode()).hexdigest()
     return device_id
@@ -50,7 +50,7 @@ def default_name() -> str:
 
 @attrs.frozen
 class LoginUrl:
-    """A portal and everything that a role tells it at login but the tunnel's public key, which changes.
+    """A portal and the login parameters of a role, but for the tunnel's public key, which changes.
 
     `str()` is the portal without path and query, and the only form that belongs into a log.
     """
@@ -193,7 +193,7 @@ def _ascii_host(host: str, base: str) -> str:
 
 
 def _clean_token(token: str) -> str:
-    """Tokens are pasted: white space anywhere, line ends included, is none of theirs."""
+    """Tokens are pasted: remove white space and line ends anywhere in them."""
     cleaned = "".join(token.split())
     if not all("!" <= character <= "~" for character in cleaned):
         raise ConfigurationError("The token contains invalid characters: check how it was copied")

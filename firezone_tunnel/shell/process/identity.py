@@ -16,7 +16,7 @@ from firezone_tunnel.errors import ConfigurationError
 
 
 def load_identity(path: Path) -> str:
-    """The identity in a file, which is written where there is none: a random one, the same from then on.
+    """The identity in a file. A missing file is created with a random identity.
 
     Both `{"id": "…"}` and, as upstream's gateways have it, the bare text are understood. A file that is neither is
     never overwritten.

@@ -70,9 +70,7 @@ class Process:
             self._reactor.callWhenRunning(self._reactor.stop)
 
     def fail(self, error: BaseException) -> None:
-        """End in good order because of an error, which is told on stderr in one line; a mistake of ours has its
-        traceback in the log.
-        """
+        """End in good order because of an error: one line on stderr, and in the log the traceback of a bug."""
         if self._is_ending:
             return
         fields = {"reason": one_line(error), "error": type(error).__name__}
@@ -82,15 +80,15 @@ class Process:
             self._code = 1
             fields["traceback"] = "".join(format_exception(error))
         log.error("process:failed", **fields)
-        _tell(f"{self.name}: {one_line(error)}")
+        _write_stderr(f"{self.name}: {one_line(error)}")
         self.stop()
 
     def _handle_signals(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: self._reactor.callFromThread(self._told_to_end))
+            signal.signal(number, lambda *_: self._reactor.callFromThread(self._asked_to_end))
         signal.signal(signal.SIGHUP, lambda *_: self._reactor.callFromThread(self._hung_up))
 
-    def _told_to_end(self) -> None:
+    def _asked_to_end(self) -> None:
         if not self._is_ending:
             self.stop()
         elif self._hurry is not None:
@@ -105,8 +103,8 @@ class Process:
         are_done = False not in [one.close() for one in logs]  # each of them
         if are_done and not self._code:
             return
-        # An exit handler can't change the code in any other way; and where nobody reads what we print, a thread of ours
-        # holds the lock of stdout, which the interpreter would wait for.
+        # An exit handler can't change the code in any other way. If our output is not read, a thread of ours holds the
+        # lock of stdout, and the interpreter would wait for it.
         if are_done:
             with contextlib.suppress(OSError, ValueError):
                 stdout().flush()
@@ -118,8 +116,8 @@ def stdout() -> TextIO:
     return sys.__stdout__ or sys.stdout
 
 
-def _tell(line: str) -> None:
-    """Write it to stderr, the real one, unless that is a pipe that nobody reads."""
+def _write_stderr(line: str) -> None:
+    """Write a line to the real stderr, unless that is a pipe that is not read."""
     stream = sys.__stderr__
     with contextlib.suppress(OSError, ValueError):
         if stream is not None and select.select([], [stream], [], STDERR_PATIENCE)[1]:

@@ -38,7 +38,7 @@ class Setting:
 class Options(TwistedOptions):
     """Options of an application, as `options["name"]`, parsed.
 
-    What is wrong is told in one line, and ends the process with 2, where twistd asks.
+    A wrong option ends a twistd process with one line and code 2.
     """
 
     settings: ClassVar[tuple[Setting, ...]] = ()
@@ -82,7 +82,7 @@ class Options(TwistedOptions):
         raise SystemExit(0)
 
     def _refuse_abbreviations(self, arguments: Sequence[str]) -> None:
-        """getopt takes any beginning of a name for the name: `--token SECRET` would be a path, and told as one."""
+        """getopt would take `--token SECRET` for `--token-path SECRET` and print it in an error."""
         known = {name.removesuffix("=") for name in self.longOpt}
         with_value = {f"--{name[:-1]}" for name in self.longOpt if name.endswith("=")}
         with_value |= {f"-{one.short}" for one in self.settings if one.short and not one.is_flag}
@@ -135,7 +135,7 @@ def parse_level(text: str) -> int:
     levels = [directive.strip().lower() for directive in text.split(",") if "=" not in directive]
     name = _LEVEL_ALIASES.get(levels[-1], levels[-1]) if levels else "info"
     if name not in LEVELS:
-        raise ValueError(f"{text!r} is no log level: debug, info, warn or error")
+        raise ValueError(f"{text!r} is not a log level: debug, info, warn or error")
     return LEVELS[name]
 
 
@@ -144,7 +144,7 @@ def parse_log_format(text: str) -> str:
     Raises: ValueError.
     """
     if text not in FORMATS:
-        raise ValueError(f"{text!r} is no log format: {' or '.join(FORMATS)}")
+        raise ValueError(f"{text!r} is not a log format: {' or '.join(FORMATS)}")
     return text
 
 
@@ -154,7 +154,7 @@ def parse_duration(text: str) -> float:
     Raises: ValueError.
     """
     if not re.fullmatch(r"(?:\s*\d+\s*[smhd])+\s*", text):
-        raise ValueError(f"{text!r} is no duration such as 15m, 24h or 30d")
+        raise ValueError(f"{text!r} is not a duration such as 15m, 24h or 30d")
     return float(sum(int(count) * _SECONDS[unit] for count, unit in re.findall(r"(\d+)\s*([smhd])", text)))
 
 
@@ -207,7 +207,7 @@ def token_path(default: str) -> Setting:
 
 
 def device_settings(*, interface: str, token: str, state_directory: str) -> tuple[Setting, ...]:
-    """What client and gateway have in common, with the defaults of one of them."""
+    """The settings that client and gateway share, with the defaults of either."""
     # `interface` is `tun.device.DEFAULT_NAME`: it isn't imported here, as the portal would load numpy with it.
     state = "directory for what must survive a restart"
     telemetry = "accepted as upstream's: nothing is ever sent"
@@ -225,7 +225,7 @@ def device_settings(*, interface: str, token: str, state_directory: str) -> tupl
 
 def read_token(environment: MutableMapping[str, str], path: Path) -> str:
     """The token: of FIREZONE_TOKEN, which is then gone from the environment; of a systemd credential of that name; of a
-    file that nobody but root may read.
+    file that only its owner may read.
 
     Raises: ConfigurationError.
     """
@@ -237,7 +237,9 @@ def read_token(environment: MutableMapping[str, str], path: Path) -> str:
         _check_owner(path)
         token = _read(path)
     if not token:
-        raise ConfigurationError(f"There is no token: set FIREZONE_TOKEN, or put it into {path}, readable by root only")
+        raise ConfigurationError(
+            f"No token is configured: set FIREZONE_TOKEN, or put it into {path}, readable by its owner only"
+        )
     return token
 
 
@@ -249,7 +251,9 @@ def _check_owner(path: Path) -> None:
     except OSError as error:
         raise ConfigurationError(f"Can't look at the token file {path}: {error.strerror}") from error
     if status.st_uid != os.geteuid() or status.st_mode & 0o177:
-        raise ConfigurationError(f"The token file {path} must belong to us and be readable by nobody else: chmod 600")
+        raise ConfigurationError(
+            f"The token file {path} must belong to the user that runs this program, with mode 600: chmod 600 {path}"
+        )
 
 
 def _read(path: Path) -> str:
@@ -262,7 +266,7 @@ def _read(path: Path) -> str:
         raise ConfigurationError(f"Can't read the token in {path}: {error.strerror}") from error
     except UnicodeDecodeError:
         # Without its cause, which quotes what was read.
-        raise ConfigurationError(f"The token file {path} does not hold a token: it is no UTF-8 text") from None
+        raise ConfigurationError(f"The token file {path} does not hold a token: it is not UTF-8 text") from None
 
 
 def _describe(setting: Setting) -> str:

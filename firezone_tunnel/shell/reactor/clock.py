@@ -49,7 +49,7 @@ class BoottimeTimer:
 
     @property
     def deadline(self) -> float | None:
-        """What it is set to, None while it isn't."""
+        """The current deadline; None if none is set."""
         return self._deadline
 
     def set(self, deadline: float | None) -> None:

@@ -10,7 +10,7 @@ _T = TypeVar("_T")
 
 
 class BoundedQueue(Generic[_T]):
-    """What one service puts in, another gets in a later turn of the reactor.
+    """Items that one service puts in, and another gets in a later turn of the reactor.
 
     A full queue takes nothing more: the producer keeps the item and stops reading, or drops and counts it.
     """

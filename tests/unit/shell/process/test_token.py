@@ -62,7 +62,7 @@ def test_where_there_is_none_both_places_are_named(tmp_path: Path, text: str | N
         path.write_text(text)
         path.chmod(0o600)
 
-    with pytest.raises(ConfigurationError, match=f"There is no token: set FIREZONE_TOKEN, or put it into {path}"):
+    with pytest.raises(ConfigurationError, match=f"No token is configured: set FIREZONE_TOKEN, or put it into {path}"):
         read_token({}, path)
 
 
@@ -77,14 +77,14 @@ def test_a_file_that_only_its_owner_reads_is_accepted(file: Path, mode: int) -> 
 def test_a_file_that_others_could_read_is_refused(file: Path, mode: int) -> None:
     file.chmod(mode)
 
-    _fails(file, "must belong to us and be readable by nobody else: chmod 600")
+    _fails(file, "must belong to the user that runs this program, with mode 600")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_a_file_of_somebody_else_is_refused(file: Path) -> None:
     os.chown(file, 65534, 65534)
 
-    _fails(file, "must belong to us")
+    _fails(file, "must belong to the user")
 
 
 def test_a_symlink_is_judged_by_what_it_points_to(file: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_symlink_is_judged_by_what_it_points_to(file: Path, tmp_path: Path) ->
 def test_a_file_that_is_no_text_is_refused_without_quoting_it(file: Path, content: bytes) -> None:
     file.write_bytes(content)
 
-    _fails(file, "does not hold a token: it is no UTF-8 text")
+    _fails(file, "does not hold a token: it is not UTF-8 text")
 
 
 def test_a_directory_in_its_place_is_one_sentence(tmp_path: Path) -> None:
