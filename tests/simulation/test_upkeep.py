@@ -117,7 +117,7 @@ def test_a_packet_that_finds_its_channel_expired_asks_for_it_and_follows_right_b
     gateway.packets.clear()
     client.sent.clear()
     for allocation in client.node._relays._allocations.values():
-        for binding in allocation._channels._bindings.values():
+        for binding in allocation._grant.channels._bindings.values():
             binding.bound_at = internet.now - 700.0
 
     client.send(gateway, datagram("late"))

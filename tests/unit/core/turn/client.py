@@ -11,6 +11,7 @@ from firezone_tunnel.core.stun import message as stun
 from firezone_tunnel.core.stun.message import Attribute, ErrorCode, Kind, Message, Method, long_term_key
 from firezone_tunnel.core.turn.allocation import Allocation
 from firezone_tunnel.core.turn.events import AllocationEvent, CandidateFound, CandidateLost, Failed, FailureReason
+from firezone_tunnel.core.turn.state import State
 
 RELAY4, RELAY6 = SocketAddress("198.51.100.1", 3478), SocketAddress("2001:db8:51::1", 3478)
 LOCAL4, LOCAL6 = SocketAddress("192.0.2.20", 52625), SocketAddress("2001:db8:2::20", 52625)
@@ -174,7 +175,7 @@ class Client:
         self.events += self.allocation.events()
 
     def _is_keepalive(self, sent: Sent) -> bool:
-        kept_alive = self.allocation.has_allocation and sent.destination == self.allocation.active_socket
+        kept_alive = self.allocation.state is State.ALLOCATED and sent.destination == self.allocation.active_socket
         return kept_alive and sent.message.method == Method.BINDING
 
 

@@ -15,6 +15,7 @@ from firezone_tunnel.core.stun import message as stun
 from firezone_tunnel.core.stun.message import Kind, Message, Method, long_term_key
 from firezone_tunnel.core.turn.allocation import Allocation
 from firezone_tunnel.core.turn.events import CandidateFound, FailureReason
+from firezone_tunnel.core.turn.state import TRANSITIONS, State
 from tests.unit.core.turn.client import (
     KEY,
     LOCAL4,
@@ -216,7 +217,7 @@ class TestRequests:
         addresses = [(stun.XOR_RELAYED_ADDRESS, address) for address in relayed]
         client.answer(request, *addresses, (stun.LIFETIME, 600))
 
-        assert not client.allocation.has_allocation
+        assert client.allocation.state is not State.ALLOCATED
         assert client.told() == []
 
     def test_a_relay_that_names_no_lifetime_means_600_seconds(self) -> None:
@@ -293,7 +294,7 @@ class TestAuthentication:
         refresh = client.take(Method.REFRESH)[0].message
         client.answer(refresh, (stun.REALM, "firezone"), (stun.NONCE, "trap"), (stun.LIFETIME, 0), error=error, key=key)
 
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
         assert client.allocation.channel_to(PEER4, client.now) == 0x4000
         assert (client.take(), client.told()) == ([], [])
         assert client.allocation.counters.unauthentic == 1
@@ -339,7 +340,7 @@ class TestStandardServers:
         assert bare.names == ["REQUESTED-TRANSPORT", "ADDITIONAL-ADDRESS-FAMILY", "SOFTWARE"]
         assert signed.get(stun.NONCE) == "coturn's"
         assert signed.is_authentic(KEY)
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_there_is_only_one_without_credentials(self) -> None:
         client, request = reach_allocate(ipv6=None)
@@ -380,13 +381,13 @@ class TestStandardServers:
         assert not first.has_integrity
         assert signed.get(stun.REALM) == "example.org"
         assert signed.is_authentic(key)
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_a_server_that_grants_without_credentials_is_not_believed(self) -> None:
         client, first = reach_allocate(realm=None)
         client.answer(first, (stun.XOR_RELAYED_ADDRESS, RELAYED4), (stun.LIFETIME, 600), key=None)
 
-        assert not client.allocation.has_allocation
+        assert client.allocation.state is not State.ALLOCATED
 
     def test_its_unsigned_stale_nonce_is_replaced_while_the_allocation_lives(self) -> None:
         client = self._allocated()
@@ -397,7 +398,7 @@ class TestStandardServers:
 
         assert again.get(stun.NONCE) == "newer"
         client.run_until(590.0)
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
         assert client.told() == []
 
     def test_an_unsigned_stale_nonce_does_not_outdo_the_servers_own_answer(self) -> None:
@@ -410,7 +411,7 @@ class TestStandardServers:
         client.run_for(20.0)
 
         assert client.take(Method.REFRESH) == []
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_an_unsigned_stale_nonce_for_an_earlier_transmission_is_ignored(self) -> None:
         client = self._allocated()
@@ -447,7 +448,7 @@ class TestStandardServers:
         client.answer(refresh, (stun.REALM, "firezone"), (stun.NONCE, "x"), error=error, key=None)
 
         assert client.take() == []
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_wrong_credentials_show_as_silence_with_a_reason(self) -> None:
         client, request = reach_allocate(ipv6=None, realm=None)
@@ -476,7 +477,7 @@ class TestStandardServers:
         client.run_for(1.0)
         client.grant(client.take_one(Method.ALLOCATE))
 
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_after_a_network_change_its_nonce_is_renewed(self) -> None:
         client = self._allocated()
@@ -485,7 +486,7 @@ class TestStandardServers:
         client.challenge(client.take_one(Method.ALLOCATE), error=438, key=None, nonce="newer")
         client.grant(client.take_one(Method.ALLOCATE))
 
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def _allocated(self) -> Client:
         client, request = reach_allocate(ipv6=None, realm=None)
@@ -512,7 +513,7 @@ class TestErrors:
             "NONCE",
         ]
         assert deletion.get(stun.LIFETIME) == 0
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_437_on_that_deletion_means_that_it_is_gone(self) -> None:
         client, request = reach_allocate()
@@ -520,7 +521,7 @@ class TestErrors:
         client.answer(client.take_one(Method.REFRESH), error=437)
         client.grant(client.take_one(Method.ALLOCATE))
 
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_437_on_refresh_allocates_anew(self) -> None:
         client = bound(PEER4)
@@ -572,7 +573,7 @@ class TestErrors:
             client.answer(client.take_one(Method.REFRESH), error=437)
             client.grant(client.take_one(Method.ALLOCATE))
 
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_a_relay_that_deletes_without_end_is_given_up(self) -> None:
         client, request = reach_allocate(ipv6=None)
@@ -602,7 +603,7 @@ class TestErrors:
         client.answer(request, error=420)
 
         assert client.told()[-1] == ("failed", FailureReason.PROTOCOL, None)
-        assert not client.allocation.has_allocation
+        assert client.allocation.state is not State.ALLOCATED
         assert client.allocation.next_timeout() is None
 
     @pytest.mark.parametrize("error", [400, 403, 442, 486, 500, 508])
@@ -612,7 +613,7 @@ class TestErrors:
         client.take_events()
         client.answer(request, error=error)
 
-        assert client.allocation.is_suspended
+        assert client.allocation.state is State.SUSPENDED
         assert client.allocation.next_timeout() is None
         assert (client.take(), client.told()) == ([], [])
         client.bind(OTHER4)
@@ -625,7 +626,7 @@ class TestErrors:
     def test_a_suspended_one_can_begin_anew_while_its_other_address_is_still_asked(self) -> None:
         client, request = reach_allocate()
         client.answer(request, error=486)
-        assert client.allocation.is_suspended
+        assert client.allocation.state is State.SUSPENDED
         client.refresh()
 
         assert [sent.destination for sent in client.take(Method.BINDING)] == [RELAY4, RELAY6]
@@ -636,7 +637,7 @@ class TestErrors:
         client.answer(client.take_one(Method.CHANNEL_BIND), error=403)
 
         assert client.allocation.channel_to(PEER4, client.now) is None
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
         client.run_for(10.0)
         assert client.take() == [], "nobody asked for it again"
         client.bind(PEER4)
@@ -673,7 +674,7 @@ class TestErrors:
                     client.answer(sent.message, error=437)
 
         assert client.allocation.counters.requests_sent < 20
-        assert client.allocation.is_suspended
+        assert client.allocation.state is State.SUSPENDED
 
 
 class TestRetransmission:
@@ -716,7 +717,7 @@ class TestRetransmission:
         client.grant(first)
         client.run_until(20.0)
 
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
         assert client.take(Method.ALLOCATE) == []
 
     def test_a_late_error_does_not(self) -> None:
@@ -729,7 +730,7 @@ class TestRetransmission:
 
         assert client.take() == []
         client.grant(second)
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_a_relay_that_answers_bindings_only_is_given_up(self) -> None:
         client, _ = reach_allocate(ipv6=None)
@@ -748,7 +749,7 @@ class TestRetransmission:
 
         assert [sent.at for sent in client.take(Method.BINDING)] == [1.0, 2.5, 4.75]
         assert client.told() == []
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_it_is_not_given_up_at_once_but_after_all_addresses_stayed_silent(self) -> None:
         client = Client()
@@ -779,6 +780,15 @@ class TestRetransmission:
         assert client.allocation.next_timeout() is None
 
 
+def test_every_state_can_be_reached_and_closed() -> None:
+    reached = {State.SEARCHING}
+    for _ in State:
+        reached |= {following for state in reached for following in TRANSITIONS[state]}
+
+    assert reached == set(TRANSITIONS) == set(State)
+    assert [state for state in State if State.CLOSED not in TRANSITIONS[state]] == [State.CLOSED]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_no_answer_whatsoever_upsets_it(data: st.DataObject) -> None:
@@ -804,7 +814,7 @@ def test_no_answer_whatsoever_upsets_it(data: st.DataObject) -> None:
             case "restart":
                 client.restart()
         assert client.allocation.counters.requests_sent - before <= 4
-        assert client.allocation.has_allocation == any(
+        assert (client.allocation.state is State.ALLOCATED) == any(
             candidate.kind is RELAYED for candidate in client.allocation.candidates
         )
     found = [event.candidate for event in client.events if isinstance(event, CandidateFound)]

@@ -9,6 +9,7 @@ from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.stun import message as stun
 from firezone_tunnel.core.stun.message import Method
 from firezone_tunnel.core.turn.events import FailureReason
+from firezone_tunnel.core.turn.state import State
 from tests.unit.core.turn.client import (
     KEY,
     LOCAL4,
@@ -78,7 +79,7 @@ class TestRefresh:
         assert client.told() == LOST
         assert client.allocation.relayed(False) is None
         assert client.allocation.channel_to(PEER4, client.now) is None
-        assert client.allocation.is_suspended
+        assert client.allocation.state is State.SUSPENDED
         assert client.allocation.next_timeout() is None
 
     def test_after_a_shorter_sleep_it_is_refreshed(self) -> None:
@@ -195,7 +196,7 @@ class TestProbe:
         client.answer(client.take_one(Method.REFRESH), error=437)
         client.grant(client.take_one(Method.ALLOCATE))
 
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_two_are_one(self) -> None:
         client = allocated()
@@ -225,7 +226,7 @@ class TestProbe:
         assert [(sent.at, sent.destination) for sent in client.sent] == [(60.0, RELAY4), (60.0, RELAY6)]
         client.answer_binding()
         client.grant(client.take_one(Method.ALLOCATE))
-        assert client.allocation.has_allocation
+        assert client.allocation.state is State.ALLOCATED
 
     def test_an_expired_one_begins_anew_with_the_nonce_that_it_knows(self) -> None:
         client = allocated()
