@@ -14,7 +14,7 @@ class LongTermCredentials:
     """
 
     def __init__(self, username: str, password: str, realm: str | None) -> None:
-        """Raises: ValueError, if a message couldn't carry them."""
+        """Raises: ValueError, if a message can't carry them."""
         USERNAME.encode(username, b"")
         if realm is not None:
             REALM.encode(realm, b"")
@@ -23,19 +23,19 @@ class LongTermCredentials:
         self.realm = realm
         self.nonce: str | None = None
         self.vouched_nonce: str | None = None
-        """The latest nonce that came in a signed message: who refuses it, refuses us."""
+        """The latest nonce from a signed message: a 401 to a request that carries it rejects our credentials."""
         self.key = None if realm is None else long_term_key(username, realm, password)
         self._learns_realm = realm is None
 
     def attributes(self) -> tuple[tuple[Attribute[Any], Any], ...]:
-        """What a request carries before its MESSAGE-INTEGRITY."""
+        """The attributes that a signed request carries right before its MESSAGE-INTEGRITY."""
         known = ((USERNAME, self.username), (REALM, self.realm))
         return known if self.nonce is None else (*known, (NONCE, self.nonce))
 
     def take_challenge(self, message: Message, *, first: bool, is_vouched: bool) -> bool:
-        """Remember what a 401 or 438 says to sign with from now on. Returns False where it can't be followed.
+        """Sign with the realm and nonce of this 401 or 438 from now on. Returns False if they can't be used.
 
-        Only the `first` challenge of an attempt may tell the realm, and only if none was configured. `is_vouched`: the
+        Only the `first` challenge of an attempt may name the realm, and only if none was configured. `is_vouched`: the
         message is signed with our key.
         """
         nonce, realm = message.get(NONCE), message.get(REALM)

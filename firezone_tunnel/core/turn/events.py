@@ -1,4 +1,4 @@
-"""What an allocation tells its owner."""
+"""The events and counters of an allocation."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class CandidateLost:
 
 
 class FailureReason(enum.Enum):
-    """The value is a sentence's end: "the relay …"."""
+    """The value completes the sentence "the relay …"."""
 
     NO_RESPONSE = "did not answer: is UDP to it blocked?"
-    NO_AUTHENTIC_RESPONSE = "gave no answer that our credentials confirm: are they wrong?"
+    NO_AUTHENTIC_RESPONSE = "sent no answer that matches our credentials: are they wrong?"
     CREDENTIALS_REJECTED = "rejected our credentials: they are wrong or expired"
     PROTOCOL = "does not understand an attribute that we need"
 
 
 @attrs.frozen
 class Failed:
-    """The allocation is over for good, free it. Only the portal can announce that relay again."""
+    """The allocation has ended and can be freed. Only the portal can announce the relay again."""
 
     reason: FailureReason
 
@@ -45,11 +45,11 @@ AllocationEvent = CandidateFound | CandidateLost | Failed
 @attrs.define
 class AllocationCounters:
     requests_sent: int = 0
-    """Every transmission counts."""
+    """Retransmissions included."""
     answers_received: int = 0
     unauthentic: int = 0
     """Answers to open requests that are not signed, or not with our credentials."""
     unexpected: int = 0
-    """Messages from the relay that answer nothing, or make no sense."""
+    """Messages from the relay that answer no request, or are invalid."""
     binds_refused: int = 0
-    """Peers that no channel was requested for: allocation suspended, other address family, waiting list full."""
+    """Channels that were not requested: allocation suspended, address family not granted, too many peers waiting."""

@@ -1,4 +1,4 @@
-"""An allocation under test: its clock, what it sent, what it told, and a relay that says what the test wants."""
+"""An allocation under test, with its clock, its requests and events, and a relay that answers as the test wants."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sent(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """Its attributes in order, MESSAGE-INTEGRITY as such."""
+        """The names of its attributes in order, MESSAGE-INTEGRITY included."""
         names = [attribute.name for attribute, _ in self.message.attributes]
         return [*names, "MESSAGE-INTEGRITY"] if self.message.has_integrity else names
 
@@ -49,7 +49,7 @@ class Client:
         """Every datagram so far; `take` empties it."""
         self.events: list[AllocationEvent] = []
         self.answers_keepalives = True
-        """The relay answers them at once, and nobody hears of it."""
+        """The relay answers keepalives at once, and they are left out of `sent`."""
         self._entropy = _Stream()
         self.allocation = Allocation(
             "relay",
@@ -78,8 +78,8 @@ class Client:
         taken, self.events = self.events, []
         return taken
 
-    def told(self) -> list[tuple[str, CandidateKind | FailureReason, SocketAddress | None]]:
-        """The events since the last call, short."""
+    def changes(self) -> list[tuple[str, CandidateKind | FailureReason, SocketAddress | None]]:
+        """The events since the last call, in short form."""
         lines: list[tuple[str, CandidateKind | FailureReason, SocketAddress | None]] = []
         for event in self.take_events():
             match event:
@@ -187,7 +187,7 @@ def reach_allocate(**options: Any) -> tuple[Client, Message]:
 
 
 def allocated(*relayed: SocketAddress, lifetime: int = 600) -> Client:
-    """A client with an allocation at an IPv4 relay; nothing of what led to it is left to be taken."""
+    """A client with an allocation at an IPv4 relay; all requests and events so far are taken."""
     client, request = reach_allocate(ipv6=None)
     client.challenge(request)
     client.grant(client.take_one(Method.ALLOCATE), *relayed, lifetime=lifetime)
@@ -205,7 +205,7 @@ def bound(*peers: SocketAddress) -> Client:
 
 
 class _Stream:
-    """Different bytes for each call, the same in each run."""
+    """Different bytes in each call, the same in each run."""
 
     def __init__(self) -> None:
         self._calls = 0

@@ -1,4 +1,4 @@
-"""How an allocation is kept, tried, ended and used: docs/protocol/data-plane.md, 3.6, 3.7 and 9.5."""
+"""Keeping, probing, ending and using an allocation: docs/protocol/data-plane.md, 3.6, 3.7 and 9.5."""
 
 from __future__ import annotations
 
@@ -59,24 +59,24 @@ class TestRefresh:
         client.run_until(300.0)
         client.answer(client.take(Method.REFRESH)[0].message, (stun.LIFETIME, 0))
 
-        assert client.told() == LOST
+        assert client.changes() == LOST
         assert client.take_one(Method.ALLOCATE).is_authentic(KEY)
 
     def test_a_refresh_without_an_answer_ends_it(self) -> None:
         client = bound(PEER4)
         client.run_until(308.1)
         assert [sent.at for sent in client.take(Method.REFRESH)] == [300.0, 301.0, 302.5, 304.75]
-        assert client.told() == []
+        assert client.changes() == []
         client.run_until(308.125)
 
-        assert client.told() == [*LOST, FAILED_SILENTLY]
+        assert client.changes() == [*LOST, FAILED_SILENTLY]
         assert client.allocation.channel_to(PEER4, client.now) is None
 
     def test_it_expires_when_its_lifetime_is_over(self) -> None:
         client = bound(PEER4)
         client.sleep_until(600.0)
 
-        assert client.told() == LOST
+        assert client.changes() == LOST
         assert client.allocation.relayed(False) is None
         assert client.allocation.channel_to(PEER4, client.now) is None
         assert client.allocation.state is State.SUSPENDED
@@ -87,7 +87,7 @@ class TestRefresh:
         client.sleep_until(599.0)
 
         assert [sent.at for sent in client.take(Method.REFRESH)] == [599.0]
-        assert client.told() == []
+        assert client.changes() == []
 
 
 class TestKeepalive:
@@ -111,7 +111,7 @@ class TestKeepalive:
 
         assert client.take() == []
 
-    def test_channel_data_puts_it_off(self) -> None:
+    def test_channel_data_postpones_it(self) -> None:
         client = allocated()
         client.answers_keepalives = False
         client.run_until(20.0)
@@ -122,13 +122,13 @@ class TestKeepalive:
 
         client.take_one(Method.BINDING)
 
-    def test_an_unchanged_answer_is_no_news(self) -> None:
+    def test_an_unchanged_answer_is_not_an_event(self) -> None:
         client = allocated()
         client.answers_keepalives = False
         client.run_until(25.0)
         client.answer(client.take_one(Method.BINDING), (stun.XOR_MAPPED_ADDRESS, MAPPED4))
 
-        assert client.told() == []
+        assert client.changes() == []
 
     def test_a_new_mapping_replaces_the_old_one(self) -> None:
         client = allocated()
@@ -137,7 +137,7 @@ class TestKeepalive:
         another = SocketAddress(MAPPED4.host, 40001)
         client.answer(client.take_one(Method.BINDING), (stun.XOR_MAPPED_ADDRESS, another))
 
-        assert client.told() == [("found", REFLEXIVE, another), ("lost", REFLEXIVE, MAPPED4)]
+        assert client.changes() == [("found", REFLEXIVE, another), ("lost", REFLEXIVE, MAPPED4)]
 
     def test_another_local_address_replaces_the_old_one(self) -> None:
         client = allocated()
@@ -146,7 +146,7 @@ class TestKeepalive:
         local = SocketAddress("192.0.2.21", LOCAL4.port)
         client.answer(client.take_one(Method.BINDING), (stun.XOR_MAPPED_ADDRESS, MAPPED4), local=local)
 
-        assert client.told() == [
+        assert client.changes() == [
             ("found", HOST, local),
             ("lost", HOST, LOCAL4),
             ("found", REFLEXIVE, MAPPED4),
@@ -157,27 +157,27 @@ class TestKeepalive:
         client = bound(PEER4)
         client.answers_keepalives = False
         client.run_until(33.1)
-        assert client.told() == []
+        assert client.changes() == []
         client.run_until(33.125)
 
-        assert client.told() == [*LOST, FAILED_SILENTLY]
+        assert client.changes() == [*LOST, FAILED_SILENTLY]
 
 
 class TestProbe:
-    """`refresh`, after the portal has told of relays."""
+    """`refresh`, which follows when the portal announces relays."""
 
     def test_it_is_sent_once_and_has_a_second_for_the_answer(self) -> None:
         client = bound(PEER4)
         client.run_until(10.0)
         client.refresh()
         client.run_until(10.9)
-        assert client.told() == []
+        assert client.changes() == []
         client.run_until(11.0)
 
         assert [sent.at for sent in client.take()] == [10.0]
-        assert client.told() == [*LOST, FAILED_SILENTLY]
+        assert client.changes() == [*LOST, FAILED_SILENTLY]
 
-    def test_an_answer_lengthens_the_life(self) -> None:
+    def test_an_answer_extends_the_lifetime(self) -> None:
         client = allocated()
         client.run_until(100.0)
         client.take()
@@ -198,7 +198,7 @@ class TestProbe:
 
         assert client.allocation.state is State.ALLOCATED
 
-    def test_two_are_one(self) -> None:
+    def test_a_second_probe_is_not_sent_while_the_first_waits(self) -> None:
         client = allocated()
         client.refresh()
         client.refresh()
@@ -215,7 +215,7 @@ class TestProbe:
 
         assert client.take() == []
 
-    def test_a_suspended_one_begins_anew_at_all_addresses(self) -> None:
+    def test_a_suspended_allocation_begins_anew_at_all_addresses(self) -> None:
         client, request = reach_allocate()
         client.answer(request, error=486)
         client.run_until(60.0)
@@ -228,7 +228,7 @@ class TestProbe:
         client.grant(client.take_one(Method.ALLOCATE))
         assert client.allocation.state is State.ALLOCATED
 
-    def test_an_expired_one_begins_anew_with_the_nonce_that_it_knows(self) -> None:
+    def test_an_expired_allocation_begins_anew_with_its_nonce(self) -> None:
         client = allocated()
         client.sleep_until(700.0)
         client.refresh()
@@ -244,7 +244,7 @@ class TestRestart:
         client.take_events()
         client.restart()
 
-        assert client.told() == [("lost", HOST, LOCAL4), ("lost", REFLEXIVE, MAPPED4), *LOST]
+        assert client.changes() == [("lost", HOST, LOCAL4), ("lost", REFLEXIVE, MAPPED4), *LOST]
         assert [sent.destination for sent in client.sent] == [RELAY4, RELAY6]
         assert client.allocation.active_socket is None
         assert client.allocation.candidates == ()
@@ -259,7 +259,7 @@ class TestRestart:
         client.grant(allocate)
 
         assert allocate.get(stun.NONCE) == "nonce"
-        assert [line[0] for line in client.told()[-2:]] == ["found", "found"]
+        assert [line[0] for line in client.changes()[-2:]] == ["found", "found"]
         client.bind(PEER4)
         assert client.take_one(Method.CHANNEL_BIND).get(stun.CHANNEL_NUMBER) == 0x4000
 
@@ -271,7 +271,7 @@ class TestRestart:
 
         assert not client.answer(refresh, (stun.LIFETIME, 600))
 
-    def test_a_suspended_one_begins_anew(self) -> None:
+    def test_a_suspended_allocation_begins_anew(self) -> None:
         client, request = reach_allocate()
         client.answer(request, error=486)
         client.restart()
@@ -280,7 +280,7 @@ class TestRestart:
 
 
 class TestClose:
-    def test_it_tells_the_relay(self) -> None:
+    def test_it_deletes_the_allocation_at_the_relay(self) -> None:
         client = bound(PEER4)
         farewell = client.allocation.close()
 
@@ -303,10 +303,10 @@ class TestClose:
         client.refresh()
         client.restart()
         client.sleep_until(1000.0)
-        assert client.take(Method.BINDING) == client.told() == []
+        assert client.take(Method.BINDING) == client.changes() == []
         assert client.allocation.close() is None
 
-    def test_without_an_allocation_there_is_nothing_to_tell(self) -> None:
+    def test_without_an_allocation_there_is_nothing_to_delete(self) -> None:
         client, _ = reach_allocate()
 
         assert client.allocation.close() is None
@@ -338,7 +338,7 @@ class TestChannels:
 
         assert [sent.message.get(stun.XOR_PEER_ADDRESS) for sent in client.take()] == peers[20:]
 
-    def test_one_can_send_before_the_relay_confirms_and_receive_after(self) -> None:
+    def test_data_can_be_sent_before_the_relay_confirms_and_received_after(self) -> None:
         client = allocated()
         client.bind(PEER4)
         assert client.allocation.channel_to(PEER4, client.now) == 0x4000
@@ -348,7 +348,7 @@ class TestChannels:
         assert client.allocation.channel_to(PEER4, client.now) == 0x4000
         assert client.allocation.peer_of(0x4000, client.now) == PEER4
 
-    def test_without_a_channel_one_can_neither_send_nor_receive(self) -> None:
+    def test_data_can_neither_be_sent_nor_received_without_a_channel(self) -> None:
         client = bound(PEER4)
 
         assert client.allocation.channel_to(OTHER4, client.now) is None
@@ -420,7 +420,7 @@ class TestChannels:
         client.run_until(now)
 
 
-def test_the_relay_can_be_asked_over_ipv6_only() -> None:
+def test_a_relay_may_have_an_ipv6_address_only() -> None:
     client = Client(ipv4=None)
     client.answer_binding(ipv6=True)
     (allocate,) = client.take()
@@ -428,4 +428,5 @@ def test_the_relay_can_be_asked_over_ipv6_only() -> None:
     client.answer(allocate.message, *addresses, (stun.LIFETIME, 600), source=RELAY6)
 
     relayed = [candidate for candidate in client.allocation.candidates if candidate.kind is RELAYED]
-    assert [candidate.address for candidate in sorted(relayed, key=lambda one: -one.priority)] == [RELAYED6, RELAYED4]
+    best_first = sorted(relayed, key=lambda candidate: -candidate.priority)
+    assert [candidate.address for candidate in best_first] == [RELAYED6, RELAYED4]

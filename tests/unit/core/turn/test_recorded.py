@@ -1,4 +1,4 @@
-"""Recorded sessions of upstream's programs: our client in their place says the same, and understands the answers.
+"""Recorded sessions of upstream's programs: our client sends the same requests, and understands the answers.
 
 The recorded transaction ids are our entropy. So our requests can be compared byte by byte, once they carry the
 SOFTWARE of the recording, and the relay's recorded answers are answers to ours.
@@ -35,7 +35,7 @@ class Datagram(NamedTuple):
 
 
 class Recording:
-    """What one host exchanged with the relay, in order."""
+    """The datagrams between one host and the relay, in order."""
 
     def __init__(self, age: str, peer: str) -> None:
         self.host = SocketAddress({"client": "10.20.1.1", "gateway": "10.20.2.1"}[peer], 52625)
@@ -99,7 +99,7 @@ def test_every_channel_data_datagram_is_read_and_written_as_it_was(age: str, pee
 
 
 @pytest.mark.parametrize(("age", "peer"), _SESSIONS)
-def test_our_client_says_the_same_and_reaches_the_same_state(age: str, peer: str) -> None:
+def test_our_client_sends_the_same_and_reaches_the_same_state(age: str, peer: str) -> None:
     recording = Recording(age, peer)
     replay = Replay(recording, pushes_keepalives_back=age == "v2")
     replay.run()
@@ -123,7 +123,7 @@ def test_our_client_says_the_same_and_reaches_the_same_state(age: str, peer: str
 
 
 class Replay:
-    """Our allocation lives through a recording."""
+    """Our allocation, fed with the answers of a recording."""
 
     def __init__(self, recording: Recording, *, pushes_keepalives_back: bool) -> None:
         self.recording = recording
@@ -198,7 +198,7 @@ class Replay:
 
 
 def _datagrams(data: bytes) -> Iterator[bytes]:
-    """What a batch (UDP_SEGMENT) was recorded as in one piece, message by message."""
+    """The messages of a batch (UDP_SEGMENT), which was recorded in one piece."""
     while data:
         length = int.from_bytes(data[2:4], "big") + (20 if data[0] < 4 else 4)
         yield data[:length]
