@@ -1,4 +1,4 @@
-"""Which of this host's addresses are worth telling a peer, and by which way the host reaches the internet."""
+"""Select the host addresses to offer to peers, and the host's uplinks to the internet."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ MAX_CANDIDATES = 4  # per family
 
 @attrs.frozen
 class Link:
-    """A network interface. `kind` is what `ip -details link` calls it: "tun", "veth", ...; None for hardware."""
+    """A network interface. `kind` is the type shown by `ip -details link`: "tun", "veth", ...; None for hardware."""
 
     index: int
     name: str
     kind: str | None = None
-    is_up: bool = True  # and has a carrier
+    is_up: bool = True  # administratively up and with a carrier
     is_loopback: bool = False
 
 
 @attrs.frozen
 class Address:
-    """An address of an interface. Temporary: one of those that privacy extensions renew (RFC 8981)."""
+    """An address of an interface."""
 
-    link: int  # its index
+    link: int  # the interface's index
     host: str
     is_deprecated: bool = False
-    is_tentative: bool = False  # or found to be a duplicate
-    is_temporary: bool = False
+    is_tentative: bool = False  # also set for an address that failed duplicate address detection
+    is_temporary: bool = False  # renewed by privacy extensions (RFC 8981)
 
 
 @attrs.frozen
@@ -45,7 +45,7 @@ class Route:
 
 @attrs.frozen
 class HostSnapshot:
-    """The network configuration at one moment, in the kernel's order."""
+    """The network configuration at one point in time, in the kernel's order."""
 
     links: tuple[Link, ...] = ()
     addresses: tuple[Address, ...] = ()
@@ -53,7 +53,7 @@ class HostSnapshot:
 
 
 class Uplink(NamedTuple):
-    """How a family's packets leave: the network has changed once this has."""
+    """How packets of one address family leave the host. A different uplink means that the host has changed networks."""
 
     interface: str
     next_hop: str | None
@@ -66,17 +66,16 @@ class Uplinks(NamedTuple):
 
 
 def uplinks(snapshot: HostSnapshot, *, own_link: str) -> Uplinks:
-    """The default route of each family: of those through interfaces that are up and not ours, the cheapest."""
+    """The default route with the lowest metric for each family. Interfaces that are down and our own are ignored."""
     links = {link.index: link for link in snapshot.links if link.is_up and link.name != own_link}
     return Uplinks(*(_uplink(snapshot, links, is_ipv6=is_ipv6) for is_ipv6 in (False, True)))
 
 
 def host_candidates(snapshot: HostSnapshot, *, own_link: str) -> list[str]:
-    """The addresses to offer as host candidates, IPv4 first, the best of each family first.
+    """The addresses to offer as host candidates, IPv4 first, the best address of each family first.
 
-    Never those of our own interface, of other tunnels, of loopback, or of interfaces that are down; and no
-    link-local, deprecated or tentative IPv6 addresses. The range of an address says nothing: carriers use
-    100.64.0.0/10 too.
+    Addresses of our own interface, other tunnels, loopback and interfaces that are down are excluded, and so are
+    link-local, deprecated and tentative IPv6 addresses. Ranges are not filtered: carriers use 100.64.0.0/10 too.
     """
     links = {link.index: link for link in snapshot.links if _is_candidate(link, own_link)}
     default = uplinks(snapshot, own_link=own_link)
@@ -102,7 +101,7 @@ def _uplink(snapshot: HostSnapshot, links: dict[int, Link], *, is_ipv6: bool) ->
 
 
 def _first_source(snapshot: HostSnapshot, link: int, *, is_ipv6: bool) -> str | None:
-    """An address that stands for the interface: not one that privacy extensions replace every day, if possible."""
+    """The interface's first usable address. Temporary addresses come last, since they change every day."""
     usable = [address for address in snapshot.addresses if address.link == link and _is_usable(address, is_ipv6)]
     usable.sort(key=lambda address: address.is_temporary)
     return usable[0].host if usable else None

@@ -1,4 +1,4 @@
-"""What a gateway's host needs for its clients: forwarding, masquerade, and the consent of other firewalls."""
+"""Set up a gateway's host to forward its clients' packets: forwarding, masquerading, rules in other firewalls."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from firezone_tunnel.shell.logs import events as log
 
 
 class GatewayFirewall:
-    """Forwarding and masquerade for one TUN device, from `install` to `remove`.
+    """Forwarding and masquerading for one TUN device, from `install` to `remove`.
 
-    The rules are in a table of our own. Where another program's forward chain would drop, as Docker's, ufw's and
-    firewalld's do, two rules go to its top as well, as no table can overrule another's drop.
+    The rules are in our own table. An accept there does not override a drop in another table, so two rules are also
+    inserted at the top of each forward chain that would drop our packets, such as Docker's, ufw's and firewalld's.
     """
 
     def __init__(self, worker: WorkerThread, *, interface: str, state_directory: Path) -> None:
-        """`state_directory` keeps the host's original settings for as long as ours hold."""
+        """`state_directory` stores the host's original settings until `remove` restores them."""
         self._worker = worker
         self._host = _ForwardingHost(interface, Sysctls(state_directory / "gateway-sysctls.json"))
 
     def install(self) -> Deferred[None]:
-        """Remove what a killed predecessor left, then set everything up.
+        """Clean up after a previous process that was killed, then set everything up.
 
-        Fails with: PlatformError, if IPv4 can't be forwarded or nftables are not available.
+        Fails with: PlatformError, if IPv4 forwarding can't be enabled or nftables is not available.
         """
         return self._worker.call(self._host.install)
 
     def remove(self) -> Deferred[None]:
-        """Put everything back, but leave forwarding on where something else may have come to need it.
+        """Restore the original state, but leave forwarding enabled if another program may have come to need it.
 
         Fails with: PlatformError.
         """
@@ -46,8 +46,8 @@ class GatewayFirewall:
 
 
 _TABLE = "firezone_gateway"
-_COMMENT = "firezone_tunnel"  # marks our rules in the chains of others
-_DOCKER_CHAIN = "DOCKER-USER"  # which Docker leaves to its users, and jumps to first
+_COMMENT = "firezone_tunnel"  # identifies our rules in other programs' chains
+_DOCKER_CHAIN = "DOCKER-USER"  # reserved by Docker for its users' rules; Docker jumps to it first
 _LEGACY_TABLES = ("/proc/net/ip_tables_names", "/proc/net/ip6_tables_names")
 
 _IPV4_FORWARDING = "net/ipv4/ip_forward"
@@ -55,7 +55,7 @@ _IPV6_FORWARDING = "net/ipv6/conf/all/forwarding"
 
 
 class _ForwardingHost:
-    """All of it, blocking."""
+    """The blocking implementation, run in the worker thread."""
 
     def __init__(self, interface: str, sysctls: Sysctls) -> None:
         self._interface = interface
@@ -87,17 +87,18 @@ class _ForwardingHost:
         nftables.run(_own_table(self._interface))
         ruleset = nftables.rules()
         _delete_foreign_rules(ruleset)
-        if not is_successor:  # what was there before us had managed without forwarding
+        if not is_successor:  # these interfaces and chains existed without forwarding, so they don't need it
             self._sysctls.notes = self._reasons(ruleset)
         for family, table, chain in _dropping_chains(ruleset):
             self._open(family, table, chain)
         if any(_legacy_iptables()):
-            log.warning("firewall:legacy_iptables_found", reason="its FORWARD chain can't be seen: it may drop packets")
+            reason = "nftables can't see the FORWARD chain of legacy iptables, which may drop packets"
+            log.warning("firewall:legacy_iptables_found", reason=reason)
         self._forward_ipv4()
         self._forward_ipv6()
 
     def _reasons(self, ruleset: list[dict[str, Any]]) -> list[str]:
-        """What may need this host to forward, besides us: interfaces, and chains for what is forwarded."""
+        """Other interfaces, and other programs' forward and postrouting chains: they may need forwarding, too."""
         names = [name for _, name in socket.if_nameindex() if name not in {"lo", self._interface}]
         chains = [
             f"chain {chain['family']} {chain['table']} {chain['name']}"
@@ -109,13 +110,13 @@ class _ForwardingHost:
     def _open(self, family: str, table: str, chain: str) -> None:
         try:
             nftables.run(_accepting_rules(family, table, chain, self._interface))
-        except PlatformError as error:  # a table may belong to one process alone
+        except PlatformError as error:  # a table with the owner flag can only be changed by its owner
             log.error("firewall:chain_left_closed", family=family, table=table, chain=chain, reason=str(error))
             return
         log.info("firewall:chain_opened", family=family, table=table, chain=chain, interface=self._interface)
 
     def _forward_ipv4(self) -> None:
-        # Switching it also switches these, so what they were has to be put back after it.
+        # Changing ip_forward also changes these, so they have to be restored after it.
         dependent = self._sysctls.names("net/ipv4/conf/*/forwarding")
         self._sysctls.remember([_IPV4_FORWARDING, *dependent, "net/ipv4/conf/all/accept_redirects"])
         self._sysctls.write(_IPV4_FORWARDING, "1")
@@ -124,7 +125,7 @@ class _ForwardingHost:
         sysctls = self._sysctls
         if sysctls.read(_IPV6_FORWARDING) != "0":
             return
-        # A router ignores router advertisements, and drops the routes it has from them, unless this is 2.
+        # A router ignores router advertisements and drops the routes learned from them, unless accept_ra is 2.
         advertised = [name for name in sysctls.names("net/ipv6/conf/*/accept_ra") if sysctls.read(name) == "1"]
         sysctls.remember([_IPV6_FORWARDING, *sysctls.names("net/ipv6/conf/*/forwarding"), *advertised])
         try:
@@ -154,7 +155,7 @@ table inet {_TABLE} {{
 
 
 def _no_table() -> str:
-    """Adding it first makes sure that there is one to delete."""
+    """Delete our table. Adding it first avoids an error if it does not exist."""
     return f"add table inet {_TABLE}\ndelete table inet {_TABLE}\n"
 
 
@@ -167,7 +168,7 @@ def _accepting_rules(family: str, table: str, chain: str, interface: str) -> str
 
 
 def _delete_foreign_rules(ruleset: list[dict[str, Any]]) -> None:
-    """Delete our rules from the chains of others."""
+    """Delete our rules from other programs' chains."""
     ours = [rule for rule in _of_kind(ruleset, "rule") if rule.get("comment") == _COMMENT and rule["table"] != _TABLE]
     script = "".join(
         f"delete rule {rule['family']} {rule['table']} {rule['chain']} handle {rule['handle']}\n" for rule in ours
@@ -177,7 +178,7 @@ def _delete_foreign_rules(ruleset: list[dict[str, Any]]) -> None:
 
 
 def _dropping_chains(ruleset: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
-    """Family, table and name of each chain that needs our rules: a forward chain that would drop, or Docker's own."""
+    """Family, table and name of each chain that needs our rules: forward chains that drop, or Docker's user chain."""
     chains = list(_of_kind(ruleset, "chain"))
     for chain in chains:
         family, table, name = chain["family"], chain["table"], chain["name"]
@@ -192,9 +193,9 @@ def _dropping_chains(ruleset: list[dict[str, Any]]) -> Iterator[tuple[str, str, 
 
 
 def _ends_in_refusal(ruleset: list[dict[str, Any]], chain: dict[str, Any]) -> bool:
-    """Whether the chain's last rule drops or rejects whatever comes to it, as firewalld's does."""
-    where = (chain["family"], chain["table"], chain["name"])
-    rules = [rule for rule in _of_kind(ruleset, "rule") if (rule["family"], rule["table"], rule["chain"]) == where]
+    """Whether the chain's last rule drops or rejects every remaining packet, as firewalld's does."""
+    place = (chain["family"], chain["table"], chain["name"])
+    rules = [rule for rule in _of_kind(ruleset, "rule") if (rule["family"], rule["table"], rule["chain"]) == place]
     if not rules:
         return False
     kinds = {kind for expression in rules[-1]["expr"] for kind in expression}
@@ -205,7 +206,7 @@ def _legacy_iptables() -> Iterator[str]:
     for file in _LEGACY_TABLES:
         try:
             yield from Path(file).read_text().split()
-        except OSError:  # no such module in the kernel
+        except OSError:  # the kernel module is not loaded
             continue
 
 

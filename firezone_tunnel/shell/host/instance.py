@@ -1,4 +1,4 @@
-"""One client and one gateway per network namespace: they would take each other's interface and routes away."""
+"""Limit each network namespace to one client and one gateway: a second would take over interface and routes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from firezone_tunnel.errors import InUseError, PlatformError
 
 
 class Instance:
-    """Holds a name in this network namespace for as long as the process lives, or until `close`.
+    """Reserves a name in this network namespace until `close` or the end of the process.
 
-    The name is that of an abstract Unix socket (unix(7)): it leaves no file, and a killed process leaves nothing.
+    The name is bound as an abstract Unix socket (unix(7)), which the kernel releases even if the process is killed.
     """
 
     def __init__(self, name: str) -> None:
         """
-        Raises: InUseError, if another process holds it.
+        Raises: InUseError, if another process holds the name; PlatformError, if the socket can't be bound.
         """
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -24,11 +24,11 @@ class Instance:
         except OSError as error:
             self._socket.close()
             if error.errno == errno.EADDRINUSE:
-                raise InUseError(
-                    f"Another {name} is running on this host, so its tunnel is in use: stop it first"
-                ) from error
-            raise PlatformError(f"Can't make sure that no other {name} is running: {error.strerror}") from error
+                raise InUseError(f"Another {name} is already running on this host: stop it first") from error
+            raise PlatformError(
+                f"Can't check whether another {name} is running: binding a Unix socket failed ({error.strerror})"
+            ) from error
 
     def close(self) -> None:
-        """Let go of the name. May be called more than once."""
+        """Release the name. May be called more than once."""
         self._socket.close()

@@ -1,6 +1,6 @@
-"""Links, addresses, routes and rules of this network namespace, by rtnetlink. Everything here blocks.
+"""Configure links, addresses, routes and rules of this network namespace over rtnetlink. All calls block.
 
-pyroute2 runs an asyncio loop of its own and so can't be used in the reactor's thread; it is imported by the first call.
+pyroute2 runs its own asyncio loop, so it can't be used in the reactor's thread. The first call imports it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from firezone_tunnel.shell.logs import events as log
 FIREZONE_MARK = 0xFD002021  # docs/protocol/data-plane.md, 8: what carries it uses the main table
 
 TUNNEL_MTU = 1280
-TUNNEL_QUEUE = 128  # in super-packets: a longer queue is delay
+TUNNEL_QUEUE = 128  # in super-packets; a longer queue only adds delay
 
 
 class Table(NamedTuple):
-    """A routing table for everything that is not marked, and the priority of the rule that leads there."""
+    """A routing table for all unmarked packets, and the priority of the rule that selects it."""
 
     number: int
     priority: int
@@ -36,14 +36,14 @@ TABLES = (USER_TABLE, LINK_SCOPE_TABLE, INTERNET_TABLE)
 
 
 class Families(NamedTuple):
-    """Which of the two IP versions it is about."""
+    """A flag for each IP version."""
 
     ipv4: bool
     ipv6: bool
 
 
 class Kernel:
-    """One rtnetlink socket. Must be used in one thread only, from `open` to `close`."""
+    """One rtnetlink socket, opened by the first call. Must be used from one thread only."""
 
     def __init__(self) -> None:
         self._route: Any = None
@@ -54,13 +54,14 @@ class Kernel:
             self._route = None
 
     def configure_link(self, name: str, *, ipv4: str | None, ipv6: str | None, mtu: int, txqueuelen: int) -> Families:
-        """Give the interface these addresses and no others, and bring it up. Returns which families work.
+        """Set exactly these addresses on the interface and bring it up. Returns the families that work.
 
-        Raises: PlatformError, if there is no such interface or neither family works.
+        Raises: PlatformError, if the interface does not exist or neither family works.
         """
         route = self._open()
         index = self._index(name)
-        # Before it comes up: else the kernel adds a link-local address, which it doesn't remove while checking it.
+        # This comes before the interface is up: otherwise the kernel adds a link-local address, which can't be
+        # removed while duplicate address detection is running.
         _request(route.link, "set", index=index, IFLA_AF_SPEC=_NO_LINK_LOCAL, tolerated=_NO_IPV6)
         for message in [message for message in _dump(route.addr) if message["index"] == index]:
             _request(route.addr, "del", **_same_address(message), tolerated=_GONE)
@@ -70,11 +71,14 @@ class Kernel:
         if failure is not None:
             raise PlatformError(f"Can't bring up the network interface {name}: {failure.strerror}")
         if not any(families):
-            raise PlatformError(f"Can't give the network interface {name} an address of either family")
+            raise PlatformError(
+                f"Can't add the address {' or '.join(filter(None, (ipv4, ipv6)))} to the network interface {name}: "
+                "check that the host supports IPv4 or IPv6"
+            )
         return families
 
     def set_rules(self, families: Families, table: Table = USER_TABLE) -> None:
-        """Let everything that is not marked try `table` before the main one; a rule that fails is logged."""
+        """Look up all unmarked packets in `table` before the main table. Rules that can't be added are logged."""
         for family, wanted in zip(_FAMILIES, families, strict=True):
             if not wanted:
                 continue
@@ -83,9 +87,9 @@ class Kernel:
                 log.warning("netlink:rule_failed", table=table.number, reason=failure.strerror)
 
     def set_routes(self, name: str, routes: Iterable[str], table: Table = USER_TABLE) -> None:
-        """Make these networks, and no others, lead through the interface by `table`. Routes that fail are logged.
+        """Make these the only routes in `table`, all through the interface. Routes that can't be changed are logged.
 
-        Raises: PlatformError, if there is no such interface.
+        Raises: PlatformError, if the interface does not exist.
         """
         index = self._index(name)
         wanted = {ipaddress.ip_network(route, strict=False): index for route in routes}
@@ -102,9 +106,10 @@ class Kernel:
             log.warning("netlink:routes_failed", count=len(failed), reason=failed[0].strerror)
 
     def remove_everything(self) -> int:
-        """Delete our rules, and all routes in our tables; returns how many of both there were.
+        """Delete our rules and all routes in our tables. Returns the number of rules and routes deleted.
 
-        At start this removes what a killed predecessor left: mostly rules, as routes go with their interface.
+        XX
+            deletes routes together with their interface.
         """
         removed = 0
         for table in TABLES:
@@ -117,7 +122,7 @@ class Kernel:
         return removed
 
     def snapshot(self) -> HostSnapshot:
-        """The links, addresses and default routes of the main table, as they are now."""
+        """The current links, addresses and default routes of the main table."""
         route = self._open()
         return HostSnapshot(
             links=tuple(_link(message) for message in _dump(route.link)),
@@ -136,7 +141,7 @@ class Kernel:
         for message in _dump(self._open().link):
             if message.get("IFLA_IFNAME") == name:
                 return int(message["index"])
-        raise PlatformError(f"There is no network interface {name}")
+        raise PlatformError(f"Network interface {name} not found: it may have been deleted by another program")
 
     def _add_address(self, index: int, host: str | None) -> bool:
         if host is None:
@@ -170,7 +175,7 @@ class Kernel:
             for message in _dump(self._open().route, family=family, table=_MAIN_TABLE):
                 if message["dst_len"] or message["type"] != _RTN_UNICAST or message.get("RTA_TABLE") != _MAIN_TABLE:
                     continue
-                # Of several hops, the first stands for all.
+                # Only the first hop of a multipath route counts.
                 hop = (message.get("RTA_MULTIPATH") or [message])[0]
                 via = hop.get("RTA_VIA") or {}
                 yield Route(
@@ -186,16 +191,16 @@ _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
-_EXISTS = frozenset({errno.EEXIST, errno.EOPNOTSUPP})  # the latter: no such family on this host
+_EXISTS = frozenset({errno.EEXIST, errno.EOPNOTSUPP})  # EOPNOTSUPP: the host doesn't support this family
 _GONE = frozenset({errno.ENOENT, errno.ESRCH, errno.ENODEV, errno.EADDRNOTAVAIL})
 _NO_IPV6 = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.EINVAL})
-_NOTHING_TO_DUMP = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})  # ENOENT: no such table yet
+_NOTHING_TO_DUMP = frozenset({errno.EOPNOTSUPP, errno.EAFNOSUPPORT, errno.ENOENT})  # ENOENT: the table is empty
 
 _MAIN_TABLE = 254  # <linux/rtnetlink.h>
 _RTN_UNICAST = 1
 _RTPROT_STATIC = 4
 _RT_SCOPE_UNIVERSE = 0
-_RT_SCOPE_NOWHERE = 255  # to delete: whatever its scope is
+_RT_SCOPE_NOWHERE = 255  # in a deletion this matches any scope
 _RTPROT_KERNEL = 2
 _FIB_RULE_INVERT = 2  # <linux/fib_rules.h>
 _NO_LINK_LOCAL = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE", 1)]})]}  # <linux/if_link.h>
@@ -203,19 +208,19 @@ _NO_LINK_LOCAL = {"attrs": [("AF_INET6", {"attrs": [("IFLA_INET6_ADDR_GEN_MODE",
 _IFF_UP = 0x1  # <linux/if.h>
 _IFF_LOOPBACK = 0x8
 _IFF_RUNNING = 0x40
-_IFA_F_TEMPORARY = 0x01  # <linux/if_addr.h>; of IPv4: secondary
+_IFA_F_TEMPORARY = 0x01  # <linux/if_addr.h>; for IPv4 this bit means secondary
 _IFA_F_NODAD = 0x02
 _IFA_F_DADFAILED = 0x08
 _IFA_F_DEPRECATED = 0x20
 _IFA_F_TENTATIVE = 0x40
 
-_DUMP_ATTEMPTS = 5  # the kernel says when something changed in between
+_DUMP_ATTEMPTS = 5  # the kernel interrupts a dump when the configuration changes meanwhile
 
 
 def _request(
     function: Callable[..., Any], command: str, *, tolerated: frozenset[int] = frozenset(), **arguments: Any
 ) -> OSError | None:
-    """Ask the kernel to change something; its refusal, unless it is one of those tolerated."""
+    """Request a change from the kernel. Returns the error, or None if it succeeded or the error is tolerated."""
     from pyroute2.netlink.exceptions import NetlinkError
 
     try:
@@ -226,7 +231,7 @@ def _request(
 
 
 def _dump(function: Callable[..., Any], **arguments: Any) -> list[Any]:
-    """All there is, or nothing where the kernel knows no such family or table.
+    """All entries, or an empty list if the kernel doesn't have the family or table.
 
     Raises: PlatformError.
     """
@@ -241,7 +246,9 @@ def _dump(function: Callable[..., Any], **arguments: Any) -> list[Any]:
             if error.code in _NOTHING_TO_DUMP:
                 return []
             raise PlatformError(f"Can't read the host's network configuration: {os.strerror(error.code)}") from error
-    raise PlatformError("Can't read the host's network configuration: it changes all the time")
+    raise PlatformError(
+        f"Can't read the host's network configuration: it changed during each of {_DUMP_ATTEMPTS} attempts; try again"
+    )
 
 
 def _rule(family: int, table: Table) -> dict[str, Any]:
@@ -260,7 +267,7 @@ def _leads_to(rule: Any, table: Table) -> bool:
 
 
 def _same_rule(rule: Any, family: int, table: Table) -> dict[str, Any]:
-    """What deletes that very rule: another version may have made it a little different."""
+    """Arguments to delete this rule, with its own priority and protocol, as another version may have set others."""
     own = {"priority": rule.get("FRA_PRIORITY") or 0, "protocol": rule.get("FRA_PROTOCOL") or 0}
     return _rule(family, table) | own
 

@@ -1,4 +1,4 @@
-"""The host's addresses and its way to the internet, and word of their changes."""
+"""Monitor the host's addresses and uplinks for changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DEBOUNCE = 0.2  # docs/decisions.md, 3
 
 
 class NetworkMonitor:
-    """Tells which addresses may be candidates, and when the host has moved to another network."""
+    """Reports the host's candidate addresses, and when the host has moved to another network."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class NetworkMonitor:
         on_hosts: Callable[[list[str]], object],
         on_moved: Callable[[Uplinks], object],
     ) -> None:
-        """`on_hosts` is called whenever the addresses have changed; `on_moved` after it where the uplink has, too."""
+        """`on_hosts` is called when the addresses change, `on_moved` when an uplink changes, in this order."""
         self._reactor = reactor
         self._netlink = netlink
         self._own_link = own_link
@@ -36,19 +36,19 @@ class NetworkMonitor:
         self.hosts: list[str] = []
         self._uplinks: Uplinks | None = None
         self._watcher: NetworkWatcher | None = None
-        self._calm: Any = None
+        self._debounce: Any = None
         self._is_closed = False
 
     @property
     def interfaces(self) -> list[str]:
-        """Those that lead to the internet, each once."""
+        """The interfaces that lead to the internet, without duplicates."""
         found = [uplink.interface for uplink in self._uplinks or () if uplink is not None]
         return list(dict.fromkeys(found))
 
     async def start(self) -> None:
-        """Look once, then watch. `on_hosts` has been called when this is done.
+        """Read the configuration, then watch for changes. `on_hosts` is called before this returns.
 
-        Raises: PlatformError; OSError, where the kernel lets nobody watch.
+        Raises: PlatformError; OSError, if the kernel doesn't allow the subscription.
         """
         self._watcher = NetworkWatcher(self._reactor, self._changed)
         self._compare(await self._netlink.snapshot())
@@ -58,12 +58,12 @@ class NetworkMonitor:
         self._is_closed = True
         if self._watcher is not None:
             self._watcher.close()
-        if self._calm is not None and self._calm.active():
-            self._calm.cancel()
+        if self._debounce is not None and self._debounce.active():
+            self._debounce.cancel()
 
     def _changed(self) -> None:
-        if self._calm is None or not self._calm.active():
-            self._calm = self._reactor.callLater(DEBOUNCE, self._look)
+        if self._debounce is None or not self._debounce.active():
+            self._debounce = self._reactor.callLater(DEBOUNCE, self._look)
 
     def _look(self) -> None:
         looking: Deferred[None] = self._netlink.snapshot().addCallbacks(self._compare, self._failed)
@@ -83,9 +83,9 @@ class NetworkMonitor:
             self._on_moved(self._uplinks)
 
     def _failed(self, failure: Failure) -> None:
-        """The next change is looked at again."""
+        """Log it; the next change triggers another snapshot."""
         log.warning("network:look_failed", reason=failure.getErrorMessage())
 
     def _crashed(self, failure: Failure) -> None:
-        """Over what was seen, which is a mistake of ours."""
+        """Log an exception raised while handling a snapshot, which is a bug."""
         log.error("network:crashed", reason=failure.getErrorMessage(), traceback=failure.getTraceback())

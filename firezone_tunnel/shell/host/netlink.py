@@ -1,4 +1,4 @@
-"""The host's network configuration, off the reactor's thread, and word of its changes."""
+"""Read, change and watch the host's network configuration without blocking the reactor's thread."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from firezone_tunnel.shell.host.worker_thread import WorkerThread
 
 
 class Netlink:
-    """What `host.kernel.Kernel` does, as Deferreds, one request after another in the worker's thread.
+    """The methods of `host.kernel.Kernel` as Deferreds. Requests run in order in the worker's thread.
 
-    The network namespace is that of the thread which made the first call.
+    It works on the network namespace that the worker's thread was in at the first call.
     """
 
     def __init__(self, worker: WorkerThread) -> None:
@@ -35,41 +35,41 @@ class Netlink:
         mtu: int = TUNNEL_MTU,
         txqueuelen: int = TUNNEL_QUEUE,
     ) -> Deferred[Families]:
-        """Give the interface these addresses and no others, and bring it up. Fires with which families work.
+        """Set exactly these addresses on the interface and bring it up. Fires with the families that work.
 
-        Fails with: PlatformError, if there is no such interface or neither family works.
+        Fails with: PlatformError, if the interface does not exist or neither family works.
         """
         return self._worker.call(
             self._kernel.configure_link, name, ipv4=ipv4, ipv6=ipv6, mtu=mtu, txqueuelen=txqueuelen
         )
 
     def set_rules(self, families: Families, table: Table = USER_TABLE) -> Deferred[None]:
-        """Let everything that does not carry our mark try `table` before the main one."""
+        """Look up all packets without our mark in `table` before the main table."""
         return self._worker.call(self._kernel.set_rules, families, table)
 
     def set_routes(self, name: str, routes: Iterable[str], table: Table = USER_TABLE) -> Deferred[None]:
-        """Make these networks ("10.0.0.0/8", of both families), and no others, lead through the interface.
+        """Make these networks ("10.0.0.0/8", of both families) the only ones routed through the interface.
 
-        Fails with: PlatformError, if there is no such interface.
+        Fails with: PlatformError, if the interface does not exist.
         """
         return self._worker.call(self._kernel.set_routes, name, tuple(routes), table)
 
     def remove_everything(self) -> Deferred[int]:
-        """Delete our rules and routes, at the end, or at the start those of a killed predecessor. Fires with how many.
+        """Delete our rules and routes, including any left by a process that was killed. Fires with their number.
 
         Fails with: PlatformError.
         """
         return self._worker.call(self._kernel.remove_everything)
 
     def snapshot(self) -> Deferred[HostSnapshot]:
-        """The network configuration as it is now, for `host.addresses`.
+        """The current network configuration, for `host.addresses`.
 
         Fails with: PlatformError.
         """
         return self._worker.call(self._kernel.snapshot)
 
     def close(self) -> Deferred[None]:
-        """Fires once all that was asked for is done."""
+        """Close the socket. Fires when all earlier requests are done."""
         return self._worker.call(self._kernel.close)
 
 
@@ -77,7 +77,7 @@ class Netlink:
 class NetworkWatcher:
     """Calls `changed()` in the reactor's thread when links, addresses or routes may have changed.
 
-    It says neither what has changed nor whether it matters: wait until it is calm, then compare snapshots.
+    It doesn't report the change itself. Wait until the notifications stop, then compare snapshots.
     """
 
     def __init__(self, reactor: IReactorFDSet, changed: Callable[[], object]) -> None:
@@ -104,12 +104,12 @@ class NetworkWatcher:
         if self._socket is None:
             return
         try:
-            for _ in range(_MAX_NOTICES):
-                self._socket.recv(_NOTICE_SIZE)
+            for _ in range(_MAX_NOTIFICATIONS):
+                self._socket.recv(_NOTIFICATION_SIZE)
         except BlockingIOError:
             pass
         except OSError as error:
-            if error.errno != errno.ENOBUFS:  # which says that notices were lost: something has changed
+            if error.errno != errno.ENOBUFS:  # ENOBUFS: notifications were lost, so there were changes
                 raise
         self._changed()
 
@@ -125,5 +125,5 @@ class NetworkWatcher:
 
 _NETLINK_ROUTE = 0  # <linux/netlink.h>
 _GROUPS = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # link, IPv4 address and route, IPv6 address and route: rtnetlink.h
-_MAX_NOTICES = 64  # a turn
-_NOTICE_SIZE = 1  # the rest is cut off
+_MAX_NOTIFICATIONS = 64  # per reactor turn
+_NOTIFICATION_SIZE = 1  # the content is not used, so the kernel may truncate it

@@ -1,4 +1,4 @@
-"""nftables through the `nft` program. Everything here blocks."""
+"""nftables through the `nft` program. All calls block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TIMEOUT = 30.0
 
 
 def run(script: str) -> None:
-    """Carry out a script, all of it or nothing.
+    """Apply a script atomically.
 
     Raises: PlatformError.
     """
@@ -20,7 +20,7 @@ def run(script: str) -> None:
 
 
 def rules() -> list[dict[str, Any]]:
-    """The whole rule set: tables, chains and rules as `nft --json` gives them, each in a dict under its kind.
+    """The whole rule set: tables, chains and rules as `nft --json` lists them, each in a dict under its kind.
 
     Raises: PlatformError.
     """
@@ -36,10 +36,12 @@ def _nft(arguments: list[str], script: str) -> str:
             ["nft", *arguments], input=script, capture_output=True, text=True, timeout=_TIMEOUT, check=False
         )
     except FileNotFoundError as error:
-        raise PlatformError("The program nft is missing: install the package nftables") from error
+        raise PlatformError("Can't run nft, the program was not found: install the package nftables") from error
     except subprocess.TimeoutExpired as error:
-        raise PlatformError("nft did not answer: is another program holding the rule set?") from error
+        raise PlatformError(
+            f"nft did not finish within {_TIMEOUT:.0f} seconds: check whether another program locks the rule set"
+        ) from error
     if done.returncode:
-        reason = done.stderr.strip().splitlines() or ["no reason given"]
-        raise PlatformError(f"nft refused our rules ({reason[0]}): run as root or with CAP_NET_ADMIN")
+        reason = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise PlatformError(f"nft failed ({reason[0]}): run as root or with CAP_NET_ADMIN")
     return done.stdout

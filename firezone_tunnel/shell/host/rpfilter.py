@@ -1,7 +1,8 @@
-"""Strict reverse-path filtering, which would drop the answers to our marked sockets once a resource covers a peer.
+"""Keep strict reverse-path filtering from dropping replies to our marked sockets.
 
-Such a filter asks whether the answer's source would be reached by the interface it came from, and for what is not
-marked that is the tunnel. So answers get the mark of what they answer, and the filter is told to heed marks.
+The filter drops a packet if the route to its source does not leave through the interface it arrived on. Once a
+resource covers a peer's address, the route for unmarked packets leads into the tunnel. So replies get the mark of
+their connection, and src_valid_mark makes the filter use the mark in its lookup.
 """
 
 from __future__ import annotations
@@ -20,33 +21,33 @@ from firezone_tunnel.shell.logs import events as log
 
 
 def is_strict(interface: str, read: Callable[[str], str | None]) -> bool:
-    """Whether an interface filters strictly, by what `read` says of settings such as "net/ipv4/conf/eth0/rp_filter".
+    """Whether an interface filters strictly. `read` returns a setting such as "net/ipv4/conf/eth0/rp_filter".
 
-    The larger of the interface's own value and that of all of them holds.
+    The kernel uses the larger of the interface's own value and that for all interfaces.
     """
     values = [read(f"net/ipv4/conf/{name}/rp_filter") for name in ("all", interface)]
     return max(int(value or 0) for value in values) == _STRICT
 
 
 class ReplyMarks:
-    """Makes strict reverse-path filtering harmless, where there is any."""
+    """Marks replies, so that strict reverse-path filtering does not drop them."""
 
     def __init__(self, worker: WorkerThread, *, state_directory: Path) -> None:
-        """`state_directory` keeps the host's original settings for as long as ours hold."""
+        """`state_directory` stores the host's original settings until `remove` restores them."""
         self._worker = worker
         self._host = _FilteringHost(Sysctls(state_directory / "client-sysctls.json"))
 
     def ensure(self, uplinks: Iterable[str]) -> Deferred[list[str]]:
-        """Call it with the interfaces that lead to the internet, at start and when they change.
+        """Install the marks if any of these interfaces filters strictly. Call it again when the uplinks change.
 
-        Fires with those that filter strictly: if there are none, nothing is changed.
+        Fires with the interfaces that filter strictly.
 
-        Fails with: PlatformError, if some do and nothing can be done about it.
+        Fails with: PlatformError, if the marks are needed but can't be installed.
         """
         return self._worker.call(self._host.ensure, tuple(uplinks))
 
     def remove(self) -> Deferred[None]:
-        """Put everything back.
+        """Remove the marks and restore the original settings.
 
         Fails with: PlatformError.
         """
@@ -54,7 +55,7 @@ class ReplyMarks:
 
 
 _TABLE = "firezone_client"
-_HEED_MARKS = "net/ipv4/conf/all/src_valid_mark"
+_SRC_VALID_MARK = "net/ipv4/conf/all/src_valid_mark"
 _STRICT = 1  # RFC 3704, section 2.2
 
 _NO_TABLE = f"add table inet {_TABLE}\ndelete table inet {_TABLE}\n"
@@ -73,7 +74,7 @@ table inet {_TABLE} {{
 
 
 class _FilteringHost:
-    """All of it, blocking."""
+    """The blocking implementation, run in the worker thread."""
 
     def __init__(self, sysctls: Sysctls) -> None:
         self._sysctls = sysctls
@@ -97,13 +98,13 @@ class _FilteringHost:
 
     def _install(self, strict: list[str]) -> None:
         try:
-            self._sysctls.remember([_HEED_MARKS])
+            self._sysctls.remember([_SRC_VALID_MARK])
             self._is_installed = True
             nftables.run(_OWN_TABLE)
-            self._sysctls.write(_HEED_MARKS, "1")
+            self._sysctls.write(_SRC_VALID_MARK, "1")
         except PlatformError as error:
             raise PlatformError(
-                f"Strict reverse-path filtering on {', '.join(strict)} would drop answers from outside the tunnel: "
-                f"set net.ipv4.conf.{strict[0]}.rp_filter and net.ipv4.conf.all.rp_filter to 2 ({error})"
+                f"Can't exempt replies to this client from strict reverse-path filtering on {', '.join(strict)} "
+                f"({error}): set net.ipv4.conf.{strict[0]}.rp_filter and net.ipv4.conf.all.rp_filter to 2"
             ) from error
         log.info("rpfilter:reply_marks_installed", interfaces=strict)

@@ -1,4 +1,4 @@
-"""Kernel settings that are changed for as long as we run, and put back as they were. Everything here blocks."""
+"""Change kernel settings while the process runs, and restore them at its end. All calls block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.errors import PlatformError, one_line
 from firezone_tunnel.shell.logs import events as log
 
 PROC_SYS = Path("/proc/sys")
@@ -17,18 +17,18 @@ _BOOT_ID = PROC_SYS / "kernel/random/boot_id"
 class Sysctls:
     """Settings by their path under /proc/sys, such as "net/ipv4/ip_forward".
 
-    What they were is on disk before the first of them changes, so that a successor can put back what a killed
-    process left; those of an earlier boot don't count.
+    The original values are on disk before any of them changes, so that the next process can restore them if this one
+    is killed. Values from an earlier boot are ignored.
     """
 
     def __init__(self, originals_file: Path) -> None:
         self._file = originals_file
         self._originals: dict[str, str] = {}
         self.notes: list[str] = []
-        """Kept on disk with the originals, for whoever puts them back."""
+        """Stored with the originals, for the process that restores them."""
 
     def read(self, name: str) -> str | None:
-        """The current value, or None where this kernel has no such setting."""
+        """The current value, or None if this kernel doesn't have the setting."""
         try:
             return (PROC_SYS / name).read_text().strip()
         except OSError:
@@ -39,9 +39,9 @@ class Sysctls:
         return sorted(str(path.relative_to(PROC_SYS)) for path in PROC_SYS.glob(pattern))
 
     def recover(self) -> bool:
-        """Remember what a killed predecessor had found. Whether there was one since the host was started.
+        """Load the original values that a killed process left behind. Returns whether there were any from this boot.
 
-        Raises: PlatformError, if the file is there but can't be read.
+        Raises: PlatformError, if the file exists but can't be read.
         """
         try:
             recorded = json.loads(self._file.read_text())
@@ -52,11 +52,14 @@ class Sysctls:
         except FileNotFoundError:
             return False
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise PlatformError(f"Can't read {self._file}, which holds the host's original settings") from error
+            raise PlatformError(
+                f"Can't read the host's original settings from {self._file} ({one_line(error)}): "
+                "restore them by hand if needed, then delete the file"
+            ) from error
         return True
 
     def remember(self, names: Iterable[str]) -> None:
-        """Note on disk what these are, those not noted already: before changing them.
+        """Store the current values of these settings on disk, except for any stored before. Call it before `write`.
 
         Raises: PlatformError.
         """
@@ -69,10 +72,13 @@ class Sysctls:
             record = {"boot_id": _boot_id(), "originals": self._originals, "notes": self.notes}
             _write_durably(self._file, json.dumps(record, indent=1))
         except OSError as error:
-            raise PlatformError(f"Can't note the host's original settings in {self._file}: {error.strerror}") from error
+            raise PlatformError(
+                f"Can't save the host's original settings to {self._file} ({error.strerror}): "
+                "make its directory writable, or choose another --state-dir"
+            ) from error
 
     def write(self, name: str, value: str) -> None:
-        """Set it, unless it has that value; `remember` it first.
+        """Set a value, unless it is set already. Call `remember` first.
 
         Raises: PlatformError.
         """
@@ -83,17 +89,17 @@ class Sysctls:
         except OSError as error:
             dotted = name.replace("/", ".")
             raise PlatformError(
-                f"Can't set {dotted} to {value}: {error.strerror}; set it when the host starts"
+                f"Can't set {dotted} to {value} ({error.strerror}): set it in the host's sysctl configuration"
             ) from error
 
     def changed(self) -> list[str]:
-        """Those of the settings remembered that differ from what they were. One that is gone does not."""
+        """The names of remembered settings whose value now differs. A setting that no longer exists is left out."""
         return [name for name, value in self._originals.items() if self.read(name) not in {value, None}]
 
     def restore(self) -> None:
-        """Put back all that was remembered, in the order in which it was. What can't be set any more is told."""
+        """Restore all remembered settings in the order they were remembered. Settings that can't be set are logged."""
         for name, value in self._originals.items():
-            if self.read(name) in {value, None}:  # asked only now: one setting may change others
+            if self.read(name) in {value, None}:  # read inside the loop, as writing one setting may change others
                 continue
             try:
                 (PROC_SYS / name).write_text(value)
@@ -102,7 +108,7 @@ class Sysctls:
         self.forget()
 
     def forget(self) -> None:
-        """Leave everything as it is now, for good."""
+        """Keep the current values for good: discard the remembered ones."""
         self._originals.clear()
         self._file.unlink(missing_ok=True)
 
@@ -112,7 +118,7 @@ def _boot_id() -> str:
 
 
 def _write_durably(path: Path, text: str) -> None:
-    """Replace a file so that after a crash there is either the old or the new one."""
+    """Replace a file atomically: after a crash it has either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".new")
     with temporary.open("w") as file:

@@ -1,4 +1,4 @@
-"""One thread for what blocks: netlink, sysctls and `nft`, in the order in which it was asked for."""
+"""A single thread for blocking calls to netlink, sysctls and `nft`, which run in the order requested."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _T = TypeVar("_T")
 
 
 class WorkerThread:
-    """A thread that starts with the first call and ends with `stop`, or with the reactor at the latest."""
+    """A thread that starts at the first call and ends at `stop`, or when the reactor stops."""
 
     def __init__(self, reactor: Any, *, name: str = "host") -> None:
-        """`reactor` is an IReactorThreads and IReactorCore."""
+        """`reactor` must provide IReactorThreads and IReactorCore."""
         self._reactor = reactor
         self._pool = ThreadPool(minthreads=1, maxthreads=1, name=name)
         self._trigger: object = None
 
     def call(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Deferred[_T]:
-        """Call it in the thread; the result, or what it raises, arrives in the reactor's."""
+        """Call the function in the thread. Its result or exception arrives in the reactor's thread."""
         if not self._pool.started:
             self._pool.start()
             self._trigger = self._reactor.addSystemEventTrigger("after", "shutdown", self._pool.stop)
@@ -31,7 +31,7 @@ class WorkerThread:
         return result
 
     def stop(self) -> Deferred[None]:
-        """Fires once everything asked for so far is done and the thread has ended."""
+        """Fires when all calls made so far are done and the thread has ended."""
         if self._trigger is None:
             return succeed(None)
         trigger, self._trigger = self._trigger, None
