@@ -219,7 +219,7 @@ def test_a_log_directory_that_cannot_be_is_one_sentence_and_code_1(directory: Pa
     _fails(
         *(directory, "firezone-portal", *_PORTAL, "--log-dir", str(directory / "file")),
         code=1,
-        complaint=f"Can't log to a file in {directory / 'file'} (File exists): choose another --log-dir",
+        complaint=f"Can't create a log file in {directory / 'file'} (File exists): choose another --log-dir",
     )
 
 

@@ -1,1 +1,1 @@
-"""Structured logs through eliot: `events` to write them, `writer` to carry them out of the process."""
+"""Structured logging with eliot: `events` logs messages, `writer` writes them to a stream."""

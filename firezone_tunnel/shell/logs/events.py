@@ -1,7 +1,7 @@
-"""How everything above the core logs: `log.info("portal:connected", host=…)`.
+"""The logging functions for all code outside the core: `log.info("portal:connected", host=…)`.
 
-A message type is `area:event` in the past tense. `cid`, `gid` and `rid` name clients, gateways and resources, and
-nothing else does. The threshold is checked before eliot builds anything.
+A message type is `area:event` in the past tense. The fields `cid`, `gid` and `rid` are reserved for the ids of clients,
+gateways and resources. The threshold is checked before eliot builds a message.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ class _Threshold:
 
 
 def set_threshold(level: int) -> None:
-    """Messages below this level are dropped before they are built."""
+    """Drop messages below this level before they are built."""
     _Threshold.level = level
 
 
 def enabled(level: int) -> bool:
-    """Whether a message of this level would be written: ask before computing expensive fields."""
+    """Whether messages of this level are logged. Check it before computing expensive fields."""
     return level >= _Threshold.level
 
 
 def debug(message_type: str, **fields: Any) -> None:
-    """Noise that helps a developer: unreachable addresses, ignored messages, users' addresses and names."""
+    """Details for a developer: unreachable addresses, ignored messages, users' addresses and names."""
     _log(DEBUG, message_type, fields)
 
 
 def info(message_type: str, **fields: Any) -> None:
-    """What an operator would want to read: state changes, portal hiccups."""
+    """Events of interest to an operator: state changes, short losses of the portal connection."""
     _log(INFO, message_type, fields)
 
 
 def warning(message_type: str, **fields: Any) -> None:
-    """Unexpected, and never caused by the network or a peer."""
+    """An unexpected condition that neither the network nor a peer can cause."""
     _log(WARNING, message_type, fields)
 
 
 def error(message_type: str, **fields: Any) -> None:
-    """The operator must act."""
+    """A condition that needs action by the operator."""
     _log(ERROR, message_type, fields)
 
 
 def nonzero(counters: Any) -> dict[str, Any]:
-    """The fields of counters, an attrs object that may contain others, that have anything to tell."""
+    """The nonzero fields of counters, an attrs object that may contain other counters."""
     fields = attrs.asdict(counters, recurse=False).items()
-    return {name: told for name, value in fields if (told := nonzero(value) if attrs.has(type(value)) else value)}
+    return {name: count for name, value in fields if (count := nonzero(value) if attrs.has(type(value)) else value)}
 
 
 def _log(level: int, message_type: str, fields: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The file that a process logs to, one for each start (docs/protocol/client-application.md, 6.3)."""
+"""Log files, a new one for each start of the process (docs/protocol/client-application.md, 6.3)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class LogFile:
-    """`<base>.YYYY-MM-DD-HH-MM-SS.log` in a directory, and a symlink `latest` to it: what `LogWriter` writes to.
+    """A stream for `LogWriter`: the file `<base>.YYYY-MM-DD-HH-MM-SS.log`, and a symlink `latest` that points to it.
 
-    A file that is deleted comes back with the next line. Nothing is buffered: what was written can be read.
+    If the file is deleted, the next line creates it again. Writes are not buffered.
     """
 
     def __init__(self, directory: Path, base: str, now: datetime | None = None) -> None:
-        """The directory is made where it is missing; `now` is in UTC. A full disk is no error, it may be empty later.
+        """Create the directory if needed, and the file. `now` is in UTC. A full disk is not an error: writes may
+        succeed later.
 
         Raises: ConfigurationError.
         """
@@ -34,14 +35,14 @@ class LogFile:
         except OSError as error:
             if error.errno not in _FULL:
                 raise ConfigurationError(
-                    f"Can't log to a file in {directory} ({error.strerror}): choose another --log-dir"
+                    f"Can't create a log file in {directory} ({error.strerror}): choose another --log-dir"
                 ) from error
 
     def isatty(self) -> bool:
         return False
 
     def write(self, text: str) -> None:
-        """Append whole lines, which end with a newline.
+        """Append complete lines, including the final newline.
 
         Raises: OSError.
         """
@@ -55,7 +56,7 @@ class LogFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def flush(self) -> None:
-        """There is nothing to do."""
+        """Do nothing: writes are not buffered."""
 
     def close(self) -> None:
         """May be called more than once."""
@@ -68,8 +69,8 @@ class LogFile:
         self.path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
         self._is_torn = False
-        with contextlib.suppress(OSError):  # a convenience, which some file systems don't have
-            os.fchmod(self._descriptor, 0o640)  # whatever the umask is
+        with contextlib.suppress(OSError):  # some file systems support neither modes nor symlinks
+            os.fchmod(self._descriptor, 0o640)  # independent of the umask
             self._point_latest_here()
 
     def _point_latest_here(self) -> None:

@@ -1,7 +1,7 @@
-"""Where log messages go: lines of JSON, or lines for people, written by a thread of their own.
+"""Write log messages in a separate thread, as JSON lines or as human-readable lines.
 
-A full pipe or a slow disk would block whoever writes to it. So what is logged goes into a queue of bounded size,
-and is dropped and counted when that is full; the reactor never waits.
+A write to a full pipe or a slow disk blocks. So messages go through a bounded queue, and are dropped and counted when
+the queue is full. The reactor never waits.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from zope.interface import implementer
 from firezone_tunnel.shell.logs import events as log
 
 QUEUE_CAPACITY = 1024
-CLOSE_TIMEOUT = 1.0  # seconds that the end of a process waits for the last lines
+CLOSE_TIMEOUT = 1.0  # seconds to wait for the last lines before the process ends
 
 FORMATS = ("human", "json")
 
 
 class Stream(Protocol):
-    """What lines are written to: a text stream such as stdout, or a `logs.file.LogFile`."""
+    """The destination of the lines: a text stream such as stdout, or a `logs.file.LogFile`."""
 
     def write(self, text: str, /) -> object: ...
 
@@ -50,16 +50,16 @@ class LogWriter:
         self._thread = threading.Thread(target=self._write_all, name="logs", daemon=True)
 
     def open(self) -> None:
-        """Begin to receive messages, those included that were logged before there was any destination."""
+        """Start to receive messages, including those logged before there was any destination."""
         self._thread.start()
         add_destinations(self)
 
     def close(self) -> bool:
-        """Receive no more; waits a second at most for what is queued to be written.
+        """Stop receiving messages, and wait up to CLOSE_TIMEOUT for queued messages to be written.
 
-        False: its thread still waits for the stream, which nobody else must touch from now on.
+        Returns False if the thread is still blocked by the stream. The stream must not be used any more then.
         """
-        with contextlib.suppress(ValueError):  # it was closed before, or never opened
+        with contextlib.suppress(ValueError):  # already closed, or never opened
             remove_destination(self)
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=CLOSE_TIMEOUT)
@@ -74,24 +74,24 @@ class LogWriter:
             self.dropped += 1
 
     def _write_all(self) -> None:
-        told = 0
+        reported = 0
         while (message := self._queue.get()) is not None:
-            if self.dropped > told:
-                told = self.dropped
-                self._write({"timestamp": message.get("timestamp"), **_DROPPED, "count": told})
+            if self.dropped > reported:
+                reported = self.dropped
+                self._write({"timestamp": message.get("timestamp"), **_DROPPED, "count": reported})
             self._write(message)
 
     def _write(self, message: Mapping[str, Any]) -> None:
         try:
             self._stream.write(self._format(message) + "\n")
             self._stream.flush()
-        except (OSError, ValueError):  # the disk is full, or whoever read is gone: there is nowhere to say so
+        except (OSError, ValueError):  # the disk is full or the pipe is closed: this can't be logged, only counted
             self.dropped += 1
 
 
 @implementer(ILogObserver)
 class TwistedMessages:
-    """What Twisted itself has to say, as messages of ours: failures are errors, all else is for debugging."""
+    """Forwards Twisted's own log events: failures as errors, warnings as warnings, everything else as debug."""
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         failure = event.get("log_failure")
@@ -132,7 +132,7 @@ _SHORT = {"warning": "WARN"}
 
 
 def _value(value: object) -> str:
-    """Quoted where it would not stand alone; never more than one line."""
+    """The value as a single word; quoted if it contains spaces, quotes, "=" or unprintable characters."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     plain = text.isprintable() and text and not any(character in ' "=' for character in text)
     return text if plain or not isinstance(value, str) else json.dumps(text, ensure_ascii=False)

@@ -79,7 +79,8 @@ def test_one_that_is_deleted_comes_back_with_the_next_line(tmp_path: Path) -> No
 def test_a_directory_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    with pytest.raises(ConfigurationError, match=r"Can't log to a file in .*file.*choose another --log-dir") as raised:
+    complaint = r"Can't create a log file in .*file.*choose another --log-dir"
+    with pytest.raises(ConfigurationError, match=complaint) as raised:
         LogFile(tmp_path / "file", "x")
     assert "\n" not in str(raised.value)
 
