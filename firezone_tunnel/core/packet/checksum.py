@@ -1,7 +1,7 @@
 """Internet checksums (RFC 1071), their incremental update (RFC 1624), and sums over many rows at once.
 
-A 16-bit ones'-complement sum is the remainder modulo 65,535 of the bytes read as one big integer, whatever the
-width of the words, since 2^16, 2^32, ... all leave 1; read little-endian, it is the same sum with its bytes swapped.
+A 16-bit ones'-complement sum equals the bytes, read as one big integer, modulo 65,535. Words of any width give the
+same result, since 2^16, 2^32, ... are all congruent to 1. Little-endian words give the same sum with its bytes swapped.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def checksum(data: bytes | bytearray | memoryview) -> int:
 
 
 def finish(total: int) -> int:
-    """The checksum of data whose big-endian words add up to `total`, congruent modulo 65,535, zero only if all are."""
+    """The checksum for a sum of big-endian words. `total` need not be reduced, but is zero only if all words are."""
     return -total % MODULUS if total else MODULUS
 
 
@@ -34,7 +34,7 @@ def word_sum(data: bytes | bytearray | memoryview) -> int:
 
 
 def update(old_checksum: int, old_word: int, new_word: int) -> int:
-    """The checksum after one 16-bit word of what it covers has changed (RFC 1624, equation 3)."""
+    """The checksum after one 16-bit word of the covered data has changed (RFC 1624, equation 3)."""
     total = (~old_checksum & MODULUS) + (~old_word & MODULUS) + new_word
     total = (total & MODULUS) + (total >> 16)
     total = (total & MODULUS) + (total >> 16)
@@ -44,7 +44,7 @@ def update(old_checksum: int, old_word: int, new_word: int) -> int:
 class RowSums:
     """Little-endian word sums of equal byte ranges that lie `stride` bytes apart in one buffer.
 
-    The views are made once; `of(rows)` then costs one NumPy call where the length is a multiple of four.
+    The views are built once. After that `of(rows)` takes one NumPy call if the length is a multiple of four.
     """
 
     __slots__ = ("_tail", "_weights", "_words")

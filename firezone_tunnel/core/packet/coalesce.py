@@ -1,9 +1,10 @@
-"""Merge packets into super-packets by the rules of the kernel's GRO: what comes out can be cut into what went in.
+"""Merge packets into super-packets by the rules of the kernel's GRO: segmentation restores the original packets.
 
-TCP: one flow, sequence numbers in a row, the same acknowledgement, window and options, no flags but ACK, and PSH on
-the last. UDP: one flow, equal sizes, a checksum. Either: the same IP header (TTL, DSCP, ECN, DF), no IP options,
-extension headers or fragments, equal payloads but for a shorter last one. Checksums are verified first: a merged
-packet gets new ones, which would hide what went wrong before the tunnel.
+TCP packets must belong to one flow, have consecutive sequence numbers, the same acknowledgement, window and options,
+and no flags but ACK, and PSH on the last packet. UDP packets must belong to one flow, have equal sizes and a checksum.
+Both need the same IP header (TTL, DSCP, ECN, DF), no IP options, extension headers or fragments, and payloads of equal
+size except for a shorter last one. Checksums are verified before merging: a merged packet gets a new checksum, which
+would hide earlier corruption.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from firezone_tunnel.core.packet.superpacket import (
 )
 
 ARENA_SIZE = 2 * 65_536
-MAX_SUPER_PACKET = 65_535  # the IPv4 total length's bound; IPv6 without jumbograms is kept to it too
+MAX_SUPER_PACKET = 65_535  # the maximum of the IPv4 total length, used for IPv6 as well
 MAX_UDP_SEGMENTS = 64  # Linux, UDP_MAX_SEGMENTS before 6.9
-MIN_ROWS = 3  # below, looking at each packet costs less than looking at columns
+MIN_ROWS = 3  # for fewer packets, parsing each costs less than comparing columns
 
 
 class Arena:
-    """Memory that merged packets are gathered in. `reset()` makes all of it free, and the packets in it invalid.
+    """Memory for merged packets. `reset()` frees all of it and invalidates the packets in it.
 
-    When it is full, packets stay lone ones. `rejected` counts packets that were malformed.
+    When it is full, packets are not merged. `rejected` counts malformed packets.
     """
 
     __slots__ = ("_layouts", "_used", "_view", "rejected")
@@ -53,7 +54,7 @@ class Arena:
         self._used = 0
 
     def take(self, length: int) -> memoryview | None:
-        """`length` bytes, or None when so many are not left."""
+        """`length` bytes, or None if there is not enough space left."""
         start = self._used
         end = start + length
         if end > len(self._view):
@@ -62,7 +63,7 @@ class Arena:
         return self._view[start:end]
 
     def columns(self, memory: memoryview, key: _ColumnsKey) -> _Columns:
-        """The views of a layout over `memory`, made once."""
+        """The views of a layout over `memory`, from the cache if possible."""
         full_key = (id(memory), key)
         columns = self._layouts.get(full_key)
         if columns is None or columns.memory is not memory:
@@ -71,7 +72,7 @@ class Arena:
 
 
 def coalesce(packets: Rows, *, arena: Arena, keep: npt.NDArray[np.bool_] | None = None) -> list[SuperPacket]:
-    """Parse packets that lie in one buffer and merge what can be merged.
+    """Parse the packets in one buffer and merge where possible.
 
     Where `keep` is given and false a packet is left out, as are empty ones (keepalives) and malformed ones (counted
     in `arena.rejected`). The order within each flow is kept. Lone packets are views into the buffer, merged ones lie
@@ -98,9 +99,9 @@ def coalesce(packets: Rows, *, arena: Arena, keep: npt.NDArray[np.bool_] | None 
 
 
 def coalesce_lone(packets: list[SuperPacket], arena: Arena) -> list[SuperPacket]:
-    """Merge lone packets, such as those of one TUN turn, into the latest item of their flow where that is allowed.
+    """Merge lone packets, such as those read from the TUN device in one turn, into the latest item of their flow.
 
-    The order within each flow is kept. Full checksums are verified, partial ones need no verification.
+    The order within each flow is kept. Full checksums are verified; partial checksums need no verification.
     """
     if len(packets) < 2:
         return packets
@@ -111,7 +112,7 @@ def coalesce_lone(packets: list[SuperPacket], arena: Arena) -> list[SuperPacket]
         if not mergeable and not open_runs:
             runs.append(_Run(packet))
             continue
-        if packet.fragment:  # of whichever flow
+        if packet.fragment:  # a fragment's flow is unknown, so it ends all runs
             open_runs.clear()
         flow = (packet.protocol, packet.source, packet.destination, packet.source_port, packet.destination_port)
         run = open_runs.pop(flow, None)
@@ -131,7 +132,7 @@ def coalesce_lone(packets: list[SuperPacket], arena: Arena) -> list[SuperPacket]
 
 
 class _Run:
-    """Packets of one flow that follow each other, found one by one."""
+    """Consecutive packets of one flow, added one at a time."""
 
     __slots__ = ("_fingerprint", "_intact", "_length", "_packets", "_sequence", "_size", "is_open")
 
@@ -140,7 +141,7 @@ class _Run:
         self.is_open = False
 
     def start(self, *, intact: bool = False) -> None:
-        """Prepare for more packets to join the first, which is mergeable; `intact` where that is known already."""
+        """Accept more packets after the first, which is mergeable. `intact`: its checksums are verified already."""
         packet = self._packets[0]
         self._length = len(packet.data)
         self._size = self._length - packet.header_length
@@ -176,7 +177,7 @@ class _Run:
         return True
 
     def finish(self, arena: Arena) -> list[SuperPacket]:
-        """The merged packet; or the lone ones, where there is nothing to merge or no memory for it."""
+        """The merged packet, or the lone packets if there is nothing to merge or no memory left."""
         packets = self._packets
         if len(packets) == 1:
             return packets
@@ -193,9 +194,9 @@ class _Run:
 
 
 def _coalesce_columns(packets: Rows, rows: int, arena: Arena) -> list[SuperPacket] | None:
-    """Merge packets, the first `rows` of them of full size, that are, but for few, in one or a few long runs.
+    """Merge packets that form one or a few long runs. The first `rows` packets have the full size.
 
-    None where it takes a look at each packet.
+    Returns None if the packets have to be checked one by one.
     """
     memory, offset, stride, size, count, _ = packets
     last = packets.row(rows) if rows != count else None
@@ -212,7 +213,7 @@ def _coalesce_columns(packets: Rows, rows: int, arena: Arena) -> list[SuperPacke
     runs = columns.limit([0, *(row + 1 for row in breaks)], rows)
     heads = [first, *(columns.packet(start) for start, _ in runs[1:])]
     for head, (start, end) in zip(heads, runs, strict=True):
-        # What was compared are fields of the first packet's shape.
+        # The columns have the offsets of the first packet's shape, so the results only hold for the same shape.
         if end - start > 1 and (head is None or not columns.fits(head) or not _is_mergeable(head)):
             return None
     tail = parse(last) if last else None
@@ -255,7 +256,7 @@ class _Columns:
             self._sequences = column(memory, ">u4", offset + transport + 4, stride, rows)
             self._flags = column(memory, "u1", offset + transport + 13, stride, rows)
         self._checksums = column(memory, "<u2", offset + transport + CHECKSUM_OFFSET[protocol], stride, rows)
-        # The addresses stand right before the L4 header: one range holds all that the checksum covers but constants.
+        # The addresses are adjacent to the L4 header, so one range covers all variable input of the checksum.
         covered = _ADDRESSES[version]
         self._sums = RowSums(memory, rows=rows, stride=stride, offset=offset + covered, length=size - covered)
         self._constant = (protocol + size - transport) << 8
@@ -265,7 +266,7 @@ class _Columns:
         self._ramp = np.arange(rows, dtype=np.uint32) * np.uint32(self._payload_size)
 
     def breaks(self, rows: int) -> list[int]:
-        """The rows, but the last, that the next one can't be merged with."""
+        """The indexes of rows that can't be merged with the next row."""
         uniform = self._is_uniform(rows)
         intact = self._intact(rows, uniform=uniform)
         if uniform and intact is None:
@@ -277,8 +278,10 @@ class _Columns:
         return breaks
 
     def _is_uniform(self, rows: int) -> bool:
-        """Whether all rows follow each other, given that the first is mergeable. The usual case, so it is cheap:
-        for so few bytes, comparing them as `bytes` costs a fraction of a NumPy reduction."""
+        """Whether all rows are consecutive, given that the first is mergeable.
+
+        This is the common case. For so few bytes, comparing `bytes` takes a fraction of the time of a NumPy reduction.
+        """
         headers = (self._headers[:rows] & self._mask).tobytes()
         if headers != headers[: self._key.header_length] * rows:
             return False
@@ -322,20 +325,20 @@ class _Columns:
         return parse(self.memory[start : start + self._key.size])
 
     def fits(self, packet: SuperPacket) -> bool:
-        """Whether a packet of `packet()` has the shape that these views are for."""
+        """Whether a packet returned by `packet()` has the shape of these views."""
         key = self._key
         shape = (packet.version, packet.protocol, packet.header_length, packet.transport_offset, len(packet.data))
         return shape == (key.version, key.protocol, key.header_length, self._transport, key.size)
 
     def limit(self, starts: list[int], rows: int) -> list[tuple[int, int]]:
-        """Bounds of the runs that start at these rows, cut where a super-packet would become too large."""
+        """The bounds of the runs that start at these rows, split at the maximum size of a super-packet."""
         runs: list[tuple[int, int]] = []
         for start, end in pairwise([*starts, rows]):
             runs += ((first, min(first + self.most, end)) for first in range(start, end, self.most))
         return runs
 
     def is_followed(self, run: tuple[int, int], tail: SuperPacket) -> bool:
-        """Whether a shorter packet after the last row may be merged with the run that ends there."""
+        """Whether a shorter packet after the last row can be merged with the run that ends there."""
         start, end = run
         before = self.packet(end - 1)
         if before is None or end - start == self.most or not self.fits(before):
@@ -349,7 +352,7 @@ class _Columns:
     def gather(
         self, head: SuperPacket, start: int, end: int, tail: SuperPacket | None, arena: Arena
     ) -> list[SuperPacket]:
-        """Merge the rows from `start` up to `end`, which follow each other, and the tail."""
+        """Merge the consecutive rows from `start` up to `end`, and the tail."""
         rows = end - start
         if rows == 1 and tail is None:
             return [head]
@@ -373,7 +376,7 @@ class _Columns:
 
 
 def _is_mergeable(packet: SuperPacket) -> bool:
-    """Whether a packet may be part of a super-packet at all."""
+    """Whether a packet may be part of a super-packet."""
     data = packet.data
     start = packet.transport_offset
     if packet.segment_size or packet.fragment or start != _IP_HEADER_LENGTH[packet.version]:
@@ -388,7 +391,7 @@ def _is_mergeable(packet: SuperPacket) -> bool:
 
 
 def _is_intact(packet: SuperPacket) -> bool:
-    """Whether the checksums of a mergeable packet are right, as far as they are complete."""
+    """Whether the checksums of a mergeable packet are correct. Partial checksums are not verified."""
     data = packet.data
     start = packet.transport_offset
     if packet.checksum_start:
@@ -400,7 +403,7 @@ def _is_intact(packet: SuperPacket) -> bool:
 
 
 def _fingerprint(packet: SuperPacket) -> int:
-    """What must be the same in the headers of a run."""
+    """The header bits that must be equal in all packets of a run."""
     length = packet.header_length
     return int.from_bytes(packet.data[:length], "big") & _fingerprint_mask(packet.version, packet.protocol, length)
 
@@ -417,7 +420,7 @@ def _sequence(packet: SuperPacket) -> int:
 
 
 def _merged(packet: SuperPacket, segment_size: int, last_flags: int) -> SuperPacket:
-    """Make a super-packet of what has the headers of its first segment and the payload of all."""
+    """Turn a packet with the first segment's headers and all payload into a super-packet."""
     packet.segment_size = segment_size
     if last_flags & TCP_PSH:
         packet.data[packet.transport_offset + 13] |= TCP_PSH
@@ -436,7 +439,7 @@ def _fingerprint_mask(version: int, protocol: int, header_length: int) -> int:
 
 
 def _header_mask(version: int, protocol: int, header_length: int, *, lengths: bool) -> bytes:
-    """Ones where the headers of a run must agree; `lengths`: also where those of packets of one size must."""
+    """A mask of the header bits that must agree in a run; with `lengths`, it includes the length fields."""
     mask = bytearray(b"\xff" * header_length)
     start = _IP_HEADER_LENGTH[version]
     variable = [(4, 2), (10, 2)] if version == 4 else []  # identification and header checksum

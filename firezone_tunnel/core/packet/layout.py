@@ -1,4 +1,7 @@
-"""Equal records in one buffer, views of their fields, and a bounded cache of such views, which are dear to make."""
+"""Records of equal size in one buffer, views of their fields, and a bounded cache of these views.
+
+The cache exists because views are expensive to build.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,12 @@ class Rows(NamedTuple):
     offset: int
     stride: int
     size: int
-    count: int  # type: ignore[assignment]  # hides a method of tuples that nobody needs
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not used
     last_size: int
 
     @classmethod
     def segments(cls, memory: memoryview, length: int, segment_size: int) -> Rows:
-        """`length` bytes from the start of `memory`, cut every `segment_size` bytes; 0 means not at all."""
+        """`length` bytes from the start of `memory`, cut every `segment_size` bytes. A size of 0 means no cut."""
         if not 0 < segment_size < length:
             return cls(memory, 0, length, length, 1, length)
         count = -(-length // segment_size)
@@ -44,7 +47,7 @@ class Rows(NamedTuple):
         return cls(memory, 0, size, size, 1, size)
 
     def row(self, index: int) -> memoryview:
-        """One record. An index beyond `count` is not checked."""
+        """One record. The index is not checked against `count`."""
         start = self.offset + index * self.stride
         return self.memory[start : start + self.size_of(index)]
 
@@ -57,12 +60,12 @@ class Rows(NamedTuple):
         return Rows(self.memory, self.offset + before, self.stride, self.size - less, self.count, self.last_size - less)
 
     def part(self, first: int, count: int) -> Rows:
-        """`count` records from the one at index `first` on."""
+        """`count` records, starting at index `first`."""
         last_size = self.last_size if first + count == self.count else self.size
         return self._replace(offset=self.offset + first * self.stride, count=count, last_size=last_size)
 
     def parts(self, most: int) -> Iterator[Rows]:
-        """Nearly equal parts of at most `most` records each."""
+        """Parts of nearly equal size, at most `most` records each."""
         if self.count <= most:
             yield self
             return
@@ -76,7 +79,7 @@ class Rows(NamedTuple):
 
 
 class Layouts(Generic[_Layout]):
-    """The layouts used last. Remote hosts choose sizes, so there is a bound."""
+    """The layouts used most recently. Their number is bounded because remote hosts choose the sizes."""
 
     __slots__ = ("_known", "_latest")
 

@@ -1,4 +1,4 @@
-"""Answer and amend packets: ICMP errors about them, and congestion marks."""
+"""Build ICMP errors about packets, and set congestion marks in them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ CE = 3
 def icmp_error(packet: SuperPacket) -> SuperPacket | None:
     """The ICMP error for a prohibited packet, or a super-packet's first segment (docs/protocol/data-plane.md, 6.2).
 
-    It comes from the packet's destination. None where there must be none (RFC 1122, 3.2.2; RFC 4443, 2.4): about an
-    ICMP error, a fragment other than the first, or a packet whose addresses are not both of a single host.
+    It is sent from the packet's destination. Returns None for packets that must not be answered (RFC 1122, 3.2.2;
+    RFC 4443, 2.4): ICMP errors, fragments other than the first, and packets with a source or destination that is not
+    a single host's address.
     """
     if packet.later_fragment or is_icmp_error(packet):
         return None
@@ -29,7 +30,7 @@ def icmp_error(packet: SuperPacket) -> SuperPacket | None:
 
 
 def is_icmp_error(packet: SuperPacket) -> bool:
-    """Whether a packet is an ICMP error message rather than a query or an answer (RFC 792, RFC 4443)."""
+    """Whether a packet is an ICMP error, not a query or a reply (RFC 792, RFC 4443)."""
     if packet.later_fragment or packet.protocol not in {ICMP, ICMPV6}:
         return False
     if packet.transport_offset >= len(packet.data):
@@ -39,10 +40,9 @@ def is_icmp_error(packet: SuperPacket) -> bool:
 
 
 def mark_congestion(packet: SuperPacket) -> None:
-    """Carry a congestion mark (CE) of the outer packet over to the inner one, in place (RFC 6040).
+    """Copy a congestion mark (CE) from the outer packet to the inner packet, in place (RFC 6040).
 
-    Only a packet whose sender understands marks gets one; every other is left as it is
-    (docs/protocol/data-plane.md, 7.3).
+    Packets that are not ECN-capable are left unchanged (docs/protocol/data-plane.md, 7.3).
     """
     if packet.ecn not in {ECT_0, ECT_1}:
         return
@@ -69,7 +69,7 @@ _ICMP_ERRORS = frozenset({3, 4, 5, 11, 12})  # unreachable, source quench, redir
 
 
 def _icmpv4_error(packet: SuperPacket, about: memoryview) -> bytearray:
-    """The original's IP header and 8 bytes more are what it has to hold (RFC 792)."""
+    """It contains the original's IP header and the next 8 bytes (RFC 792)."""
     embedded = about[: (about[0] & 15) * 4 + 8]
     message = _ERROR.pack(*_PROHIBITED, 0, 0) + embedded
     message = message[:2] + checksum(message).to_bytes(2, "big") + message[4:]
@@ -81,7 +81,7 @@ def _icmpv4_error(packet: SuperPacket, about: memoryview) -> bytearray:
 
 
 def _icmpv6_error(packet: SuperPacket, about: memoryview) -> bytearray:
-    """As much of the original as fits the tunnel's MTU (RFC 4443, 3.1)."""
+    """It contains as much of the original as fits into the tunnel's MTU (RFC 4443, 3.1)."""
     embedded = about[: MAX_PACKET_SIZE - 40 - _ERROR.size]
     message = _ERROR.pack(*_PROHIBITED_V6, 0, 0) + embedded
     pseudo_header = packet.destination + packet.source + struct.pack(">II", len(message), ICMPV6)

@@ -1,7 +1,7 @@
-"""Cut super-packets into segments: the headers, payloads and checksums of all segments at once.
+"""Cut super-packets into segments, writing the headers, payloads and checksums of all segments at once.
 
-What costs time is making views, so those of a layout are made once; a super-packet of 64 KiB then takes about ten
-NumPy calls: `benchmarks/core.py` shows them.
+Building views is expensive, so the views of a layout are built once. A super-packet of 64 KiB then takes about ten
+NumPy calls. Benchmark: `benchmarks/core.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from firezone_tunnel.core.packet.superpacket import CHECKSUM_OFFSET, TCP, TCP_CW
 
 
 class Shape(NamedTuple):
-    """What decides where the fields of a run's segments are."""
+    """The properties that determine the field offsets in the segments of a run."""
 
     version: int
     protocol: int
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 
 class Template:
-    """The header that some segments of a run share, and how it differs in the first and in the last of them."""
+    """The header shared by the segments of a run, and its differences in the first and the last segment."""
 
     __slots__ = (
         "count",
@@ -72,7 +72,7 @@ class Template:
             header[4:6] = (length - 40).to_bytes(2, "big")
             return
         header[2:4] = length.to_bytes(2, "big")
-        if not header[6] & 0x40:  # without DF each segment needs an identification of its own (RFC 6864)
+        if not header[6] & 0x40:  # without DF each segment needs its own identification (RFC 6864)
             self.identification = int.from_bytes(header[4:6], "big") + first_segment
             header[4:6] = b"\0\0"
         header[10:12] = b"\0\0"
@@ -90,7 +90,7 @@ class Template:
 
 
 class SegmentSlots:
-    """Where segments of one shape go: `rows` slots in `memory`, `stride` bytes apart, the first at `offset`."""
+    """Output slots for segments of one shape: `rows` slots in `memory`, `stride` bytes apart, the first at `offset`."""
 
     def __init__(self, memory: bytearray, shape: Shape, *, rows: int, stride: int, offset: int) -> None:
         self._memory = memory
@@ -110,7 +110,7 @@ class SegmentSlots:
         self._ramp = self._numbers.astype(np.uint32) * np.uint32(shape.segment_size)
 
     def write(self, template: Template) -> None:
-        """Write the segments, checksums complete."""
+        """Write the segments with complete checksums."""
         count = template.count
         size = template.shape.segment_size
         tcp = template.shape.protocol == TCP
@@ -132,7 +132,7 @@ class SegmentSlots:
         if tcp:
             np.subtract(-(template.pseudo_sum << 8), sums, out=sums)
             self._checksums[:count] = np.remainder(sums, MODULUS, out=sums)
-        else:  # never zero: that would mean "none" (RFC 768)
+        else:  # never zero, which means that there is no checksum (RFC 768)
             sums += template.pseudo_sum << 8
             self._checksums[:count] = np.subtract(MODULUS, np.remainder(sums, MODULUS, out=sums), out=sums)
 
@@ -148,7 +148,7 @@ class SegmentSlots:
         shape = template.shape
         last = self._offset + (template.count - 1) * self._stride
         length = shape.header_length + template.last_length
-        # Zeroes up to the full length: then its sum is one more row of the same array.
+        # Pad with zeroes to the full length, so that its sum is computed as one more row of the same array.
         start = last + shape.header_length
         rest = bytes(template.data[len(template.data) - template.last_length :])
         memory[start : start + shape.segment_size] = rest.ljust(shape.segment_size, b"\0")
@@ -164,7 +164,7 @@ class SegmentSlots:
             memory[field : field + 2] = (length - shape.transport_offset).to_bytes(2, "big")
 
     def _write_flags(self, template: Template) -> None:
-        """Set the flags that only the first or only the last segment of a run carries."""
+        """Set the flags that belong to only the first or only the last segment of a run."""
         flags = self._offset + template.shape.transport_offset + 13
         self._memory[flags] |= template.first_flags
         self._memory[flags + (template.count - 1) * self._stride] |= template.last_flags

@@ -1,4 +1,4 @@
-"""IP packets as they travel between the TUN device and the tunnel, single or as a run of segments kept whole."""
+"""IP packets between the TUN device and the tunnel: single packets, or unsegmented runs of TCP or UDP segments."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CHECKSUM_OFFSET = {TCP: 16, UDP: 6}  # within the L4 header
 
 
 class SuperPacket:
-    """One IP packet, or a run of equal segments of one flow kept whole: the headers once, then all payload.
+    """One IP packet, or an unsegmented run of equal segments of one flow: the headers once, then all payload.
 
-    `data` is valid only until the turn ends: `copy()` what is kept for longer.
+    `data` is valid only until the end of the reactor turn. Use `copy()` to keep a packet for longer.
     """
 
     __slots__ = (
@@ -45,34 +45,34 @@ class SuperPacket:
         "version",
     )
 
-    data: memoryview  # writable; the IP header, the L4 header, the payload, nothing after
+    data: memoryview  # writable; exactly the IP header, the L4 header and the payload
     version: int  # 4 or 6
     protocol: int  # of the last header of the chain: TCP, UDP, ...
     source: bytes  # 4 or 16 bytes
     destination: bytes
-    source_port: int  # TCP and UDP; an ICMP echo's identifier in both; else 0
+    source_port: int  # TCP and UDP: the ports; ICMP echo: the identifier in both fields; otherwise 0
     destination_port: int
     transport_offset: int  # where the L4 header starts
-    header_length: int  # where the payload starts: each segment repeats what comes before
+    header_length: int  # where the payload starts; the bytes before it are repeated in each segment
     segment_size: int  # payload bytes of each segment but the last; 0: a lone packet
-    checksum_start: int  # where an L4 header starts whose checksum is only the pseudo-header's sum; 0: complete
-    fragment: bool  # its ports are not known
+    checksum_start: int  # start of the L4 header if its checksum is only the pseudo-header's sum; 0: complete
+    fragment: bool  # the ports are unknown
     later_fragment: bool  # a fragment other than the first
     ecn: int  # RFC 3168: 0 Not-ECT, 1 ECT(1), 2 ECT(0), 3 CE
 
     @property
     def segments(self) -> int:
-        """How many packets this is on the wire."""
+        """The number of packets on the wire."""
         if not self.segment_size:
             return 1
         return -(-(len(self.data) - self.header_length) // self.segment_size)
 
     def copy(self) -> SuperPacket:
-        """The same packet in memory of its own."""
+        """The same packet in newly allocated memory."""
         return self.with_data(memoryview(bytearray(self.data)))
 
     def with_data(self, data: memoryview) -> SuperPacket:
-        """A packet with these very fields over other bytes."""
+        """A packet with the same fields and other bytes."""
         other = SuperPacket()
         for name in SuperPacket.__slots__:
             setattr(other, name, getattr(self, name))
@@ -87,20 +87,20 @@ class SuperPacket:
         self.checksum_start = 0
 
     def segment(self, index: int) -> SuperPacket:
-        """One segment as a lone packet with its checksums complete, in memory of its own. Slow: not for bulk data."""
+        """A copy of one segment as a lone packet with complete checksums. Too slow for bulk data."""
         if not self.segment_size:
-            alone = self.copy()
+            segment = self.copy()
         else:
             start = self.header_length + index * self.segment_size
             data = bytearray(self.data[: self.header_length])
             data += self.data[start : start + self.segment_size]
-            alone = self.with_data(memoryview(data))
-            alone.segment_size = 0
-            _number_segment(alone, index, self.segment_size, last=index == self.segments - 1)
-            set_lengths(alone)
-            set_partial_checksum(alone)
-        alone.complete()
-        return alone
+            segment = self.with_data(memoryview(data))
+            segment.segment_size = 0
+            _number_segment(segment, index, self.segment_size, last=index == self.segments - 1)
+            set_lengths(segment)
+            set_partial_checksum(segment)
+        segment.complete()
+        return segment
 
     def __repr__(self) -> str:
         size = f"{len(self.data)} bytes" + (f" / {self.segment_size}" if self.segment_size else "")
@@ -112,8 +112,8 @@ def parse(
 ) -> SuperPacket | None:
     """Parse an IPv4 (RFC 791) or IPv6 (RFC 8200) packet; None if it is malformed or does not fit the tunnel.
 
-    Bytes after the packet's own length are cut off. With `segment_size` it may be a run of TCP or UDP segments of
-    that many payload bytes each, none of which, headers included, may exceed `max_size`. Checksums are not looked at.
+    Bytes after the packet's own length are cut off. With `segment_size` it may be a run of TCP or UDP segments with
+    that many payload bytes each; a segment with its headers must not exceed `max_size`. Checksums are not verified.
     """
     view = data if type(data) is memoryview else memoryview(data)
     if len(view) < 20:
@@ -146,9 +146,9 @@ _NO_OFFLOAD = bytes(VIRTIO_HEADER_SIZE)
 
 
 def from_virtio(frame: memoryview) -> SuperPacket | None:
-    """Parse what a read from a TUN device with IFF_VNET_HDR returns: a virtio_net_hdr, then the packet.
+    """Parse a frame read from a TUN device with IFF_VNET_HDR: a virtio_net_hdr, then the packet.
 
-    None if it is malformed, or of a kind we never asked the kernel for. `hdr_len` is not looked at.
+    Returns None for malformed frames and for offloads that were not requested from the kernel. `hdr_len` is ignored.
     """
     if len(frame) < VIRTIO_HEADER_SIZE:
         return None
@@ -168,7 +168,7 @@ def from_virtio(frame: memoryview) -> SuperPacket | None:
     ):
         packet.checksum_start = csum_start
         return packet
-    # A tunnel inside the tunnel: the checksum is that of a packet within this one.
+    # The packet carries another tunnel, and the checksum belongs to an inner packet.
     if packet.segment_size or csum_start + csum_offset + 2 > len(packet.data):
         return None
     complete_checksum(packet.data, csum_start, csum_offset, udp=csum_offset == CHECKSUM_OFFSET[UDP])
@@ -194,10 +194,10 @@ def virtio_header(packet: SuperPacket) -> bytes:
 
 
 def complete_checksum(data: memoryview, start: int, offset: int, *, udp: bool) -> None:
-    """Complete a checksum field, `offset` bytes after `start`, that holds the sum of what is not in `data[start:]`."""
+    """Complete the checksum at `start + offset`, which holds the sum of all covered data outside of `data[start:]`."""
     value = checksum(data[start:])
     if udp and not value:
-        value = 0xFFFF  # RFC 768: zero would mean that there is none
+        value = 0xFFFF  # RFC 768: zero means that there is no checksum
     _U16.pack_into(data, start + offset, value)
 
 
@@ -215,7 +215,7 @@ def set_lengths(packet: SuperPacket) -> None:
 
 
 def set_partial_checksum(packet: SuperPacket) -> None:
-    """Put the pseudo-header's sum (RFC 9293, 3.1; RFC 8200, 8.1) into the checksum field of a TCP or UDP packet."""
+    """Write the pseudo-header's sum (RFC 9293, 3.1; RFC 8200, 8.1) to the checksum field of a TCP or UDP packet."""
     start = packet.transport_offset
     total = word_sum(packet.source) + word_sum(packet.destination) + packet.protocol + len(packet.data) - start
     _U16.pack_into(packet.data, start + CHECKSUM_OFFSET[packet.protocol], total % 0xFFFF)
@@ -271,7 +271,7 @@ def _parse_ipv6(packet: SuperPacket, view: memoryview) -> bool:
 
 
 def _walk(packet: SuperPacket, protocol: int, offset: int) -> bool:
-    """Follow a chain of extension headers to the upper layer's, or to where a later fragment's data starts."""
+    """Follow the chain of extension headers to the upper-layer header, or to the data of a later fragment."""
     data = packet.data
     walked = 0
     while protocol in _EXTENSIONS if packet.version == 6 else protocol == _AUTHENTICATION:
@@ -342,14 +342,14 @@ def _is_of_kind(packet: SuperPacket, kind: int) -> bool:
     return _GSO_KINDS.get(kind) == (packet.version, packet.protocol)
 
 
-def _number_segment(alone: SuperPacket, index: int, segment_size: int, *, last: bool) -> None:
-    """Give a segment its IPv4 identification, sequence number and flags; `packet.segmentation` does all at once."""
-    data = alone.data
-    if alone.version == 4 and not data[6] & 0x40:
+def _number_segment(segment: SuperPacket, index: int, segment_size: int, *, last: bool) -> None:
+    """Set the IPv4 identification, sequence number and flags of one segment. `packet.segmentation` handles batches."""
+    data = segment.data
+    if segment.version == 4 and not data[6] & 0x40:
         _U16.pack_into(data, 4, (_U16.unpack_from(data, 4)[0] + index) & 0xFFFF)
-    if alone.protocol != TCP:
+    if segment.protocol != TCP:
         return
-    start = alone.transport_offset
+    start = segment.transport_offset
     sequence = int.from_bytes(data[start + 4 : start + 8], "big") + index * segment_size
     data[start + 4 : start + 8] = (sequence & 0xFFFFFFFF).to_bytes(4, "big")
     if not last:
