@@ -1,7 +1,8 @@
-"""A full ICE agent as Firezone's peers speak it (docs/protocol/data-plane.md, 2.4.7 and 2.5; RFC 8445).
+"""A full ICE agent, compatible with Firezone's peers (docs/protocol/data-plane.md, 2.4.7 and 2.5; RFC 8445).
 
-One component over UDP, trickled candidates, roles fixed by the portal, no restart. Every working pair is checked for
-as long as the agent lives; the controlling side always nominates the best one that answers, the controlled follows.
+It has one component over UDP, trickled candidates, roles fixed by the portal, and no restart. Every working pair is
+checked for the agent's lifetime. The controlling side always nominates the best pair that answers, and the controlled
+side follows.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from firezone_tunnel.core.stun.message import (
     short_term_key,
 )
 
-MAX_REMOTE_ADDRESSES = 100  # as many as there can be pairs: more would never be checked
+MAX_REMOTE_ADDRESSES = 100  # the maximum number of pairs, too: more addresses would never be checked
 MAX_OPTIMISTIC = 2  # docs/protocol/data-plane.md, 2.4.7
-MISSES_TO_LEAVE = 3  # docs/decisions.md, 3: the controlling side leaves a pair after so many, if another one answers
-# The controlling peer checks every 1.5 s, or 25 s when idle. Upstream goes on sending USE-CANDIDATE on all pairs that
-# it ever nominated, so "the newest wins" must not mean each single check: a nomination holds for a check and a third.
+# After so many missed checks the controlling side leaves a pair, if another answers (docs/decisions.md, 3).
+MISSES_TO_LEAVE = 3
+# The controlling peer checks every 1.5 s, or every 25 s when idle. Upstream keeps sending USE-CANDIDATE on all pairs it
+# has ever nominated, so the newest check alone must not decide. A nomination is valid for 1 1/3 check intervals.
 NOMINATION_LIFETIME = 2.0
 IDLE_NOMINATION_LIFETIME = 33.0
 
@@ -44,7 +46,7 @@ TRANSACTION_PREFIX_SIZE = 4
 
 @attrs.frozen
 class Credentials:
-    """What the portal gives to both sides for one connection: goes into every check of the other side."""
+    """One side's ICE credentials, which the portal gives to both sides. The other side uses them in its checks."""
 
     ufrag: str
     password: str = attrs.field(repr=False)
@@ -52,15 +54,15 @@ class Credentials:
 
 class AgentState(enum.Enum):
     NEW = "new"
-    """No pair yet."""
+    """There are no pairs yet."""
     CHECKING = "checking"
-    """Pairs, but none of them is nominated."""
+    """There are pairs, but none is nominated."""
     CONNECTED = "connected"
-    """A nominated pair, and others."""
+    """There is a nominated pair, and other pairs are still checked."""
     COMPLETED = "completed"
-    """A nominated pair and no other."""
+    """The nominated pair is the only pair."""
     DISCONNECTED = "disconnected"
-    """No pair is left, though both sides have candidates. A new pair leads out of this."""
+    """No pair is left, although both sides have candidates. A new pair leads back to CHECKING."""
 
 
 @attrs.frozen
@@ -71,14 +73,14 @@ class StateChanged:
 
 @attrs.frozen
 class Nominated:
-    """The path to send on from now on."""
+    """The path to use from now on."""
 
     local: Candidate
     remote: Candidate
 
     @property
     def source(self) -> SocketAddress:
-        """A local socket's address, or our relayed address where `local.kind` is RELAYED."""
+        """A local socket's address, or our relayed address if `local.kind` is RELAYED."""
         return self.local.base
 
     @property
@@ -92,17 +94,17 @@ class AgentCounters:
     answers_received: int = 0
     checks_answered: int = 0
     unauthentic: int = 0
-    """Messages for us with a wrong MESSAGE-INTEGRITY."""
+    """Messages for this agent with an invalid MESSAGE-INTEGRITY."""
     unexpected: int = 0
-    """Authentic messages that lead nowhere: to an address that isn't ours, from one that was taken back."""
+    """Authentic messages that were dropped, for example to an unknown local or from a removed remote address."""
     role_conflicts: int = 0
 
 
 class Agent:
     """One side of one connection.
 
-    Feed it candidates, STUN messages and time; drain `transmits()` and `events()` after each. A transmit's `source` is
-    the base of a local candidate: the node wraps what comes from a relayed address into channel data.
+    Feed it candidates, STUN messages and time; drain `transmits()` and `events()` after each call. A transmit's
+    `source` is the base of a local candidate. If that is a relayed address, the node sends the payload as channel data.
     """
 
     def __init__(
@@ -116,12 +118,12 @@ class Agent:
         timings: Timings = DEFAULT_TIMINGS,
         counters: AgentCounters | None = None,
     ) -> None:
-        """Agents may share `counters`; without any it has its own."""
+        """Agents may share `counters`. By default an agent has its own."""
         self.controlling = controlling
         self.local = local
         self.remote = remote
         self.transaction_prefix = entropy(TRANSACTION_PREFIX_SIZE)
-        """All transaction ids of this agent begin with it, so that a node finds the agent of a response in a map."""
+        """The prefix of all transaction ids of this agent, by which a node looks up the agent for a response."""
         self.state = AgentState.NEW
         self.counters = counters or AgentCounters()
         self._entropy = entropy
@@ -143,27 +145,27 @@ class Agent:
 
     @property
     def local_candidates(self) -> tuple[Candidate, ...]:
-        """As they were added, with the priority and ufrag to be told to the peer."""
+        """The local candidates in the order they were added, with the priority and ufrag to signal to the peer."""
         return tuple(self._locals)
 
     @property
     def remote_candidates(self) -> tuple[Candidate, ...]:
-        """Signalled, peer-reflexive and optimistic ones."""
+        """All remote candidates: signalled, peer-reflexive and optimistic."""
         return tuple(candidate for known in self._remotes.values() for candidate in known)
 
     @property
     def nominated(self) -> Nominated | None:
-        """The path in use; None where there is none, or no longer."""
+        """The path in use, or None."""
         return None if self._nominated is None else Nominated(self._nominated.local, self._nominated.remote)
 
     def owns_transaction(self, transaction_id: bytes) -> bool:
-        """Whether a response with this id answers a check of ours that is still open."""
+        """Whether this is the id of a check that is waiting for its response."""
         return self._checklist.waiting_for(transaction_id) is not None
 
     def add_local_candidate(self, candidate: Candidate, now: float) -> Candidate | None:
-        """Offer a way to reach us. Returns what to tell the peer; None for a redundant or unusable address.
+        """Add a local candidate. Returns the candidate to signal to the peer; None if it is redundant or unusable.
 
-        The priority drops by one step for each candidate of the same kind and family before it.
+        The priority drops by one step for each earlier candidate of the same kind and family.
         """
         if not is_usable(candidate.address) or self._has_local(candidate.address, candidate.base):
             return None
@@ -172,7 +174,7 @@ class Agent:
             candidate = candidate.lowered()
         candidate = attrs.evolve(candidate, ufrag=self.local.ufrag)
         self._locals.append(candidate)
-        # A reflexive address is sent from by sending from its base, which is a candidate of its own.
+        # Packets from a reflexive address are sent from its base, which is a separate host candidate.
         if candidate.kind in {CandidateKind.HOST, CandidateKind.RELAYED}:
             self._bases[candidate.base] = candidate
             for address in tuple(self._remotes):
@@ -183,7 +185,7 @@ class Agent:
         return candidate
 
     def remove_local_candidate(self, candidate: Candidate, now: float) -> bool:
-        """Take back a local candidate, and all pairs with it. Returns whether it was there: then tell the peer."""
+        """Remove a local candidate and its pairs. Returns whether it was known, so that the peer has to be notified."""
         for present in self._locals:
             if present.identity == candidate.identity and present.base == candidate.base:
                 self._locals.remove(present)
@@ -197,7 +199,7 @@ class Agent:
         return True
 
     def add_remote_candidate(self, candidate: Candidate, now: float) -> bool:
-        """Take what the peer signalled. Returns whether it is news; False also for another session's candidate."""
+        """Add a signalled candidate. Returns whether it is new. Candidates of another session are rejected."""
         guessed = self._optimistic.get(candidate.address)
         known = [present for present in self._remotes.get(candidate.address, ()) if present is not guessed]
         if candidate.ufrag not in {None, self.remote.ufrag} or not is_usable(candidate.address):
@@ -208,7 +210,7 @@ class Agent:
             return False
         self._discarded.pop(candidate.address, None)
         self._optimistic.pop(candidate.address, None)
-        signalled = [one for one in known if one.kind is not CandidateKind.PEER_REFLEXIVE]
+        signalled = [present for present in known if present.kind is not CandidateKind.PEER_REFLEXIVE]
         self._remotes[candidate.address] = [*signalled, candidate]
         self._pair_up(candidate.address, now)
         self._guess(now)
@@ -216,9 +218,9 @@ class Agent:
         return True
 
     def remove_remote_candidate(self, candidate: Candidate, now: float) -> bool:
-        """Forget what the peer took back: same kind, address and related address. Returns whether we knew it.
+        """Remove the candidate with the same kind, address and related address. Returns whether it was known.
 
-        Checks from its address are ignored from now on, until it is announced again.
+        Checks from its address are ignored until it is signalled again.
         """
         known = self._remotes.get(candidate.address, [])
         remaining = [present for present in known if present.identity != candidate.identity]
@@ -237,9 +239,10 @@ class Agent:
         return True
 
     def handle_message(self, message: Message, source: SocketAddress, destination: SocketAddress, now: float) -> bool:
-        """Take a STUN message that arrived from `source` at `destination` (a local or one of our relayed addresses).
+        """Process a STUN message from `source` to `destination`, a local address or one of our relayed addresses.
 
-        Returns whether it was ours: a check for our ufrag by our peer, or an answer to a check of ours, and authentic.
+        Returns whether the message belongs to this agent: it is an authentic check from the peer for our ufrag, or an
+        authentic response to one of our checks.
         """
         if message.method != Method.BINDING:
             return False
@@ -250,7 +253,7 @@ class Agent:
         return False
 
     def set_idle(self, idle: bool, now: float) -> None:
-        """Check rarely while the connection carries no traffic; often again as soon as it does."""
+        """Use the long check interval while the connection carries no traffic, and the short interval otherwise."""
         if idle == self._idle:
             return
         self._idle = idle
@@ -258,22 +261,22 @@ class Agent:
         self._advance(now)
 
     def transmits(self) -> Iterator[Transmit]:
-        """Take what is to be sent."""
+        """Take the datagrams to send."""
         while self._transmits:
             yield self._transmits.popleft()
 
     def events(self) -> Iterator[Nominated | StateChanged]:
-        """Take what happened since the last call, in order."""
+        """Take the events since the last call, in order."""
         while self._events:
             yield self._events.popleft()
 
     def next_timeout(self) -> Timeout | None:
-        """When the next check is due; never earlier than the time of the last call."""
+        """When the next check is due, but not before the time of the last call."""
         due = self._checklist.next_due()
         return None if due is None else Timeout(max(due, self._now), "ice:check")
 
     def handle_timeout(self, now: float) -> None:
-        """Send the check that is due, at most one, and give up pairs that are out of checks."""
+        """Send at most one check that is due, and remove the pairs that are out of checks."""
         self._checklist.remove_exhausted(now)
         self._advance(now)
         pair = self._checklist.next_check(now, self._nominated)
@@ -293,14 +296,14 @@ class Agent:
             self.counters.unexpected += 1
             return True
         if self.controlling and use_candidate:
-            # Roles are fixed: nothing to resolve (docs/protocol/data-plane.md, 2.5.1).
+            # Roles are fixed, so neither side switches (docs/protocol/data-plane.md, 2.5.1).
             self.counters.role_conflicts += 1
             return True
         self._answer(message, source, destination)
         pair = self._pair_of_check(local, source, priority, now)
         if pair is not None:
             if not pair.heard and not pair.succeeded:
-                # What we sent so far came too early for the peer's NAT or channel; from now on it gets through.
+                # Our earlier checks arrived before the peer's NAT or channel was open. From now on they get through.
                 self._checklist.hasten(pair, now)
             pair.heard = True
             pair.nominated_at = now if use_candidate else NEVER
@@ -324,7 +327,7 @@ class Agent:
         return True
 
     def _pair_of_check(self, local: Candidate, source: SocketAddress, priority: int, now: float) -> Pair | None:
-        """The pair that a check came in on; its sender may be a candidate that we didn't know."""
+        """The pair of a received check. An unknown sender becomes a peer-reflexive candidate."""
         remote = self._remote_at(source)
         if remote is None:
             if len(self._remotes) >= MAX_REMOTE_ADDRESSES:
@@ -359,7 +362,7 @@ class Agent:
         return any(present.address == address and present.base == base for present in self._locals)
 
     def _remote_at(self, address: SocketAddress) -> Candidate | None:
-        """What the peer prefers to call this address."""
+        """The remote candidate with the highest priority at this address."""
         return max(self._remotes.get(address, ()), key=lambda candidate: candidate.priority, default=None)
 
     def _pair_up(self, address: SocketAddress, now: float) -> None:
@@ -370,9 +373,10 @@ class Agent:
                 self._checklist.add(local, remote, now, spare=self._nominated)
 
     def _guess(self, now: float) -> None:
-        """Keep a few candidates that nobody signalled: the peer's public addresses with its local ports.
+        """Update the optimistic candidates: the peer's public addresses combined with its local ports.
 
-        They reach a peer behind a symmetric NAT whose owner forwarded the port (docs/protocol/data-plane.md, 2.4.7).
+        The peer does not signal them. They reach a peer behind a symmetric NAT with a port forwarding
+        (docs/protocol/data-plane.md, 2.4.7).
         """
         wanted = self._guesses()
         for address in [present for present in self._optimistic if present not in wanted]:
@@ -411,7 +415,7 @@ class Agent:
             self._checklist.remove(pair)
 
     def _advance(self, now: float) -> None:
-        """Draw the conclusions of what just happened: nomination, then state."""
+        """Update the nomination, then the state."""
         self._now = now
         if self._nominated is not None and self._nominated not in self._checklist:
             self._nominated = None
@@ -420,8 +424,8 @@ class Agent:
             self._nominated = best
             self._events.append(Nominated(best.local, best.remote))
             if self.controlling:
-                # At once: only its USE-CANDIDATE lets the peer follow, and an answer to an earlier check that is still
-                # on its way would put off one that is merely due.
+                # Check it immediately: the peer follows only after a USE-CANDIDATE, and a pending response to an
+                # earlier check could postpone a check that is only marked as due.
                 self._check(best, now)
         state = self._next_state()
         if state is not self.state:
@@ -429,12 +433,12 @@ class Agent:
             self._events.append(StateChanged(state, now))
 
     def _best_answering(self, now: float) -> Pair | None:
-        """The pair to nominate where that is ours to do: the best that answers."""
+        """The pair to nominate as the controlling side: the best pair that answers."""
         current, since = self._nominated, NEVER
         if current is not None and current.missed(now) >= MISSES_TO_LEAVE:
-            since = current.unanswered_since  # what hasn't answered after that may have died of the same cause
+            since = current.unanswered_since  # pairs without an answer after that may have failed for the same reason
             current = None
-        # One that works is left only for one that answers right now, not for one that may be about to end.
+        # A working pair is replaced only by a pair with no missed checks.
         tolerated = MISSES_TO_LEAVE if current is None else 1
         best = current
         for pair in self._checklist:
@@ -444,10 +448,10 @@ class Agent:
         return best
 
     def _best_nominated(self, now: float) -> Pair | None:
-        """The pair that the controlling peer wants: the best of those that it nominated lately."""
+        """The pair selected by the controlling peer: the best of its recent nominations."""
         oldest = now - (IDLE_NOMINATION_LIFETIME if self._idle else NOMINATION_LIFETIME)
-        lately = [pair for pair in self._checklist if pair.nominated_at >= oldest]
-        return max(lately, key=lambda pair: pair.priority, default=None)
+        recent = [pair for pair in self._checklist if pair.nominated_at >= oldest]
+        return max(recent, key=lambda pair: pair.priority, default=None)
 
     def _next_state(self) -> AgentState:
         if self._nominated is not None:
@@ -456,5 +460,5 @@ class Agent:
             return AgentState.CHECKING
         if self._bases and self._remotes:
             return AgentState.DISCONNECTED
-        # Candidates are about to come: that nothing can be checked yet, or just now, says nothing about the peer.
+        # One side has no candidates at the moment, which does not mean that the peer is gone.
         return AgentState.NEW if self.state is AgentState.NEW else AgentState.CHECKING

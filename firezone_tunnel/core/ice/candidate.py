@@ -1,4 +1,4 @@
-"""Candidates: where a peer can be reached, how much each way is worth, and the text that the portal carries.
+"""ICE candidates: addresses of a peer, their priorities, and their text form for signalling through the portal.
 
 Sources: RFC 8445, section 5.1; docs/protocol/data-plane.md, 2.4.5, 2.4.6 and 12.1.
 """
@@ -20,7 +20,7 @@ _UNSPECIFIED = {False: SocketAddress("0.0.0.0", 0), True: SocketAddress("::", 0)
 
 
 class CandidateKind(enum.Enum):
-    """The value is how the candidate's text calls it."""
+    """The type of a candidate. The values are used in its text form."""
 
     HOST = "host"
     SERVER_REFLEXIVE = "srflx"
@@ -28,7 +28,7 @@ class CandidateKind(enum.Enum):
     RELAYED = "relay"
 
 
-_TYPE_PREFERENCE = {  # docs/protocol/data-plane.md, 2.4.6: upstream prefers relays by 2 where the RFC has 0
+_TYPE_PREFERENCE = {  # docs/protocol/data-plane.md, 2.4.6: upstream uses 2 for relays, the RFC recommends 0
     CandidateKind.HOST: 126,
     CandidateKind.PEER_REFLEXIVE: 110,
     CandidateKind.SERVER_REFLEXIVE: 100,
@@ -50,10 +50,10 @@ Identity = tuple[CandidateKind, SocketAddress, SocketAddress | None]
 
 @attrs.frozen
 class Candidate:
-    """One way to reach a peer: `address`, as others see it.
+    """A transport address at which a peer can be reached: `address`, as seen by others.
 
-    `base` is what the owner sends from: the local socket's address, or the relayed address itself. Of a remote
-    candidate it is unknown, and equal to `address`. `related` is only told to the peer (raddr, rport).
+    `base` is the address that its owner sends from: the local socket's address, or the relayed address itself. For a
+    remote candidate it is unknown and set to `address`. `related` is only used in signalling (raddr, rport).
     """
 
     kind: CandidateKind
@@ -71,28 +71,28 @@ class Candidate:
 
     @classmethod
     def server_reflexive(cls, address: SocketAddress, base: SocketAddress) -> Candidate:
-        """Where a relay saw the socket `base`."""
+        """The address of the socket `base` as seen by a relay."""
         return _local(CandidateKind.SERVER_REFLEXIVE, address, base)
 
     @classmethod
     def relayed(cls, address: SocketAddress, *, other_family: bool = False) -> Candidate:
-        """An address at a relay. `other_family`: we reach that relay over the other IP version than `address` has."""
+        """An address at a relay. `other_family`: the relay is reached over the other IP version than `address`."""
         return _local(CandidateKind.RELAYED, address, address, penalty=_OTHER_FAMILY_PENALTY * other_family)
 
     @classmethod
     def peer_reflexive(cls, address: SocketAddress, priority: int) -> Candidate:
-        """A remote address that we learned from a check; the check told its `priority`."""
+        """A remote address learned from a received check, with the `priority` given in the check."""
         foundation = _foundation(CandidateKind.PEER_REFLEXIVE, address, priority)
         return cls(CandidateKind.PEER_REFLEXIVE, address, address, priority, foundation)
 
     def lowered(self) -> Candidate:
-        """The same candidate, one step less preferred: for one more of the same kind and family."""
+        """The same candidate with the priority lowered by one step, for a further candidate of its kind and family."""
         priority = self.priority - (_STEP << 8)
         return attrs.evolve(self, priority=priority, foundation=_foundation(self.kind, self.base, priority))
 
     @property
     def reflexive_priority(self) -> int:
-        """What the PRIORITY attribute of a check says: this candidate's, had the peer discovered it.
+        """The value of PRIORITY in a check: this candidate's priority if it were peer-reflexive.
 
         See docs/protocol/data-plane.md, 2.5.1.
         """
@@ -100,11 +100,11 @@ class Candidate:
 
     @property
     def identity(self) -> Identity:
-        """What an invalidation must repeat for it to count (docs/protocol/data-plane.md, 2.4.7)."""
+        """The fields by which an invalidation identifies a candidate (docs/protocol/data-plane.md, 2.4.7)."""
         return self.kind, self.address, self.related
 
     def to_sdp(self) -> str:
-        """The text that the portal carries, as upstream writes it (docs/protocol/data-plane.md, 2.4.5)."""
+        """The text form sent through the portal, as upstream writes it (docs/protocol/data-plane.md, 2.4.5)."""
         text = (
             f"{_PREFIX}{self.foundation} {_COMPONENT} udp {self.priority}"
             f" {self.address.host} {self.address.port} typ {self.kind.value}"
@@ -115,9 +115,9 @@ class Candidate:
 
 
 def parse_sdp(text: str) -> Candidate | None:
-    """Read a remote candidate, of either generation's spelling. Returns None for what we can't use; never raises.
+    """Parse a remote candidate in either protocol generation's format. Returns None if it is unusable; never raises.
 
-    Attributes after the kind come in pairs and in any order; those that we don't know are left out.
+    Attributes after the kind come in pairs and in any order. Unknown attributes are ignored.
     """
     if len(text) > MAX_SDP_LENGTH or not text.isascii():
         return None
@@ -139,17 +139,17 @@ def parse_sdp(text: str) -> Candidate | None:
 
 
 def candidate_priority(kind: CandidateKind, local_preference: int) -> int:
-    """The priority of a candidate of our only component, 1 (RFC 8445, section 5.1.2.1)."""
+    """The priority of a candidate of component 1, the only component (RFC 8445, section 5.1.2.1)."""
     return _TYPE_PREFERENCE[kind] << 24 | local_preference << 8 | 256 - _COMPONENT
 
 
 def pair_priority(controlling: int, controlled: int) -> int:
-    """The priority of a pair, of the priorities of the two agents' candidates (RFC 8445, section 6.1.2.3)."""
+    """The priority of a pair, from the priorities of its two candidates (RFC 8445, section 6.1.2.3)."""
     return (min(controlling, controlled) << 32) + 2 * max(controlling, controlled) + (controlling > controlled)
 
 
 def is_usable(address: SocketAddress) -> bool:
-    """Whether a candidate may have this address. Loopback may, a zero port may not.
+    """Whether a candidate may have this address. Loopback is allowed, port 0 is not.
 
     See docs/protocol/data-plane.md, 2.4.5.
     """
@@ -164,24 +164,24 @@ def is_usable(address: SocketAddress) -> bool:
 def _local(kind: CandidateKind, address: SocketAddress, base: SocketAddress, penalty: int = 0) -> Candidate:
     preference = _LOCAL_PREFERENCE[kind] - penalty - (0 if address.is_ipv6 else _IPV4_PENALTY)
     priority = candidate_priority(kind, preference)
-    # The peer has no use for the base of a reflexive or relayed candidate: upstream hides it, so do we.
+    # Like upstream, don't reveal the base of a reflexive or relayed candidate: the peer doesn't need it.
     related = None if kind is CandidateKind.HOST else _UNSPECIFIED[address.is_ipv6]
     return Candidate(kind, address, base, priority, _foundation(kind, base, priority), related)
 
 
 def _foundation(kind: CandidateKind, base: SocketAddress, priority: int) -> str:
-    """24 hex digits: the priority, least significant byte first, as upstream has it; then a hash of what it groups."""
+    """24 hex digits: the priority as upstream writes it, least significant byte first, then a hash of kind and base."""
     digest = hashlib.blake2s(f"{kind.value} {base.host}".encode(), digest_size=8).hexdigest()
     return priority.to_bytes(4, "little").hex() + digest
 
 
 def _address(host: str, port: str) -> SocketAddress:
-    if "%" in host:  # a scope is somebody else's
-        raise ValueError(f"an address with a scope: {host}")
+    if "%" in host:  # a scope id has no meaning on another host
+        raise ValueError(f"the address {host} has a scope id")
     return SocketAddress(str(ipaddress.ip_address(host)), _decimal(port, maximum=0xFFFF))
 
 
 def _decimal(text: str, maximum: int) -> int:
     if not text.isdigit() or len(text) > 10 or int(text) > maximum:
-        raise ValueError(f"not a number up to {maximum}: {text!r}")
+        raise ValueError(f"{text!r} is not a number from 0 to {maximum}")
     return int(text)

@@ -1,7 +1,7 @@
-"""Candidate pairs, and which of them is checked when (docs/protocol/data-plane.md, 2.5.3; RFC 8445, section 6.1.2).
+"""Candidate pairs and the schedule of their checks (docs/protocol/data-plane.md, 2.5.3; RFC 8445, section 6.1.2).
 
-A pair is checked for as long as it lives: the same checks find out whether it works, keep NATs open and show that the
-peer is still there. A pair that never answers, or no longer does, ends when its history holds nothing but misses.
+A pair is checked for its whole lifetime: checks test whether it works, keep NAT mappings open and show that the peer is
+alive. A pair is removed when its history contains only missed checks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ NEVER = float("-inf")
 
 @attrs.frozen
 class Schedule:
-    """A pair is checked again after `initial_rto` seconds, then twice as long each time, up to `max_rto`.
+    """The check intervals of a pair: `initial_rto` seconds at first, doubling up to `max_rto`.
 
-    It keeps the last `max_checks` checks in mind, and ends when all of them were missed.
+    The pair's history holds the last `max_checks` checks. The pair is removed when all of them were missed.
     """
 
     initial_rto: float
@@ -29,7 +29,7 @@ class Schedule:
     max_checks: int
 
     def delay(self, checks: int) -> float:
-        """Seconds until the next check, where so many were made."""
+        """Seconds until the next check, after the given number of checks."""
         return min(self.initial_rto * 2.0 ** (checks - 1), self.max_rto)
 
 
@@ -73,15 +73,15 @@ class Pair:
         self.remote = remote
         self.priority = priority
         self.due = now
-        """When the next check is to be made, or a pair that is out of checks ends."""
+        """When the next check is due, or the pair is removed if it is out of checks."""
         self.unanswered = 0
-        """How many checks were sent since the newest one that was answered."""
+        """The number of checks sent after the newest answered check."""
         self.answered_at = NEVER
-        """When the newest answer came."""
+        """When the newest response arrived."""
         self.heard = False
-        """A check of the peer's came in on this pair."""
+        """Whether a check from the peer has arrived on this pair."""
         self.nominated_at = NEVER
-        """On the controlled side: when a check with USE-CANDIDATE came; NEVER again after one without it."""
+        """Controlled side: when the newest check with USE-CANDIDATE arrived; reset to NEVER by a check without it."""
         self._history: list[_Check] = []
 
     @property
@@ -90,11 +90,11 @@ class Pair:
 
     @property
     def unanswered_since(self) -> float:
-        """When the first of the unanswered checks was sent; NEVER where the newest one was answered."""
+        """When the first of the unanswered checks was sent; NEVER if the newest check was answered."""
         return self._history[-self.unanswered].sent_at if self.unanswered else NEVER
 
     def missed(self, now: float) -> int:
-        """How many checks in a row stayed without an answer for as long as we wait for one."""
+        """The number of consecutive checks that timed out without a response."""
         return self.unanswered - (now < self.due) if self.unanswered else 0
 
     def __repr__(self) -> str:
@@ -102,10 +102,10 @@ class Pair:
             f"<Pair {self.local.base} to {self.remote.address}, {self.unanswered} of {len(self._history)} unanswered>"
         )
 
-    # What follows is for the checklist.
+    # The methods below are for the checklist only.
 
     def append(self, transaction_id: bytes, now: float, schedule: Schedule) -> list[bytes]:
-        """Note a check. Returns the ids of those that fall out of the history."""
+        """Record a check. Returns the ids of checks dropped from the history."""
         self._history.append(_Check(transaction_id, now))
         return self.follow(schedule)
 
@@ -117,7 +117,7 @@ class Pair:
         self.follow(schedule)
 
     def follow(self, schedule: Schedule) -> list[bytes]:
-        """Set `due` by a schedule. Returns the ids of the checks that fall out of the history."""
+        """Set `due` by a schedule. Returns the ids of checks dropped from the history."""
         surplus = self._history[: -schedule.max_checks]
         del self._history[: -schedule.max_checks]
         self.unanswered = 0
@@ -140,13 +140,16 @@ class Pair:
         due = last + schedule.delay(len(self._history))
         if not self.unanswered:
             return due
-        # A healthy pair that stops answering is probed quickly again once half of `max_rto` has passed.
+        # If a healthy pair stops answering, it is checked at short intervals again after half of `max_rto`.
         probe = max(last + schedule.delay(self.unanswered), self.unanswered_since + schedule.max_rto / 2)
         return min(due, probe)
 
 
 class Checklist:
-    """All pairs of an agent, by (base of the local candidate, address of the remote one): others are redundant."""
+    """All pairs of an agent, keyed by the local candidate's base and the remote candidate's address.
+
+    Further candidates with the same base or address are redundant.
+    """
 
     def __init__(self, *, controlling: bool, schedule: Schedule) -> None:
         self._controlling = controlling
@@ -161,17 +164,17 @@ class Checklist:
         return self._pairs.get((pair.local.base, pair.remote.address)) is pair
 
     def __iter__(self) -> Iterator[Pair]:
-        """The pairs, oldest first; they may be removed meanwhile."""
+        """The pairs, oldest first. Pairs may be removed during the iteration."""
         return iter(tuple(self._pairs.values()))
 
     def waiting_for(self, transaction_id: bytes) -> Pair | None:
-        """The pair with an unanswered check of this id."""
+        """The pair with an unanswered check that has this id."""
         return self._in_flight.get(transaction_id)
 
     def add(self, local: Candidate, remote: Candidate, now: float, *, spare: Pair | None) -> Pair | None:
-        """The pair of two candidates, new or known. A full list gives up its worst pair (but not `spare`) for a better.
+        """Add or find the pair of two candidates. In a full list, the worst pair other than `spare` is replaced.
 
-        Returns None for candidates of different families, and where the list is full of better pairs.
+        Returns None for candidates of different families, or if the list is full of better pairs.
         """
         key = local.base, remote.address
         if key in self._pairs:
@@ -180,7 +183,7 @@ class Checklist:
             return None
         pair = Pair(local, remote, self._priority(local, remote), now)
         if len(self._pairs) >= MAX_PAIRS:
-            worst = min((one for one in self if one is not spare), key=_priority)
+            worst = min((other for other in self if other is not spare), key=_priority)
             if worst.priority >= pair.priority:
                 return None
             self.remove(worst)
@@ -188,7 +191,7 @@ class Checklist:
         return pair
 
     def replace_remote(self, remote: Candidate) -> None:
-        """Let the pairs with this address count as what the peer calls it now."""
+        """Use this candidate, and its priority, in all pairs with its address."""
         for pair in self:
             if pair.remote.address == remote.address:
                 pair.remote = remote
@@ -204,7 +207,7 @@ class Checklist:
                 self.remove(pair)
 
     def next_check(self, now: float, first: Pair | None) -> Pair | None:
-        """The pair to check now: `first` where it is due, else the one that has been due for longest."""
+        """The pair to check now: `first` if it is due, otherwise the pair that has been due the longest."""
         if first is not None and first.due <= now:
             return first
         due = [pair for pair in self if pair.due <= now]
@@ -222,12 +225,12 @@ class Checklist:
         pair.answer(transaction_id, now, self._schedule)
 
     def hasten(self, pair: Pair, now: float) -> None:
-        """Check a pair as soon as possible; one that is out of checks stays so."""
+        """Make a pair due now, unless it is out of checks."""
         if pair.unanswered < self._schedule.max_checks:
             pair.due = min(pair.due, now)
 
     def follow(self, schedule: Schedule) -> None:
-        """Go by another schedule from now on."""
+        """Switch to another schedule."""
         self._schedule = schedule
         for pair in self:
             self._forget(pair.follow(schedule))
