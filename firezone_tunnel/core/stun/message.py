@@ -1,8 +1,8 @@
-"""STUN and TURN messages (RFC 8489 and 8656; the ICE attributes: RFC 8445, section 16).
+"""STUN and TURN messages (RFC 8489 and RFC 8656; ICE attributes: RFC 8445, section 16).
 
-A `Message` is a value. `parse` reads one out of a datagram, `Message.encode` writes it with the attributes in exactly
-the order given, then MESSAGE-INTEGRITY and FINGERPRINT where asked for. Every attribute that we know is a typed
-constant of this module (`message.get(PRIORITY)` is an int); unknown ones keep their bytes.
+A `Message` is a value. `parse` reads a message from a datagram. `Message.encode` writes its attributes in the given
+order, followed by MESSAGE-INTEGRITY and FINGERPRINT if requested. Each known attribute is a typed constant of this
+module, so `message.get(PRIORITY)` returns an int. The values of unknown attributes are bytes.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class Kind(enum.IntEnum):
 
 @attrs.frozen(eq=False)
 class Attribute(Generic[T]):
-    """A row of the attribute table: a number, its name, and how its value is written and read.
+    """A row of the attribute table: the number and name of an attribute, and the codec for its value.
 
-    `decode` takes the value without padding and the transaction id (XOR addresses need it); it raises ValueError.
+    `decode` takes the value without padding and the transaction id, which XOR addresses need. It raises ValueError.
     """
 
     number: int
@@ -87,8 +87,8 @@ class Attribute(Generic[T]):
 class Message:
     """One STUN message. `attributes` are (attribute, value) in wire order, without MESSAGE-INTEGRITY and FINGERPRINT.
 
-    `method` is a plain number where we don't know the method. A parsed message also keeps its bytes, against which
-    `is_authentic` checks; two messages with the same content are equal no matter how they were sealed.
+    `method` is a plain int for an unknown method. A parsed message also keeps its bytes, which `is_authentic` needs.
+    Messages with the same content are equal, regardless of integrity and fingerprint.
     """
 
     method: int
@@ -100,28 +100,28 @@ class Message:
     _fingerprint_at: int = attrs.field(default=0, eq=False, repr=False)
 
     def get(self, attribute: Attribute[T]) -> T | None:
-        """The value of the first such attribute; None where there is none."""
+        """The value of the first occurrence of an attribute, or None."""
         for present, value in self.attributes:
             if present.number == attribute.number:
                 return value  # type: ignore[no-any-return]  # the same number is the same attribute: a T
         return None
 
     def get_all(self, attribute: Attribute[T]) -> list[T]:
-        """The values of an attribute that may repeat, as XOR-RELAYED-ADDRESS of a dual-stack allocation."""
+        """All values of an attribute that may repeat, such as XOR-RELAYED-ADDRESS of a dual-stack allocation."""
         return [value for present, value in self.attributes if present.number == attribute.number]
 
     @property
     def has_integrity(self) -> bool:
-        """A parsed message has a MESSAGE-INTEGRITY, right or wrong."""
+        """Whether a parsed message has a MESSAGE-INTEGRITY, valid or not."""
         return self._integrity_at > 0
 
     @property
     def has_fingerprint(self) -> bool:
-        """A parsed message ends in a FINGERPRINT, right or wrong."""
+        """Whether a parsed message ends with a FINGERPRINT, valid or not."""
         return self._fingerprint_at > 0
 
     def is_authentic(self, key: bytes) -> bool:
-        """Whether the MESSAGE-INTEGRITY of a parsed message is there and made with `key` (RFC 8489, section 14.5)."""
+        """Whether a parsed message has a MESSAGE-INTEGRITY that is valid for `key` (RFC 8489, section 14.5)."""
         if not self.has_integrity:
             return False
         value_at = self._integrity_at + _ATTRIBUTE.size
@@ -129,7 +129,7 @@ class Message:
         return hmac.compare_digest(expected, self.raw[value_at : value_at + _INTEGRITY_SIZE])
 
     def is_intact(self) -> bool:
-        """Whether the FINGERPRINT of a parsed message is there and right (RFC 8489, section 14.7)."""
+        """Whether a parsed message has a valid FINGERPRINT (RFC 8489, section 14.7)."""
         return self.has_fingerprint and self.raw[-_FINGERPRINT_SIZE:] == _fingerprint(self.raw[: self._fingerprint_at])
 
     def encode(self, *, key: bytes | None = None, fingerprint: bool = False) -> bytes:
@@ -151,10 +151,11 @@ class Message:
 
 
 def parse(data: bytes | bytearray | memoryview) -> Message | None:
-    """Read a datagram as one STUN message (RFC 8489, section 5). Returns None for anything else; never raises.
+    """Parse a datagram as one STUN message (RFC 8489, section 5). Returns None for anything else; never raises.
 
-    The length field must count the rest of the datagram and be a multiple of 4. What stands behind MESSAGE-INTEGRITY
-    is not protected and therefore ignored, but for a FINGERPRINT at the very end. Neither of them is checked here.
+    The length field must equal the length of the rest of the datagram and be a multiple of 4. Attributes after
+    MESSAGE-INTEGRITY are not protected and therefore ignored, except for a FINGERPRINT at the very end. Neither of the
+    two is verified here.
     """
     if len(data) < HEADER_SIZE or data[0] & 0xC0:
         return None
@@ -179,7 +180,7 @@ def parse(data: bytes | bytearray | memoryview) -> Message | None:
 
 
 def short_term_key(password: str) -> bytes:
-    """The MESSAGE-INTEGRITY key of ICE (RFC 8489, section 9.1.1; OpaqueString leaves our ASCII passwords alone)."""
+    """The MESSAGE-INTEGRITY key of ICE (RFC 8489, section 9.1.1). OpaqueString does not change ASCII passwords."""
     return password.encode()
 
 
@@ -190,13 +191,13 @@ def long_term_key(username: str, realm: str, password: str) -> bytes:
 
 class _Layout(NamedTuple):
     values: list[tuple[int, int, int]]
-    """(attribute number, start and end of the value) of everything that counts."""
+    """The attribute number, start and end of each value before MESSAGE-INTEGRITY."""
     integrity_at: int | None
     fingerprint_at: int | None
 
 
 def _layout(raw: bytes) -> _Layout | None:
-    """Where the attributes of a message stand; None if one doesn't fit into it."""
+    """Locate the attributes of a message. Returns None if an attribute exceeds the message."""
     values: list[tuple[int, int, int]] = []
     integrity_at = None
     position, end = HEADER_SIZE, len(raw)
@@ -209,7 +210,7 @@ def _layout(raw: bytes) -> _Layout | None:
         if after > end:
             return None
         if number == _FINGERPRINT:
-            # Nothing may follow: a FINGERPRINT elsewhere is a message that was put together wrongly.
+            # FINGERPRINT must be the last attribute; otherwise the message is malformed.
             return _Layout(values, integrity_at, position) if after == end and length == _FINGERPRINT_SIZE else None
         if integrity_at is None:
             if number == _MESSAGE_INTEGRITY:
@@ -237,12 +238,12 @@ def _padded(number: int, value: bytes) -> bytes:
 
 
 def _lengthened(data: bytes, more: int) -> bytes:
-    """The message with its length field counting `more` bytes that are still to be appended."""
+    """The message with its length field increased by `more` bytes that are still to be appended."""
     return data[:2] + _LENGTH.pack(len(data) - HEADER_SIZE + more) + data[4:]
 
 
 def _integrity(key: bytes, before: bytes) -> bytes:
-    """HMAC-SHA1 over everything before the attribute, the length field counting up to the attribute's end."""
+    """HMAC-SHA1 over everything before the attribute, with a length field that includes the attribute."""
     return hmac.digest(key, _lengthened(before, 4 + _INTEGRITY_SIZE), "sha1")
 
 
@@ -252,7 +253,7 @@ def _fingerprint(before: bytes) -> bytes:
 
 
 class ErrorCode(NamedTuple):
-    """ERROR-CODE (RFC 8489, section 14.8): 300 to 699, and a text for people."""
+    """ERROR-CODE (RFC 8489, section 14.8): 300 to 699, and a human-readable reason."""
 
     code: int
     reason: str = ""
@@ -267,7 +268,7 @@ class AddressError(NamedTuple):
 
 
 class IcmpError(NamedTuple):
-    """ICMP (RFC 8656, section 18.13): what came back for a datagram that a relay sent to a peer."""
+    """ICMP (RFC 8656, section 18.13): an ICMP error that a relay received for a datagram it sent to a peer."""
 
     type: int
     code: int
@@ -311,7 +312,7 @@ def _at_most(value: bytes, max_bytes: int) -> bytes:
 
 
 def _number(layout: str) -> _Codec[int]:
-    """An unsigned number, perhaps followed by reserved bytes, which are sent as zero and not looked at."""
+    """An unsigned number, optionally followed by reserved bytes, which are sent as zero and ignored on receipt."""
     form = struct.Struct(layout)
 
     def encode(value: int, _transaction_id: bytes) -> bytes:
@@ -335,7 +336,7 @@ def _encode_flag(_value: bool, _transaction_id: bytes) -> bytes:
 
 def _decode_flag(value: bytes, _transaction_id: bytes) -> bool:
     if value:
-        raise ValueError("a flag with a value")
+        raise ValueError("a flag must not have a value")
     return True
 
 
@@ -377,7 +378,7 @@ def _decode_xor_address(value: bytes, transaction_id: bytes) -> SocketAddress:
 def _encode_error_code(error: ErrorCode, _transaction_id: bytes) -> bytes:
     hundreds, rest = divmod(error.code, 100)
     if not 3 <= hundreds <= 6:
-        raise ValueError(f"no error code: {error.code}")
+        raise ValueError(f"{error.code} is not a valid error code")
     return bytes((0, 0, hundreds, rest)) + _at_most(error.reason.encode(), _MAX_TEXT)
 
 
@@ -388,7 +389,7 @@ def _decode_error_code(value: bytes, _transaction_id: bytes) -> ErrorCode:
 
 
 def _encode_address_error(error: AddressError, transaction_id: bytes) -> bytes:
-    """As ERROR-CODE, with the family in the first of the reserved bytes."""
+    """Same as ERROR-CODE, with the family in the first of the reserved bytes."""
     return bytes((error.family,)) + _encode_error_code(ErrorCode(error.code, error.reason), transaction_id)[1:]
 
 
@@ -402,7 +403,7 @@ def _encode_numbers(numbers: tuple[int, ...], _transaction_id: bytes) -> bytes:
 
 def _decode_numbers(value: bytes, _transaction_id: bytes) -> tuple[int, ...]:
     if len(value) % 2:
-        raise ValueError("half an attribute number")
+        raise ValueError("the list of attribute numbers has an odd length")
     return tuple(int.from_bytes(value[at : at + 2], "big") for at in range(0, len(value), 2))
 
 
@@ -433,7 +434,7 @@ _FLAG = (_encode_flag, _decode_flag)
 _ADDRESS = (_encode_address, _decode_address)
 _XOR_ADDRESS = (_encode_xor_address, _decode_xor_address)
 
-# Comprehension-required: whoever doesn't know one must refuse the request.
+# Comprehension-required: a receiver that doesn't know such an attribute must reject the request.
 MAPPED_ADDRESS = Attribute(0x0001, "MAPPED-ADDRESS", *_ADDRESS)
 USERNAME = Attribute(0x0006, "USERNAME", *_text(512))  # RFC 5389, section 15.3, allows more than RFC 8489 (508)
 ERROR_CODE = Attribute(0x0009, "ERROR-CODE", _encode_error_code, _decode_error_code)
@@ -462,7 +463,7 @@ ICMP = Attribute(0x8004, "ICMP", _encode_icmp, _decode_icmp)
 SOFTWARE = Attribute(0x8022, "SOFTWARE", *_text(_MAX_TEXT))
 ALTERNATE_SERVER = Attribute(0x8023, "ALTERNATE-SERVER", *_ADDRESS)
 COTURN_ADDITIONAL_ADDRESS_FAMILY = Attribute(0x8032, "ADDITIONAL-ADDRESS-FAMILY (coturn)", *_number("!Bxxx"))
-"""What coturn's clients say for 0x8000, up to 4.6 at least. IANA has assigned this number to nothing."""
+"""coturn's clients use this number instead of 0x8000, at least up to version 4.6. IANA has not assigned it."""
 ICE_CONTROLLED = Attribute(0x8029, "ICE-CONTROLLED", *_number("!Q"))
 """The tie-breaker."""
 ICE_CONTROLLING = Attribute(0x802A, "ICE-CONTROLLING", *_number("!Q"))
@@ -470,4 +471,4 @@ ICE_CONTROLLING = Attribute(0x802A, "ICE-CONTROLLING", *_number("!Q"))
 ATTRIBUTES: dict[int, Attribute[Any]] = {
     attribute.number: attribute for attribute in tuple(globals().values()) if isinstance(attribute, Attribute)
 }
-"""Every attribute that we know, by its number."""
+"""All known attributes by number."""

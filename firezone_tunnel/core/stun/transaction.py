@@ -1,4 +1,4 @@
-"""Requests that wait for their answers: under which ids they went out, and when to send them again.
+"""STUN requests waiting for a response: their transaction ids and retransmission times.
 
 Source: docs/protocol/data-plane.md, 3.4 (RFC 8489, section 6.2.1, with other intervals).
 """
@@ -18,9 +18,10 @@ BACKOFF = (1.0, 1.5, 2.25, 3.375)  # docs/protocol/data-plane.md, 3.4: sent at 0
 
 @attrs.define(eq=False)
 class Transaction:
-    """One request until its answer. `attributes` are those that every transmission carries.
+    """One request until its response arrives. `attributes` are included in every transmission.
 
-    `schedule` says how many seconds each transmission waits for an answer; after the last it is given up.
+    `schedule` is the number of seconds to wait for a response after each transmission. After the last transmission
+    the request fails.
     """
 
     method: Method
@@ -30,11 +31,11 @@ class Transaction:
     transmissions: int = 0
     due_at: float = 0.0
     ids: dict[bytes, None] = attrs.field(factory=dict)
-    """Transaction ids: either there is one for all transmissions, or the latest is the last."""
+    """The transaction ids, oldest first: one for all transmissions, or one for each."""
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether nothing but giving up is left when it becomes due."""
+        """Whether the last transmission was sent, so that the request fails when it is due."""
         return self.transmissions >= len(self.schedule)
 
     @property
@@ -42,7 +43,7 @@ class Transaction:
         return next(reversed(self.ids), None)
 
     def start_over(self) -> None:
-        """Let the next transmission be the first of the schedule again."""
+        """Restart the schedule with the next transmission."""
         self.transmissions = 0
 
 
@@ -50,7 +51,7 @@ T = TypeVar("T", bound=Transaction)
 
 
 class Transactions(Generic[T]):
-    """The requests of one client that are waiting for answers."""
+    """The pending requests of one client."""
 
     def __init__(self) -> None:
         self._by_id: dict[bytes, T] = {}
@@ -66,7 +67,7 @@ class Transactions(Generic[T]):
         return transaction in self._waiting
 
     def sent(self, transaction: T, transaction_id: bytes, now: float) -> None:
-        """A transmission left under this id. Ids used before stay valid."""
+        """Record a transmission with this id. Earlier ids stay valid."""
         transaction.ids[transaction_id] = None
         transaction.due_at = now + transaction.schedule[transaction.transmissions]
         transaction.transmissions += 1
@@ -74,11 +75,11 @@ class Transactions(Generic[T]):
         self._waiting[transaction] = None
 
     def waiting_for(self, transaction_id: bytes) -> T | None:
-        """The request that an answer with this id belongs to."""
+        """The pending request with this transaction id."""
         return self._by_id.get(transaction_id)
 
     def finish(self, transaction: T) -> None:
-        """It was answered, given up or became pointless."""
+        """Remove a request that was answered, has failed or is no longer needed."""
         self._waiting.pop(transaction, None)
         for transaction_id in transaction.ids:
             self._by_id.pop(transaction_id, None)
@@ -87,5 +88,5 @@ class Transactions(Generic[T]):
         return min((transaction.due_at for transaction in self._waiting), default=None)
 
     def due(self, now: float) -> list[T]:
-        """Those whose wait is over, to be sent again or given up."""
+        """The requests whose wait is over, which are to be sent again or fail."""
         return [transaction for transaction in self._waiting if transaction.due_at <= now]
