@@ -1,6 +1,6 @@
-"""What this host offers a client and a gateway, found by trying it. Nothing that was there before is changed.
+"""Check whether this host can run a client and a gateway, without changing its configuration.
 
-Everything here blocks, for a few seconds at most.
+All calls block, for a few seconds at most.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _PORTAL_TIMEOUT = 5.0
 
 
 class CheckState(enum.Enum):
-    """Whether what was looked at does its part; a limit makes the tunnel slower or narrower, but not impossible."""
+    """The result of a check. With LIMIT the tunnel works, but more slowly or with fewer features."""
 
     OK = "ok"
     LIMIT = "limit"
@@ -39,7 +39,7 @@ class CheckState(enum.Enum):
 
 @attrs.frozen
 class Finding:
-    """What was found, and what to do about it. `needed_by` names the roles that can't work where it is missing."""
+    """The result of one check, with advice. `needed_by` names the roles that can't run if the result is MISSING."""
 
     check: str
     state: CheckState
@@ -49,12 +49,12 @@ class Finding:
 
 
 def diagnose(interface: str = DEFAULT_NAME, api_url: str | None = None, ca_file: Path | None = None) -> list[Finding]:
-    """Everything; the portal only where its URL is given.
+    """Run all checks. The portal is checked only if its URL is given.
 
-    :param interface: the name that client and gateway give their TUN device.
+    :param interface: the name of the client's or gateway's TUN device.
     """
     network = list(_network(interface))
-    needs_nft = ROLES if any(one.check == _STRICT for one in network) else ("gateway",)
+    needs_nft = ROLES if any(finding.check == _STRICT for finding in network) else ("gateway",)
     findings = [_privileges(), *_tun(), *_udp(), *network, _nft(needs_nft), _forwarding(), *_instances()]
     if api_url is not None:
         findings.append(_portal(api_url, ca_file))
@@ -62,18 +62,18 @@ def diagnose(interface: str = DEFAULT_NAME, api_url: str | None = None, ca_file:
 
 
 def is_usable(findings: list[Finding], role: str) -> bool:
-    """Whether nothing is missing that a client, or a gateway, needs."""
-    return not any(one.state is CheckState.MISSING and role in one.needed_by for one in findings)
+    """Whether the host has everything that a client, or a gateway, needs."""
+    return not any(finding.state is CheckState.MISSING and role in finding.needed_by for finding in findings)
 
 
 _CAP_NET_ADMIN = 12  # <linux/capability.h>
 _STRICT = "strict rp_filter"
-_BEST = "Linux 6.2 or later has all of it"
+_SLOWER = "the tunnel works, but is slower: use Linux 6.2 or later"
 _OFFLOADS = {
     Offload.UDP: "TCP and UDP segmentation",
     Offload.TCP: "TCP segmentation",
     Offload.CHECKSUM: "checksums only",
-    Offload.NONE: "none",
+    Offload.NONE: "no offloads",
 }
 
 
@@ -82,12 +82,13 @@ def _privileges() -> Finding:
         return Finding("privileges", CheckState.OK, "root, with CAP_NET_ADMIN")
     if _has_net_admin():
         return Finding("privileges", CheckState.OK, "CAP_NET_ADMIN")
-    who = "root, but without CAP_NET_ADMIN" if os.geteuid() == 0 else "neither root nor CAP_NET_ADMIN"
-    return Finding("privileges", CheckState.MISSING, who, "run as root; in a container add the capability NET_ADMIN")
+    found = "root, but without CAP_NET_ADMIN" if os.geteuid() == 0 else "neither root nor CAP_NET_ADMIN"
+    advice = "run as root; in a container, add the capability NET_ADMIN"
+    return Finding("privileges", CheckState.MISSING, found, advice)
 
 
 def _has_net_admin() -> bool:
-    """Whether CAP_NET_ADMIN is effective: proc(5)."""
+    """Whether CAP_NET_ADMIN is effective (proc(5))."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
@@ -95,20 +96,20 @@ def _has_net_admin() -> bool:
 
 
 def _tun() -> Iterator[Finding]:
-    """A device of another name, for a moment."""
+    """Create a TUN device with another name, and delete it."""
     try:
-        device = open_tun("fz-diagnose%d")  # the kernel puts the first free number there
+        device = open_tun("fz-diagnose%d")  # the kernel replaces %d by the first free number
     except PlatformError as error:
-        yield Finding("tun", CheckState.MISSING, str(error), "modprobe tun; in a container pass on /dev/net/tun")
+        yield Finding("tun", CheckState.MISSING, str(error), "run modprobe tun; in a container, add /dev/net/tun")
         return
     device.close()
-    yield Finding("tun", CheckState.OK, "a TUN device can be made")
+    yield Finding("tun", CheckState.OK, "TUN devices can be created")
     is_best = device.offload is Offload.UDP
     yield Finding(
         "tun offloads",
         CheckState.OK if is_best else CheckState.LIMIT,
         _OFFLOADS[device.offload],
-        "" if is_best else f"works, but more slowly: {_BEST}",
+        "" if is_best else _SLOWER,
     )
 
 
@@ -117,21 +118,21 @@ def _udp() -> Iterator[Finding]:
         with sockets.bind("0.0.0.0", [0], mark=None) as udp:
             features = sockets.configure(udp, gso=True, gro=True)
     except PlatformError as error:
-        yield Finding("udp", CheckState.MISSING, one_line(error), "allow UDP sockets")
+        yield Finding("udp", CheckState.MISSING, one_line(error), "allow this user to open UDP sockets")
         return
     lacking = [name for name, has in (("GSO", features.gso), ("GRO", features.gro)) if not has]
     yield Finding(
         "udp offloads",
         CheckState.LIMIT if lacking else CheckState.OK,
         f"without {' and '.join(lacking)}" if lacking else "GSO and GRO",
-        f"works, but more slowly: {_BEST}" if lacking else "",
+        _SLOWER if lacking else "",
     )
-    kept = features.receive_buffer // 2  # the kernel counts twice what was asked for
-    is_large = kept >= sockets.RECEIVE_BUFFER
+    size = features.receive_buffer // 2  # the kernel reports twice the requested size
+    is_large = size >= sockets.RECEIVE_BUFFER
     yield Finding(
         "udp buffer",
         CheckState.OK if is_large else CheckState.LIMIT,
-        f"{kept >> 10} KiB for what arrives",
+        f"receive buffer of {size >> 10} KiB",
         "" if is_large else f"run as root, or set net.core.rmem_max to {sockets.RECEIVE_BUFFER}",
     )
 
@@ -141,18 +142,18 @@ def _nft(needed_by: tuple[str, ...]) -> Finding:
         nftables.rules()
     except PlatformError as error:
         return Finding("nftables", CheckState.MISSING, str(error), "install nftables; run as root", needed_by)
-    return Finding("nftables", CheckState.OK, "rules can be read", "", needed_by)
+    return Finding("nftables", CheckState.OK, "rule set can be read", "", needed_by)
 
 
 def _forwarding() -> Finding:
     path = PROC_SYS / "net/ipv4/ip_forward"
     if _read(path) == "1":
-        return Finding("forwarding", CheckState.OK, "IPv4 is forwarded", needed_by=("gateway",))
+        return Finding("forwarding", CheckState.OK, "IPv4 forwarding is on", needed_by=("gateway",))
     if os.access(path, os.W_OK):
-        return Finding("forwarding", CheckState.OK, "is off; a gateway switches it on", needed_by=("gateway",))
+        return Finding("forwarding", CheckState.OK, "off; the gateway turns it on", needed_by=("gateway",))
     return Finding(
-        *("forwarding", CheckState.MISSING, "is off, and can't be switched on from here"),
-        "set net.ipv4.ip_forward=1 (docker: --sysctl)",
+        *("forwarding", CheckState.MISSING, "off, and this user can't turn it on"),
+        "set net.ipv4.ip_forward=1 (Docker: --sysctl)",
         needed_by=("gateway",),
     )
 
@@ -162,7 +163,7 @@ def _network(interface: str) -> Iterator[Finding]:
     try:
         snapshot = kernel.snapshot()
     except (PlatformError, OSError) as error:
-        yield Finding("network", CheckState.MISSING, one_line(error), "allow netlink sockets")
+        yield Finding("network", CheckState.MISSING, one_line(error), "allow this user to open netlink sockets")
         return
     finally:
         kernel.close()
@@ -173,20 +174,20 @@ def _network(interface: str) -> Iterator[Finding]:
     if hosts:
         yield Finding("candidates", CheckState.OK, ", ".join(hosts))
     else:
-        yield Finding("candidates", CheckState.MISSING, "no address that a peer could use", "give the host an address")
+        advice = "configure an IP address on a network interface"
+        yield Finding("candidates", CheckState.MISSING, "no address that a peer could use", advice)
     for name in dict.fromkeys(uplink.interface for uplink in found if uplink is not None):
         if is_strict(name, lambda setting: _read(PROC_SYS / setting)):
-            yield Finding(_STRICT, CheckState.OK, f"on {name}: the client marks answers, by nftables")
+            yield Finding(_STRICT, CheckState.OK, f"on {name}: the client marks replies with nftables")
 
 
 def _uplink(check: str, uplink: Uplink | None) -> Finding:
     if uplink is None:
-        return Finding(
-            check, CheckState.LIMIT, "no default route", "needed only for peers beyond the host's own networks"
-        )
-    by = f" via {uplink.next_hop}" if uplink.next_hop else ""
+        advice = "add a default route to reach peers outside of the local networks"
+        return Finding(check, CheckState.LIMIT, "no default route", advice)
+    via = f" via {uplink.next_hop}" if uplink.next_hop else ""
     source = f" from {uplink.preferred_source}" if uplink.preferred_source else ""
-    return Finding(check, CheckState.OK, f"{uplink.interface}{by}{source}")
+    return Finding(check, CheckState.OK, f"{uplink.interface}{via}{source}")
 
 
 def _instances() -> Iterator[Finding]:
@@ -195,19 +196,16 @@ def _instances() -> Iterator[Finding]:
             Instance(role).close()
         except InUseError:
             advice = f"stop it before you start another {role}"
-            yield Finding(
-                f"{role} running", CheckState.LIMIT, f"a {role} of ours runs in this network namespace", advice
-            )
+            yield Finding(f"{role} running", CheckState.LIMIT, f"a {role} is running in this network namespace", advice)
         except PlatformError as error:
-            yield Finding(
-                f"{role} running", CheckState.MISSING, one_line(error), "allow Unix sockets", needed_by=(role,)
-            )
+            advice = "allow this user to open Unix sockets"
+            yield Finding(f"{role} running", CheckState.MISSING, one_line(error), advice, needed_by=(role,))
         else:
-            yield Finding(f"{role} running", CheckState.OK, "none")
+            yield Finding(f"{role} running", CheckState.OK, "no")
 
 
 def _portal(api_url: str, ca_file: Path | None) -> Finding:
-    """Whether somebody answers there, over TLS whom we trust. Nothing is said to it."""
+    """Connect to the portal and verify its TLS certificate, without sending a request."""
     try:
         portal = LoginUrl.client(api_url, "", device_id="diagnose", name="diagnose")
         with socket.create_connection((portal.host, portal.port), _PORTAL_TIMEOUT) as connection:
@@ -218,7 +216,7 @@ def _portal(api_url: str, ca_file: Path | None) -> Finding:
     except ConfigurationError as error:
         return Finding("portal", CheckState.MISSING, one_line(error), "check --api-url")
     except ssl.SSLCertVerificationError as error:
-        advice = "check the portal's certificate, or name its CA with --ca-file"
+        advice = "check the portal's certificate, or pass its CA with --ca-file"
         return Finding("portal", CheckState.MISSING, f"{portal} is not trusted: {error.verify_message}", advice)
     except OSError as error:
         advice = "check --api-url, name resolution and the firewall"

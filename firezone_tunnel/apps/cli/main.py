@@ -1,4 +1,4 @@
-"""`firezone-tunnel`: what an operator asks this host for."""
+"""`firezone-tunnel`: commands for operators."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ _COLOURS = {CheckState.OK: "green", CheckState.LIMIT: "yellow", CheckState.MISSI
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, "-V", "--version", message="%(version)s")
 def main() -> None:
-    """Help with clients, gateways and portals of a Firezone-compatible tunnel.
+    """Tools for operators of Firezone-compatible clients, gateways, relays and portals.
 
-    They themselves run under twistd: see `twistd --help`.
+    These applications themselves run under twistd: see `twistd --help`.
     """
 
 
 @main.command()
-@click.option("--api-url", "-u", envvar="FIREZONE_API_URL", help="URL of the portal; without it no portal is asked.")
-@click.option("--ca-file", envvar="FIREZONE_CA_FILE", type=click.Path(path_type=Path), help="PEM file to trust for it.")
+@click.option("--api-url", "-u", envvar="FIREZONE_API_URL", help="URL of the portal to check; omit to skip.")
+@click.option(
+    "--ca-file", envvar="FIREZONE_CA_FILE", type=click.Path(path_type=Path), help="PEM file of the portal's CA."
+)
 @click.option("--interface", envvar="FIREZONE_INTERFACE", default=DEFAULT_NAME, help="Name of the TUN device.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of a table.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of a table.")
 def diagnose(api_url: str | None, ca_file: Path | None, interface: str, as_json: bool) -> None:
-    """Say what this host offers a client and a gateway, and what to do where something is missing.
+    """Check whether this host can run a client and a gateway, and print advice for each problem.
 
-    Ends with 1 if it is missing what either needs. Run it as the user that the client or gateway will have.
+    Exits with 1 if the host lacks anything that either of them needs. Run it as the user that will run the client or
+    gateway.
     """
     findings = look_at_host(interface, api_url, ca_file)
     if as_json:
@@ -50,29 +53,30 @@ def diagnose(api_url: str | None, ca_file: Path | None, interface: str, as_json:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of lines.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of lines.")
 def token(as_json: bool) -> None:
-    """Make a random token, and the hash by which the portal's seed file knows it.
+    """Generate a random token and its hash.
 
-    The token goes to the client, gateway or relay, the hash into portal.toml, where it is of no use to who reads it.
+    Give the token to the client, gateway or relay, and add the hash to portal.toml. The token can't be derived from the
+    hash.
     """
-    made = secrets.token_urlsafe(_TOKEN_BYTES)
+    secret = secrets.token_urlsafe(_TOKEN_BYTES)
     if as_json:
-        click.echo(json.dumps({"token": made, "sha3_256": token_hash(made)}))
+        click.echo(json.dumps({"token": secret, "sha3_256": token_hash(secret)}))
         return
-    click.echo(f'token:    {made}\nsha3_256 = "{token_hash(made)}"')
+    click.echo(f'token:    {secret}\nsha3_256 = "{token_hash(secret)}"')
 
 
 def _records(findings: list[Finding]) -> list[dict[str, object]]:
     return [
         {
-            "check": one.check,
-            "state": one.state.value,
-            "found": one.found,
-            "advice": one.advice,
-            "needed_by": one.needed_by,
+            "check": finding.check,
+            "state": finding.state.value,
+            "found": finding.found,
+            "advice": finding.advice,
+            "needed_by": finding.needed_by,
         }
-        for one in findings
+        for finding in findings
     ]
 
 
@@ -81,10 +85,10 @@ def _show(findings: list[Finding]) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("check", "", "found", "what to do"):
         table.add_column(heading, no_wrap=heading in {"check", ""}, overflow="fold")
-    for one in findings:
-        state = Text(one.state.value, style=_COLOURS[one.state])
-        table.add_row(Text(one.check), state, Text(one.found), Text(one.advice))
+    for finding in findings:
+        state = Text(finding.state.value, style=_COLOURS[finding.state])
+        table.add_row(Text(finding.check), state, Text(finding.found), Text(finding.advice))
     console.print(table)
     for role in ROLES:
-        verdict = "can run here" if is_usable(findings, role) else "can't run here yet"
-        console.print(Text(f"A {role} {verdict}."))
+        ability = "can" if is_usable(findings, role) else "can't"
+        console.print(Text(f"This host {ability} run a {role}."))

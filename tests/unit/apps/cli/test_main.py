@@ -1,4 +1,4 @@
-"""The command: what it prints, and how it ends."""
+"""The output and exit codes of the `firezone-tunnel` command."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_table_and_the_object_say_the_same(monkeypatch: pytest.MonkeyPatch) 
     }
     lines = [line.split() for line in table.output.splitlines()]
     assert ["nftables", "missing", "no", "[nft]", "install", "it"] in lines
-    assert table.output.endswith("A client can run here.\nA gateway can't run here yet.\n")
+    assert table.output.endswith("This host can run a client.\nThis host can't run a gateway.\n")
 
 
 def test_a_limit_keeps_nothing_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ _FINDINGS = [
 
 
 def _portal(url: str) -> dict[str, str]:
-    """State and finding of the portal's check."""
+    """The state and result of the portal check."""
     done = CliRunner().invoke(main, ["diagnose", "--json", "--api-url", url])
     (found,) = [one for one in json.loads(done.output)["checks"] if one["check"] == "portal"]
     return {"state": found["state"], "found": found["found"]}
