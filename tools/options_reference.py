@@ -1,4 +1,4 @@
-"""Write the reference page of all options from where they are declared: `python tools/options_reference.py FILE`."""
+"""Generate the reference page of all options from their declarations: `python tools/options_reference.py FILE`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from firezone_tunnel.shell.process.settings import Options, Setting
 _PACKAGE = Path(__file__).parents[1] / "firezone_tunnel"
 _HEAD = (
     "# Options",
-    "Written by `make docs` from the declarations: `twistd firezone-client --help` says the same. "
-    "What is given on the command line wins over an environment variable; of several variables the first that is set "
-    "counts. A flag's variable is `true` or `false`, `1` or `0`, `yes` or `no`, `on` or `off`.",
-    "In the foreground, as under a service manager or in a container, they run as "
+    "`make docs` generates this page from the declarations that `twistd firezone-client --help` also prints. "
+    "Command-line options take precedence over environment variables. If an option has several variables, the first "
+    "that is set is used. The variable of a flag is `true` or `false`, `1` or `0`, `yes` or `no`, `on` or `off`.",
+    "To run an application in the foreground, for example under a service manager or in a container, use "
     "`twistd -n --pidfile= firezone-client …`. Option names can't be abbreviated.",
-    "The token of a client, gateway or relay is no option, as everybody on the host can read a command line. "
-    "It comes from the first of these that holds one: the variable `FIREZONE_TOKEN`, which is then removed from the "
-    "process's environment; a systemd credential called `FIREZONE_TOKEN`; the file of `--token-path`, which must "
-    "belong to the user that runs the program and be readable by nobody else.",
+    "There is no option for the token of a client, gateway or relay, because all users of a host can read command "
+    "lines. The token is taken from the first of these sources that has one: the variable `FIREZONE_TOKEN`, which is "
+    "then removed from the process's environment; a systemd credential named `FIREZONE_TOKEN`; the file given by "
+    "`--token-path`, which must be owned by the user that runs the application and readable only by that user.",
 )
 
 
@@ -30,7 +30,7 @@ def page() -> str:
 
 
 def roles() -> list[str]:
-    """The applications that twistd starts, as their packages are called."""
+    """The package names of the applications that run under twistd."""
     return sorted(path.parent.name for path in _PACKAGE.glob("apps/*/options.py"))
 
 
@@ -52,7 +52,7 @@ def _table(settings: Sequence[Setting]) -> Iterator[str]:
 
 def _default(setting: Setting) -> str:
     if setting.is_required:
-        return "must be given"
+        return "required"
     if setting.is_flag:
         return "off"
     return f"`{setting.default}`" if setting.default is not None else ""

@@ -36,7 +36,7 @@ def parse_dns_control(text: str) -> str:
 
 
 class Options(CommonOptions):
-    """The token comes by FIREZONE_TOKEN, by a file, or as a systemd credential: never on the command line."""
+    """The token comes from FIREZONE_TOKEN, a systemd credential or a file, never from the command line."""
 
     settings = (
         *device_settings(
@@ -46,25 +46,25 @@ class Options(CommonOptions):
         ),
         Setting(
             "dns-control",
-            "how the host's DNS is set up: disabled",
+            "how to configure the host's DNS; only disabled is supported",
             variables=("FIREZONE_DNS_CONTROL",),
             default="disabled",
             parse=parse_dns_control,
         ),
         attrs.evolve(
             MAX_PARTITION_TIME,
-            help="give up after this long without a portal, such as 1h or 30d [default: never]",
+            help="exit after this long without the portal, such as 1h or 30d [default: never]",
             variables=("MAX_PARTITION_TIME",),
             default=None,
         ),
         Setting("check", "check the configuration and exit", is_flag=True),
-        Setting("exit", "bring the tunnel up once and exit", is_flag=True),
+        Setting("exit", "exit as soon as the tunnel is up", is_flag=True),
         *LOG_SETTINGS,
     )
 
 
 class Application(ApplicationService):
-    """A session for as long as the process lives."""
+    """A session that lasts until the process ends."""
 
     def __init__(self, reactor: Any, options: Options, config: EndpointConfig) -> None:
         self._events = EventStream()

@@ -25,7 +25,7 @@ _IDENTITY_FILE = "gateway_id"
 
 
 class Options(CommonOptions):
-    """The token comes by FIREZONE_TOKEN, by a file, or as a systemd credential: never on the command line."""
+    """The token comes from FIREZONE_TOKEN, a systemd credential or a file, never from the command line."""
 
     settings = (
         *device_settings(
@@ -38,7 +38,7 @@ class Options(CommonOptions):
 
 
 class Application(ApplicationService):
-    """A gateway for as long as the process lives."""
+    """A gateway that runs until the process ends."""
 
     def __init__(self, reactor: Any, options: Options, config: EndpointConfig) -> None:
         self._gateway = GatewayService(reactor, config)

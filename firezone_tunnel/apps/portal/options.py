@@ -22,21 +22,30 @@ class Options(CommonOptions):
             default="127.0.0.1:8081",
             parse=SocketAddress.parse,
         ),
-        Setting("seed", "TOML file that says what is served", variables=("FIREZONE_PORTAL_SEED",), is_required=True),
+        Setting(
+            "seed",
+            "TOML file that defines sites, tokens, resources and policies",
+            variables=("FIREZONE_PORTAL_SEED",),
+            is_required=True,
+        ),
         Setting(
             "database",
-            "SQLite file for what must survive a restart",
+            "SQLite file for state that survives restarts",
             variables=("FIREZONE_PORTAL_DATABASE",),
             default="firezone-portal.sqlite3",
         ),
-        Setting("tls-cert", "PEM file: the certificate, then its chain", variables=("FIREZONE_PORTAL_TLS_CERT",)),
-        Setting("tls-key", "PEM file: its private key", variables=("FIREZONE_PORTAL_TLS_KEY",)),
+        Setting(
+            "tls-cert",
+            "PEM file with the TLS certificate, followed by its chain",
+            variables=("FIREZONE_PORTAL_TLS_CERT",),
+        ),
+        Setting("tls-key", "PEM file with the certificate's private key", variables=("FIREZONE_PORTAL_TLS_KEY",)),
         *LOG_SETTINGS,
     )
 
 
 class Application(ApplicationService):
-    """A portal for as long as the process lives."""
+    """A portal that runs until the process ends."""
 
     def __init__(self, reactor: Any, options: Options) -> None:
         self._portal = PortalService(

@@ -48,7 +48,7 @@ def parse_port(text: str) -> int:
 
 
 def parse_limit(text: str) -> int:
-    """A number of things; 0 for no limit.
+    """Parse a limit; 0 means no limit.
 
     Raises: ValueError.
     """
@@ -81,7 +81,7 @@ def parse_ipv6(text: str) -> str:
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:
-    """Networks between commas; "private" stands for the private ones.
+    """Parse comma-separated networks; "private" stands for all private networks.
 
     Raises: ValueError.
     """
@@ -98,59 +98,61 @@ class Options(CommonOptions):
     """
 
     settings = (
-        Setting(
-            "public-ip4-addr", "IPv4 address that this relay is reached at", ("PUBLIC_IP4_ADDR",), parse=parse_ipv4
-        ),
-        Setting(
-            "public-ip6-addr", "IPv6 address that this relay is reached at", ("PUBLIC_IP6_ADDR",), parse=parse_ipv6
-        ),
+        Setting("public-ip4-addr", "public IPv4 address of this relay", ("PUBLIC_IP4_ADDR",), parse=parse_ipv4),
+        Setting("public-ip6-addr", "public IPv6 address of this relay", ("PUBLIC_IP6_ADDR",), parse=parse_ipv6),
         Setting("bind-ip4-addr", "IPv4 address to listen on", ("BIND_IP4_ADDR",), "0.0.0.0", parse=parse_ipv4),
         Setting("bind-ip6-addr", "IPv6 address to listen on", ("BIND_IP6_ADDR",), "::", parse=parse_ipv6),
-        Setting("listen-port", "port to listen on; Firezone expects 3478", ("LISTEN_PORT",), "3478", parse=parse_port),
-        Setting("lowest-port", "first port for allocations", ("LOWEST_PORT",), "49152", parse=parse_port),
-        Setting("highest-port", "last port for allocations", ("HIGHEST_PORT",), "65535", parse=parse_port),
+        Setting(
+            "listen-port",
+            "port to listen on; Firezone's peers require 3478",
+            ("LISTEN_PORT",),
+            "3478",
+            parse=parse_port,
+        ),
+        Setting("lowest-port", "lowest port for allocations", ("LOWEST_PORT",), "49152", parse=parse_port),
+        Setting("highest-port", "highest port for allocations", ("HIGHEST_PORT",), "65535", parse=parse_port),
         API_URL,
         token_path("/etc/firezone/relay-token"),
-        attrs.evolve(FIREZONE_NAME, help="what the portal calls this relay"),
+        attrs.evolve(FIREZONE_NAME, help="name of this relay in the portal"),
         CA_FILE,
         attrs.evolve(MAX_PARTITION_TIME, short=None),
         Setting(
             "users-file",
-            "serve the users of this file, a name:password in each line, and no portal",
+            "serve the users in this file instead of a portal; each line is name:password",
             variables=("FIREZONE_RELAY_USERS_FILE",),
             parse=Path,
         ),
-        Setting("realm", "realm of those users", ("FIREZONE_RELAY_REALM",), FIREZONE_REALM),
+        Setting("realm", "realm for the users in the file", ("FIREZONE_RELAY_REALM",), FIREZONE_REALM),
         Setting(
             "allow-peers",
-            "special networks to relay to all the same, such as 10.1.0.0/16, or private for all private ones",
+            "special-purpose networks to relay to, such as 10.1.0.0/16, or private for all private networks",
             variables=("FIREZONE_RELAY_ALLOW_PEERS",),
             parse=parse_networks,
         ),
         Setting(
             "max-allocations",
-            "at most this many; 0 for no limit",
+            "maximum number of allocations; 0 for no limit",
             ("FIREZONE_RELAY_MAX_ALLOCATIONS",),
             "0",
             parse_limit,
         ),
         Setting(
             "max-allocations-per-user",
-            "at most this many of one user; 0 for no limit",
+            "maximum number of allocations for each user; 0 for no limit",
             ("FIREZONE_RELAY_MAX_ALLOCATIONS_PER_USER",),
             "0",
             parse_limit,
         ),
         Setting(
             "workers",
-            "share the port between this many processes; a client stays with one of them",
+            "number of processes that share the port; each client stays with one process",
             ("FIREZONE_RELAY_WORKERS",),
             "1",
             parse_workers,
         ),
         Setting(
             "drain-time",
-            "how long to serve those who are there after SIGTERM; a second one ends it at once",
+            "how long to serve existing clients after SIGTERM; a second SIGTERM ends the relay immediately",
             variables=("FIREZONE_RELAY_DRAIN_TIME",),
             default="30s",
             parse=parse_duration,
@@ -161,7 +163,7 @@ class Options(CommonOptions):
 
 
 class Application(ApplicationService):
-    """A relay for as long as the process lives."""
+    """A relay that runs until the process ends."""
 
     def __init__(self, reactor: Any, options: Options, config: RelayOptions) -> None:
         self._relay = RelayService(reactor, config)
@@ -236,7 +238,7 @@ def _portal(options: Options, relaying: RelayConfig) -> PortalConfig:
 
 
 def _own_hosts() -> tuple[str, ...]:
-    """The addresses of this host as they are at the start."""
+    """The addresses of this host at start-up."""
     kernel = Kernel()
     try:
         return tuple(address.host for address in kernel.snapshot().addresses)

@@ -180,12 +180,14 @@ LOG_SETTINGS = (
 
 API_URL = Setting("api-url", "URL of the portal", ("FIREZONE_API_URL",), DEFAULT_BASE, short="u")
 FIREZONE_NAME = Setting(
-    "firezone-name", "what the portal calls this device; by default the host's name", ("FIREZONE_NAME",)
+    "firezone-name", "name of this device in the portal; by default the host name", ("FIREZONE_NAME",)
 )
-CA_FILE = Setting("ca-file", "PEM file with the only CAs to trust for the portal", ("FIREZONE_CA_FILE",), parse=Path)
+CA_FILE = Setting(
+    "ca-file", "PEM file of CAs to trust for the portal, instead of the system's", ("FIREZONE_CA_FILE",), parse=Path
+)
 MAX_PARTITION_TIME = Setting(
     "max-partition-time",
-    "give up after this long without a portal, such as 15m or 30d",
+    "exit after this long without the portal, such as 15m or 30d",
     variables=("FIREZONE_MAX_PARTITION_TIME",),
     default="24h",
     parse=parse_duration,
@@ -193,7 +195,7 @@ MAX_PARTITION_TIME = Setting(
 )
 HEALTH_CHECK_ADDR = Setting(
     "health-check-addr",
-    "where to serve /healthz and /readyz; off for nowhere",
+    "address and port for /healthz and /readyz; off disables them",
     variables=("HEALTH_CHECK_ADDR",),
     default="0.0.0.0:8080",
     parse=parse_address,
@@ -202,18 +204,18 @@ HEALTH_CHECK_ADDR = Setting(
 
 def token_path(default: str) -> Setting:
     """For `read_token`."""
-    text = "file with the token, readable by its owner only"
+    text = "file with the token, readable only by its owner"
     return Setting("token-path", text, ("FIREZONE_TOKEN_PATH",), default, parse=Path)
 
 
 def device_settings(*, interface: str, token: str, state_directory: str) -> tuple[Setting, ...]:
     """The settings that client and gateway share, with the defaults of either."""
     # `interface` is `tun.device.DEFAULT_NAME`: it isn't imported here, as the portal would load numpy with it.
-    state = "directory for what must survive a restart"
-    telemetry = "accepted as upstream's: nothing is ever sent"
+    state = "directory for state that survives restarts"
+    telemetry = "accepted for compatibility with Firezone; telemetry is never sent"
     return (
         API_URL,
-        Setting("firezone-id", "identity of this device, instead of the stored one", ("FIREZONE_ID",), short="i"),
+        Setting("firezone-id", "identity of this device; by default the stored identity", ("FIREZONE_ID",), short="i"),
         FIREZONE_NAME,
         CA_FILE,
         Setting("interface", "name of the TUN device", ("FIREZONE_INTERFACE",), interface),
