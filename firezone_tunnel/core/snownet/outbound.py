@@ -50,7 +50,7 @@ class Outbound:
         return bool(self._waiting)
 
     def send(self, packet: SuperPacket, now: float) -> bool:
-        """Send a packet, a lone one on `flush`. False: it has to wait for a session, and the peer has been asked."""
+        """Send a packet, a lone one on `flush`. False: it waits for a session, and a handshake is scheduled."""
         path = self.path
         session = None if path is None else self._peer.sending_session(now)
         if path is None or session is None or self._waiting:

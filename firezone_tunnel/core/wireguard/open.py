@@ -22,7 +22,7 @@ from firezone_tunnel.core.wireguard.transport_data import (
     OVERHEAD,
     TAG_SIZE,
     MessageRows,
-    Nonces,
+    NonceRows,
     open_rows,
     shorten,
 )
@@ -70,7 +70,7 @@ class Opener:
     """Opens batches, and keeps the views of the layouts that it has seen last."""
 
     def __init__(self) -> None:
-        self._nonces = Nonces(RECEIVE_BUFFER_SIZE // OVERHEAD)
+        self._nonces = NonceRows(RECEIVE_BUFFER_SIZE // OVERHEAD)
         self._layouts: Layouts[_Received] = Layouts()
 
     def common_receiver(self, messages: Rows) -> int | None:

@@ -25,7 +25,7 @@ from firezone_tunnel.core.wireguard.transport_data import (
     OVERHEAD,
     TAG_SIZE,
     MessageRows,
-    Nonces,
+    NonceRows,
     seal_rows,
     shorten,
 )
@@ -65,7 +65,7 @@ class SealBuffer(SendBuffer):
 
     def __init__(self, pool: BufferPool[Any]) -> None:
         super().__init__(pool)
-        self._nonces = Nonces(MAX_SEGMENTS)
+        self._nonces = NonceRows(MAX_SEGMENTS)
         self._layouts: Layouts[_Slots] = Layouts()
         self._stamp: tuple[_Slots | None, int] = (None, 0)
 
@@ -169,7 +169,7 @@ class _Slots(MessageRows):
         if shape is not None:
             self.segments = SegmentSlots(memory, shape, rows=rows, stride=stride, offset=headroom + HEADER_SIZE)
 
-    def write_counters(self, nonces: Nonces, first: int, count: int) -> None:
+    def write_counters(self, nonces: NonceRows, first: int, count: int) -> None:
         column = nonces.counters[:count]
         np.add(_COUNT[:count], np.uint64(first), out=column)
         self.counters[:count] = column

@@ -50,8 +50,8 @@ def open_rows(cipher: ChaCha20Poly1305, jobs: Sequence[Job]) -> list[int]:
     return failed
 
 
-class Nonces:
-    """Nonces in a row, shared by all layouts of a buffer."""
+class NonceRows:
+    """NonceRows in a row, shared by all layouts of a buffer."""
 
     __slots__ = ("counters", "views")
 
@@ -74,7 +74,7 @@ class MessageRows:
         self.starts = column(memory, "<u8", offset, stride, rows)  # type and receiver index
         self.counters = column(memory, "<u8", offset + 8, stride, rows)
 
-    def jobs(self, nonces: Nonces, count: int) -> list[Job]:
+    def jobs(self, nonces: NonceRows, count: int) -> list[Job]:
         """The AEAD's arguments for the first `count` messages; views are made when they are first needed."""
         jobs = self._jobs
         view = self._view
