@@ -31,7 +31,7 @@ class PortalConfig:
     """The portal to which a relay announces itself and the secret behind its credentials."""
 
     url: LoginUrl
-    trust: Any = None  # `portal_connection.trust_from_file`; None: whom the host trusts
+    trust: Any = None  # `portal_link.service.trust_from_file`; None: whom the host trusts
     max_partition_time: float | None = None  # seconds without a portal; None: without end
 
 

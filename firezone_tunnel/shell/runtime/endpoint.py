@@ -45,7 +45,7 @@ class EndpointConfig:
     url: LoginUrl
     state_directory: Path
     interface: str = DEFAULT_NAME
-    trust: Any = None  # `portal_connection.trust_from_file`; None: whom the host trusts
+    trust: Any = None  # `portal_link.service.trust_from_file`; None: whom the host trusts
     max_partition_time: float | None = None  # seconds without a portal; None: without end
 
 
