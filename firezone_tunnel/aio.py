@@ -1,10 +1,10 @@
-"""The names of `firezone_tunnel` for asyncio programs: what returns a Deferred there is a coroutine here.
+"""The API of `firezone_tunnel` for asyncio programs: the same names, with coroutines in place of Deferreds.
 
     async with aio.Session.connect(url="wss://portal.example/", token=token) as (session, events):
         async for event in events: ...
 
-Twisted's reactor then runs on the program's event loop. There is one in a process, so all sessions of a process belong
-to one event loop. Importing this installs no reactor; the first `connect` does.
+Importing this module installs no reactor. The first `connect` installs Twisted's asyncio reactor on the running event
+loop. A process has one reactor, so all of its sessions belong to that event loop.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 from twisted.internet.defer import CancelledError
 from twisted.python.failure import Failure
 
-from firezone_tunnel.apps.client import events as core
 from firezone_tunnel.apps.client import session as twisted_session
 from firezone_tunnel.apps.client.events import (
     AllGatewaysOffline,
     Disconnected,
     Event,
+    EventQueue,
     GatewayVersionMismatch,
     ResourcesUpdated,
     TunInterfaceUpdated,
@@ -64,13 +64,13 @@ __all__ = [
 
 
 class Session:
-    """Commands to a running client. Once the session is closed all but `close` raise.
+    """Commands to a running client. After the session has ended, all but `close` raise.
 
-    A session that is still open when `asyncio.run` ends is closed by that.
+    `asyncio.run` closes sessions that are still open when it ends.
     """
 
     def __init__(self, session: twisted_session.Session) -> None:
-        """For `connect` only."""
+        """Internal: use `connect`."""
         self._session = session
 
     @classmethod
@@ -81,20 +81,20 @@ class Session:
         token: str,
         device_id: str | None = None,
         name: str | None = None,
-        state_directory: Path = DEFAULT_STATE_DIRECTORY,
+        state_directory: str | Path = DEFAULT_STATE_DIRECTORY,
         interface: str = DEFAULT_NAME,
-        ca_file: Path | None = None,
+        ca_file: str | Path | None = None,
         max_partition_time: float | None = None,
     ) -> Connected:
-        """Begin to connect; nothing has to succeed for this to return. What becomes of it is told by the events.
+        """Start to connect, and return at once. The events report progress and failures.
 
         The arguments are those of `firezone_tunnel.Session.connect`.
 
-        Raises: ConfigurationError; FirezoneError, where another reactor is in the way; RuntimeError, where no event
-        loop runs.
+        Raises: ConfigurationError; FirezoneError, if another reactor is installed; RuntimeError, if no event loop is
+        running.
         """
         reactor = install_reactor()
-        session, events = twisted_session.Session.connect(
+        session, _ = twisted_session.Session.connect(
             url=url,
             token=token,
             device_id=device_id,
@@ -106,42 +106,48 @@ class Session:
             reactor=reactor,
         )
         loop = asyncio.get_running_loop()
-        has_ended = events.when_ended().asFuture(loop)  # the session has it, and so keeps the task
+        queue = session._service.events
+        has_ended = queue.when_ended().asFuture(loop)  # the queue refers to it, and it refers to the task
         closing = _close_with_loop(session, has_ended)
-        loop.create_task(closing, name="firezone_tunnel session")  # noqa: RUF006  # has_ended keeps it
-        return Connected(cls(session), EventStream(events))
+        loop.create_task(closing, name="firezone_tunnel session")  # noqa: RUF006  # has_ended keeps it alive
+        return Connected(cls(session), EventStream(queue))
 
     def reset(self, reason: str) -> None:
-        """Begin anew with new keys and sockets; flows come back by themselves.
+        """Start again with new keys and sockets. Flows recover by themselves. `reason` is logged.
 
         Raises: SessionClosed.
         """
         self._session.reset(reason)
 
     async def close(self) -> None:
-        """End the session; the host is as it was before when this returns. May be called more than once."""
+        """End the session. Returns when the host's network is restored. May be called more than once."""
         await self._session.close().asFuture(asyncio.get_running_loop())
+
+    def __repr__(self) -> str:
+        return repr(self._session)
 
 
 class EventStream:
-    """Events in order, then the end: `async for event in stream`. It has one consumer, which may be slow.
+    """A session's events in order: `async for event in stream`. The stream ends with the session.
 
-    Nothing is lost where waiting is cancelled, as by `asyncio.wait_for(stream.next(), timeout)`.
+    It supports one reader. A slow reader costs nothing: only the newest configuration and the newest list of resources
+    are kept, and beyond 1000 events the oldest are dropped. Cancelling a wait, as `asyncio.wait_for(stream.next(),
+    timeout)` does, loses no event.
     """
 
-    def __init__(self, stream: core.EventStream) -> None:
-        """For `Session` only."""
-        self._stream = stream
+    def __init__(self, queue: EventQueue) -> None:
+        """Internal: `Session.connect` returns a stream."""
+        self._queue = queue
 
     @property
     def dropped(self) -> int:
-        """How many events nobody took in time: more than 1000 waited."""
-        return self._stream.dropped
+        """The number of events dropped because more than 1000 were unread."""
+        return self._queue.dropped
 
     async def next(self) -> Event | None:
-        """The next event; None, again and again, when there is none to come.
+        """Return the next event, or None after the end of the stream.
 
-        Raises: RuntimeError, if somebody waits already.
+        Raises: RuntimeError, if an earlier call is still waiting.
         """
         future: asyncio.Future[Event | None] = asyncio.get_running_loop().create_future()
 
@@ -149,15 +155,15 @@ class EventStream:
             if not future.cancelled():
                 future.set_result(event)
             elif event is not None:
-                self._stream.put_back(event)
+                self._queue.put_back(event)
 
-        waiting = self._stream.next().addCallbacks(deliver, _ignore_cancelled)
+        waiting = self._queue.get().addCallbacks(deliver, _ignore_cancelled)
         try:
             return await future
         except asyncio.CancelledError:
             waiting.cancel()
             if future.done() and not future.cancelled() and (event := future.result()) is not None:
-                self._stream.put_back(event)
+                self._queue.put_back(event)
             raise
 
     def __aiter__(self) -> EventStream:
@@ -169,9 +175,12 @@ class EventStream:
             raise StopAsyncIteration
         return event
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._queue.summary()}>"
+
 
 class Connected(NamedTuple):
-    """A session and its events; as an async context manager it closes the session on leaving."""
+    """A session and its events. As an async context manager it closes the session on exit."""
 
     session: Session
     events: EventStream
@@ -186,9 +195,10 @@ class Connected(NamedTuple):
 
 
 def install_reactor() -> Any:
-    """Twisted's reactor on the running event loop; the one that was installed before, if this is not the first call.
+    """Install Twisted's reactor on the running event loop and start it. Later calls return the same reactor.
 
-    Raises: FirezoneError, if there is another reactor, or one of another event loop; RuntimeError, if no loop runs.
+    Raises: FirezoneError, if another reactor is installed, or it runs on another event loop; RuntimeError, if no event
+    loop is running.
     """
     from twisted.internet import asyncioreactor
 
@@ -199,16 +209,16 @@ def install_reactor() -> Any:
         from twisted.internet import reactor
     elif not isinstance(reactor, asyncioreactor.AsyncioSelectorReactor):
         raise FirezoneError(
-            f"Twisted's {type(reactor).__name__} is installed already, and does not run on asyncio: "
+            f"Twisted's {type(reactor).__name__} is already installed and does not run on asyncio: "
             "connect before anything imports twisted.internet.reactor, or use firezone_tunnel without aio"
         )
     elif reactor._asyncioEventloop is not loop:
         raise FirezoneError(
-            "Twisted's reactor belongs to another event loop, and a process has only one: "
-            "use the loop that made the first connection"
+            "Twisted's reactor runs on another event loop, and a process has only one reactor: "
+            "connect on the event loop of the first connection"
         )
     if not reactor.running:
-        # The pool resolves names; as daemons its threads don't keep a program that is through from ending.
+        # The thread pool resolves names. Daemon threads don't keep a finished program alive.
         reactor.getThreadPool().threadFactory = functools.partial(threading.Thread, daemon=True)
         reactor.startRunning(installSignalHandlers=False)
     return reactor
@@ -219,8 +229,9 @@ def _ignore_cancelled(failure: Failure) -> None:
 
 
 async def _close_with_loop(session: twisted_session.Session, has_ended: asyncio.Future[None]) -> None:
-    """`asyncio.run` cancels what still runs at its end, and waits for it. A session left open would keep its thread,
-    and so the process, alive, and its routes in place.
+    """Close the session when its task is cancelled: `asyncio.run` cancels all tasks at its end, and awaits them.
+
+    A session left open would keep its thread, and so the process, alive, and its routes in place.
     """
     try:
         await has_ended

@@ -1,6 +1,6 @@
-"""The exception tree, and which operating-system errors only say "not reachable from here".
+"""The exception tree, and the operating system's errors that only mean "not reachable from here".
 
-The lowest layer: everything may import it, it imports nothing of ours.
+This is the lowest layer: every module may import it, and it imports none of the package.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import errno
 
 
 class FirezoneError(Exception):
-    """The message is one sentence: the attempt, its object, and the remedy."""
+    """The base class. The text is one sentence: what failed, on what, and what the operator can do."""
 
     exit_code = 1
 
@@ -19,23 +19,23 @@ class ConfigurationError(FirezoneError):
 
 
 class PlatformError(FirezoneError):
-    """The host lacks something: a device node, a capability, a free port, disk space."""
+    """The host lacks a device node, a capability, a free port, disk space or the like."""
 
 
 class InUseError(PlatformError):
-    """Another instance already owns what this one needs."""
+    """Another instance owns a resource of the host that this one needs."""
 
 
 class ProtocolError(FirezoneError):
-    """A peer sent bytes that its protocol does not allow."""
+    """A peer sent bytes that violate its protocol."""
 
 
 class PortalError(FirezoneError):
-    """The portal refused us for good: retrying cannot help."""
+    """The portal refused the connection for good: retrying cannot help."""
 
 
 class AuthenticationError(PortalError):
-    """The portal refused the token; `requires_sign_in` says whether to discard it."""
+    """The portal refused the token. If `requires_sign_in`, discard the token."""
 
     def __init__(self, message: str, *, requires_sign_in: bool) -> None:
         super().__init__(message)
@@ -43,7 +43,7 @@ class AuthenticationError(PortalError):
 
 
 class SessionClosed(FirezoneError):
-    """The session was closed: it cannot be used again, connect a new one."""
+    """The session has ended and can't be used again: connect a new one."""
 
 
 _UNREACHABLE = frozenset(
@@ -60,10 +60,10 @@ _UNREACHABLE = frozenset(
 
 
 def is_unreachable(error: OSError) -> bool:
-    """Whether a failed send only says that this address can't be reached from here.
+    """Whether a failed send only means that the address can't be reached from here.
 
-    Such errors are DEBUG noise (docs/protocol/data-plane.md, 7.7). It is for ordinary sends: of one with UDP_SEGMENT,
-    EINVAL says that the path refuses GSO.
+    Log such an error at DEBUG (docs/protocol/data-plane.md, 7.7). This does not apply to a send with UDP_SEGMENT, where
+    EINVAL means that the path refuses GSO.
     """
     return error.errno in _UNREACHABLE
 

@@ -201,7 +201,7 @@ def test_another_reactor_in_the_way_is_an_error_that_says_so() -> None:
     )
 
     assert done.returncode == 0, done.stderr
-    assert "is installed already, and does not run on asyncio: connect before anything imports" in done.stdout
+    assert "is already installed and does not run on asyncio: connect before anything imports" in done.stdout
 
 
 def test_a_second_event_loop_is_an_error_that_says_so() -> None:
@@ -222,7 +222,7 @@ def test_a_second_event_loop_is_an_error_that_says_so() -> None:
     )
 
     assert done.returncode == 0, done.stderr
-    assert "belongs to another event loop, and a process has only one" in done.stdout
+    assert "runs on another event loop, and a process has only one" in done.stdout
 
 
 def test_outside_an_event_loop_nothing_is_connected() -> None:

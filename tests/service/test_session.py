@@ -155,7 +155,7 @@ async def test_a_consumer_that_sleeps_costs_nothing_and_then_reads_the_newest(ho
             await portal.reseed((_address(number), _address(number + 1)))
             await until(partial(_is_waiting_for, events, _address(number + 1)))
 
-        waiting = list(events._events)
+        waiting = list(events._queue._events)
         assert len([event for event in waiting if isinstance(event, ResourcesUpdated)]) == 1
         assert len(waiting) <= 2
         assert events.dropped == 0
@@ -207,6 +207,18 @@ def _refuse(runtime: TunnelService) -> None:
     raise PlatformError("no family works")
 
 
+@pytest_twisted.ensureDeferred
+async def test_its_repr_shows_the_portal_and_how_it_stands_but_no_token(host: Host, tmp_path: Path) -> None:
+    session, _ = Session.connect(
+        url="ws://127.0.0.1:1/path", token="n.token", device_id="x", state_directory=str(tmp_path), reactor=reactor
+    )
+    assert repr(session) == "<Session: ws://127.0.0.1:1, tun-firezone, running>"
+
+    await session.close()
+
+    assert repr(session) == "<Session: ws://127.0.0.1:1, tun-firezone, stopped>"
+
+
 @pytest.mark.parametrize("is_early", [False, True])
 @pytest_twisted.ensureDeferred
 async def test_a_reset_connects_anew_with_another_key(host: Host, tmp_path: Path, is_early: bool) -> None:
@@ -232,6 +244,7 @@ async def test_a_reset_connects_anew_with_another_key(host: Host, tmp_path: Path
         ({"url": "portal.example"}, "must begin with"),
         ({"token": "with\x00nul"}, "invalid characters"),
         ({"ca_file": Path("/nonexistent.pem")}, "/nonexistent.pem"),
+        ({"ca_file": "/nonexistent.pem"}, "/nonexistent.pem"),
     ],
 )
 def test_what_is_wrong_from_the_start_is_raised_at_once(arguments: dict[str, Any], complaint: str) -> None:
@@ -277,7 +290,7 @@ def _address(number: int) -> str:
 
 def _is_waiting_for(events: EventStream, address: str) -> bool:
     """Whether resources wait to be read, the first of which has this address."""
-    updates = [event for event in events._events if isinstance(event, ResourcesUpdated)]
+    updates = [event for event in events._queue._events if isinstance(event, ResourcesUpdated)]
     return bool(updates) and updates[-1].resources[0].address == address
 
 

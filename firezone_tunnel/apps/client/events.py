@@ -1,4 +1,4 @@
-"""What a session tells: the events, and the stream that carries them (docs/protocol/client-application.md, 1.3)."""
+"""The events of a session, and the stream that carries them (docs/protocol/client-application.md, 1.3)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 @attrs.frozen
 class TunInterfaceUpdated:
-    """The interface is set up like this; the first one means that the tunnel is ready. `None` where a family is off."""
+    """The interface has this configuration. The first of these events means that the tunnel is ready.
+
+    `ipv4` or `ipv6` is None if the host lacks the family.
+    """
 
     ipv4: ipaddress.IPv4Address | None
     ipv6: ipaddress.IPv6Address | None
@@ -29,81 +32,64 @@ class TunInterfaceUpdated:
 
 @attrs.frozen
 class ResourcesUpdated:
-    """All resources: the internet resource first, the others by name and id."""
+    """All resources: the internet resource first, then the others sorted by name and id."""
 
     resources: tuple[ResourceView, ...]
 
 
 @attrs.frozen
 class AllGatewaysOffline:
-    """No gateway of this resource's site is there. Told once for each resource."""
+    """All gateways in the resource's site are offline. Sent once per resource."""
 
     resource_id: str
 
 
 @attrs.frozen
 class GatewayVersionMismatch:
-    """No gateway of this resource's site can work with this client. Told once for each resource."""
+    """No gateway in the resource's site is compatible with this client. Sent once per resource."""
 
     resource_id: str
 
 
 @attrs.frozen
 class Disconnected:
-    """The last event: the session has ended because of `error`, and a new one must be made."""
+    """The last event: `error` ended the session. To go on, connect a new session."""
 
     error: FirezoneError
 
     @property
     def requires_sign_in(self) -> bool:
-        """Whether the token is worthless from now on."""
+        """Whether the portal rejected the token for good: discard it."""
         return bool(getattr(self.error, "requires_sign_in", False))
 
 
 Event = TunInterfaceUpdated | ResourcesUpdated | AllGatewaysOffline | GatewayVersionMismatch | Disconnected
 
-_LATEST_COUNTS = (TunInterfaceUpdated, ResourcesUpdated)
+_LATEST_ONLY = (TunInterfaceUpdated, ResourcesUpdated)
 
 
 class EventStream:
-    """Events in order, then the end: `async for event in stream`. It has one consumer.
+    """A session's events in order: `async for event in stream`. The stream ends with the session.
 
-    A consumer that is slow, or doesn't read at all, costs nothing: of configurations and resources only the newest is
-    kept, and beyond 1000 events the oldest are dropped.
+    It supports one reader. A slow reader costs nothing: only the newest configuration and the newest list of resources
+    are kept, and beyond 1000 events the oldest are dropped.
     """
 
-    def __init__(self) -> None:
-        self.dropped = 0
-        self._events: deque[Event] = deque()
-        self._waiting: Deferred[Event | None] | None = None
-        self._has_ended = False
-        self._endings: list[Deferred[None]] = []
+    def __init__(self, queue: EventQueue) -> None:
+        """Internal: `Session.connect` returns a stream."""
+        self._queue = queue
+
+    @property
+    def dropped(self) -> int:
+        """The number of events dropped because more than 1000 were unread."""
+        return self._queue.dropped
 
     def next(self) -> Deferred[Event | None]:
-        """Fires with the next event; with None, again and again, when there is none to come.
+        """Fire with the next event, or with None after the end of the stream.
 
-        Raises: RuntimeError, if an earlier call still waits.
+        Raises: RuntimeError, if an earlier call is still waiting.
         """
-        if self._events:
-            return succeed(self._events.popleft())
-        if self._has_ended:
-            return succeed(None)
-        if self._waiting is not None:
-            raise RuntimeError("somebody waits for the next event already: a stream has one consumer")
-        self._waiting = Deferred(self._forget_waiting)
-        return self._waiting
-
-    def put_back(self, event: Event) -> None:
-        """For a consumer that took an event and can't use it: it is the next one again."""
-        self._events.appendleft(event)
-
-    def when_ended(self) -> Deferred[None]:
-        """Fires when nothing is added any more, whether all was read or not."""
-        if self._has_ended:
-            return succeed(None)
-        ending: Deferred[None] = Deferred()
-        self._endings.append(ending)
-        return ending
+        return self._queue.get()
 
     def __aiter__(self) -> EventStream:
         return self
@@ -114,18 +100,30 @@ class EventStream:
             raise StopAsyncIteration
         return event
 
-    # What follows is for the session.
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._queue.summary()}>"
+
+
+class EventQueue:
+    """The producer's end of an `EventStream`."""
+
+    def __init__(self) -> None:
+        self.dropped = 0
+        self._events: deque[Event] = deque()
+        self._waiting: Deferred[Event | None] | None = None
+        self._has_ended = False
+        self._endings: list[Deferred[None]] = []
 
     def put(self, event: Event) -> None:
-        """Never blocks. Nothing comes after the end."""
+        """Add an event without blocking. Events after the end are ignored."""
         if self._has_ended:
             return
         if self._waiting is not None:
             waiting, self._waiting = self._waiting, None
             waiting.callback(event)
             return
-        if isinstance(event, _LATEST_COUNTS):
-            for older in [one for one in self._events if type(one) is type(event)]:
+        if isinstance(event, _LATEST_ONLY):
+            for older in [unread for unread in self._events if type(unread) is type(event)]:
                 self._events.remove(older)
         if len(self._events) >= CAPACITY:
             self._events.popleft()
@@ -133,7 +131,7 @@ class EventStream:
         self._events.append(event)
 
     def end(self) -> None:
-        """What is in the stream can still be read."""
+        """End the stream. Unread events can still be read."""
         if self._has_ended:
             return
         self._has_ended = True
@@ -143,6 +141,34 @@ class EventStream:
         endings, self._endings = self._endings, []
         for ending in endings:
             ending.callback(None)
+
+    def when_ended(self) -> Deferred[None]:
+        """Fire after `end`, even if events are still unread."""
+        if self._has_ended:
+            return succeed(None)
+        ending: Deferred[None] = Deferred()
+        self._endings.append(ending)
+        return ending
+
+    def get(self) -> Deferred[Event | None]:
+        """See `EventStream.next`."""
+        if self._events:
+            return succeed(self._events.popleft())
+        if self._has_ended:
+            return succeed(None)
+        if self._waiting is not None:
+            raise RuntimeError("Another call is waiting for the next event: a stream supports one reader")
+        self._waiting = Deferred(self._forget_waiting)
+        return self._waiting
+
+    def put_back(self, event: Event) -> None:
+        """Return an event that the reader got but can't use: it becomes the next event again."""
+        self._events.appendleft(event)
+
+    def summary(self) -> str:
+        """The state in a few words, for a `repr`."""
+        state = "ended" if self._has_ended else "open"
+        return f"{state}, {len(self._events)} unread, {self.dropped} dropped"
 
     def _forget_waiting(self, _: object) -> None:
         self._waiting = None

@@ -67,10 +67,10 @@ class Application(ApplicationService):
     """A session that lasts until the process ends."""
 
     def __init__(self, reactor: Any, options: Options, config: EndpointConfig) -> None:
-        self._events = EventStream()
-        tunnel = ClientService(reactor, config, self._events)
-        super().__init__(reactor, "firezone-client", options, tunnel)
-        self.process.on_hangup(lambda: Session(tunnel).reset("SIGHUP"))
+        client = ClientService(reactor, config)
+        super().__init__(reactor, "firezone-client", options, client)
+        self.process.on_hangup(lambda: Session(client).reset("SIGHUP"))
+        self._events = EventStream(client.events)
         self._exit_when_ready = options["exit"]
 
     async def watch(self) -> None:

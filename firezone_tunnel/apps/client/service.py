@@ -10,7 +10,7 @@ from firezone_tunnel.apps.client.events import (
     AllGatewaysOffline,
     Disconnected,
     Event,
-    EventStream,
+    EventQueue,
     GatewayVersionMismatch,
     ResourcesUpdated,
     TunInterfaceUpdated,
@@ -40,14 +40,14 @@ _REFUSALS: dict[str, Callable[[str], Event]] = {
 
 
 class ClientService(TunnelEndpoint):
-    """One client at work. It puts news into `events`, which end when it has stopped."""
+    """One client at work. `events` end when it has stopped."""
 
     name = "client"
 
-    def __init__(self, reactor: Any, config: EndpointConfig, events: EventStream) -> None:
+    def __init__(self, reactor: Any, config: EndpointConfig) -> None:
         self._client = ClientTunnel(entropy=os.urandom, now=boottime(), pool=seal_pool())
         super().__init__(reactor, config, self._client, role=messages.TOPIC, peer_field="gid", parse=messages.parse)
-        self._events = events
+        self.events = EventQueue()
         self._reply_marks = ReplyMarks(self.worker, state_directory=config.state_directory)
         self._wanted: TunConfig | None = None
         self._applied: TunConfig | None = None
@@ -79,7 +79,7 @@ class ClientService(TunnelEndpoint):
                 self._wanted = config
                 self.run(self._apply)
             case ResourcesChanged(resources):
-                self._events.put(ResourcesUpdated(resources))
+                self.events.put(ResourcesUpdated(resources))
             case FlowRefused(rid, reason):
                 log.debug("tunnel:flow_refused", rid=rid, reason=reason)
                 if reason in _REFUSALS:
@@ -89,13 +89,13 @@ class ClientService(TunnelEndpoint):
 
     def ended(self, error: FirezoneError | None) -> None:
         if error is not None:
-            self._events.put(Disconnected(error))
-        self._events.end()
+            self.events.put(Disconnected(error))
+        self.events.end()
 
     def _put_once(self, event: Event) -> None:
         if event not in self._reported:
             self._reported[event] = None
-            self._events.put(event)
+            self.events.put(event)
 
     async def _apply(self) -> None:
         """Set up the interface for the newest configuration.
@@ -111,7 +111,7 @@ class ClientService(TunnelEndpoint):
         works = {4: self._families.ipv4, 6: self._families.ipv6}
         routes = tuple(network for network in config.routes if works[network.version])
         await self.netlink.set_routes(self._config.interface, map(str, routes))
-        self._events.put(
+        self.events.put(
             TunInterfaceUpdated(
                 ipv4=config.ipv4 if works[4] else None,
                 ipv6=config.ipv6 if works[6] else None,

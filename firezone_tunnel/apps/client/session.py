@@ -1,10 +1,10 @@
-"""A user's connection to Firezone: commands go in by `Session`, news come out by its `EventStream`.
+"""A user's connection to Firezone: a `Session` takes commands, its `EventStream` delivers events.
 
     session, events = Session.connect(url="wss://portal.example/", token=token)
     async for event in events: ...
     await session.close()
 
-or `async with Session.connect(...) as (session, events): ...`, in a coroutine that Twisted runs. In an asyncio program
+or `async with Session.connect(...) as (session, events): ...`, in a coroutine that Twisted runs. For asyncio programs
 `firezone_tunnel.aio` has the same names.
 """
 
@@ -25,15 +25,16 @@ from firezone_tunnel.shell.process.identity import load_identity
 from firezone_tunnel.shell.runtime.endpoint import EndpointConfig
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME
 
-DEFAULT_STATE_DIRECTORY = Path("/var/lib/dev.firezone.client/config")  # upstream's, so that a device keeps its identity
+# As upstream's client has it, so that a device that switches keeps its identity.
+DEFAULT_STATE_DIRECTORY = Path("/var/lib/dev.firezone.client/config")
 IDENTITY_FILE = "firezone-id.json"
 
 
 class Session:
-    """Commands to a running client. None of them blocks; once the session is closed all but `close` raise."""
+    """Commands to a running client. None of them blocks. After the session has ended, all but `close` raise."""
 
     def __init__(self, service: ClientService) -> None:
-        """For `connect` and its like only."""
+        """Internal: use `connect`."""
         self._service = service
 
     @classmethod
@@ -44,21 +45,27 @@ class Session:
         token: str,
         device_id: str | None = None,
         name: str | None = None,
-        state_directory: Path = DEFAULT_STATE_DIRECTORY,
+        state_directory: str | Path = DEFAULT_STATE_DIRECTORY,
         interface: str = DEFAULT_NAME,
-        ca_file: Path | None = None,
+        ca_file: str | Path | None = None,
         max_partition_time: float | None = None,
         reactor: Any = None,
     ) -> Connected:
-        """Begin to connect; nothing has to succeed for this to return. What becomes of it is told by the events.
+        """Start to connect, and return at once. The events report progress and failures.
 
-        :param url: of the portal.
-        :param device_id: what the portal recognizes the device by; by default it is stored in `state_directory`.
-        :param ca_file: PEM file with the only CAs to trust for the portal.
-        :param max_partition_time: seconds without a portal after which the session ends; None: never.
+        :param url: the portal's URL.
+        :param token: a client token.
+        :param device_id: the portal recognizes the device by it. Default: a random one stored in `state_directory`.
+        :param name: the device's name in the portal. Default: the host's name.
+        :param state_directory: for files that must survive a restart.
+        :param interface: name of the TUN device.
+        :param ca_file: PEM file with the only CAs to trust for the portal. Default: the host's.
+        :param max_partition_time: seconds without a portal after which the session ends. Default: never.
+        :param reactor: default: the global one.
 
         Raises: ConfigurationError.
         """
+        state_directory = Path(state_directory)
         config = EndpointConfig(
             url=LoginUrl.client(
                 url,
@@ -68,18 +75,17 @@ class Session:
             ),
             state_directory=state_directory,
             interface=interface,
-            trust=None if ca_file is None else trust_from_file(ca_file),
+            trust=None if ca_file is None else trust_from_file(Path(ca_file)),
             max_partition_time=max_partition_time,
         )
         if reactor is None:
             from twisted.internet import reactor
-        events = EventStream()
-        service = ClientService(reactor, config, events)
+        service = ClientService(reactor, config)
         service.startService()
-        return Connected(cls(service), events)
+        return Connected(cls(service), EventStream(service.events))
 
     def reset(self, reason: str) -> None:
-        """Begin anew with new keys and sockets; flows come back by themselves.
+        """Start again with new keys and sockets. Flows recover by themselves. `reason` is logged.
 
         Raises: SessionClosed.
         """
@@ -88,12 +94,15 @@ class Session:
         self._service.reset(reason)
 
     def close(self) -> Deferred[None]:
-        """End the session; fires when the host is as it was before. May be called more than once."""
+        """End the session. Fires when the host's network is restored. May be called more than once."""
         return self._service.stopService()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self._service.summary()}>"
 
 
 class Connected(NamedTuple):
-    """A session and its events; as an async context manager it closes the session on leaving."""
+    """A session and its events. As an async context manager it closes the session on exit."""
 
     session: Session
     events: EventStream

@@ -264,6 +264,13 @@ class TunnelEndpoint(MultiService):
             case ConnectionClosed():
                 log.info("tunnel:connection_closed", **peer)
 
+    def summary(self) -> str:
+        """The state in a few words, for a `repr`."""
+        return f"{self._config.url}, {self._config.interface}, {'running' if self.running else 'stopped'}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.summary()}>"
+
     # Subclasses implement the rest.
 
     async def set_up_host(self) -> None:

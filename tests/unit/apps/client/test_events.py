@@ -8,11 +8,13 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import CancelledError, Deferred
 
+from firezone_tunnel import aio
 from firezone_tunnel.apps.client.events import (
     CAPACITY,
     AllGatewaysOffline,
     Disconnected,
     Event,
+    EventQueue,
     EventStream,
     ResourcesUpdated,
     TunInterfaceUpdated,
@@ -22,119 +24,120 @@ from firezone_tunnel.errors import AuthenticationError, PlatformError
 
 @pytest_twisted.ensureDeferred
 async def test_events_come_in_order_and_then_the_end_again_and_again() -> None:
-    stream = EventStream()
+    queue, stream = _stream()
     for event in _offline(3):
-        stream.put(event)
-    stream.end()
+        queue.put(event)
+    queue.end()
 
     assert [event async for event in stream] == _offline(3)
     assert await stream.next() is None
     assert [event async for event in stream] == []
 
 
-def test_who_waits_gets_the_next_event_at_once() -> None:
-    stream = EventStream()
+def test_a_waiting_reader_gets_the_next_event_at_once() -> None:
+    queue, stream = _stream()
     got: list[Event | None] = []
     stream.next().addCallback(got.append)
     assert got == []
 
     first, second = _offline(2)
-    stream.put(first)
-    stream.put(second)
+    queue.put(first)
+    queue.put(second)
 
     assert got == [first]
     stream.next().addCallback(got.append)
     assert got == [first, second]
 
 
-def test_who_waits_is_told_of_the_end() -> None:
-    stream = EventStream()
+def test_a_waiting_reader_learns_of_the_end() -> None:
+    queue, stream = _stream()
     got: list[Event | None] = []
     stream.next().addCallback(got.append)
 
-    stream.end()
-    stream.put(_offline(1)[0])
+    queue.end()
+    queue.put(_offline(1)[0])
 
     assert got == [None]
     stream.next().addCallback(got.append)
     assert got == [None, None]
 
 
-def test_a_second_consumer_is_refused() -> None:
-    stream = EventStream()
+def test_a_second_reader_is_refused() -> None:
+    _, stream = _stream()
     stream.next()
 
-    with pytest.raises(RuntimeError, match="one consumer"):
+    with pytest.raises(RuntimeError, match="one reader"):
         stream.next()
 
 
 def test_waiting_can_be_given_up_and_taken_up_again() -> None:
-    stream = EventStream()
+    queue, stream = _stream()
     waiting = stream.next()
     failures: list[object] = []
     waiting.addErrback(lambda failure: failures.append(failure.check(CancelledError)))
 
     waiting.cancel()
-    stream.put(_offline(1)[0])
+    queue.put(_offline(1)[0])
 
     assert failures == [CancelledError]
     assert _result(stream.next()) == _offline(1)[0]
 
 
 def test_of_configurations_and_of_resources_only_the_newest_waits() -> None:
-    stream = EventStream()
+    queue, stream = _stream()
     (offline,) = _offline(1)
     for number in range(5000):
-        stream.put(_interface(number))
-        stream.put(ResourcesUpdated(()))
-    stream.put(offline)
-    stream.put(_interface(7))
-    stream.end()
+        queue.put(_interface(number))
+        queue.put(ResourcesUpdated(()))
+    queue.put(offline)
+    queue.put(_interface(7))
+    queue.end()
 
     assert _drain(stream) == [ResourcesUpdated(()), offline, _interface(7)]
     assert stream.dropped == 0
 
 
 def test_beyond_its_capacity_the_oldest_are_dropped_and_counted() -> None:
-    stream = EventStream()
+    queue, stream = _stream()
     for event in _offline(CAPACITY + 5):
-        stream.put(event)
-    stream.put(Disconnected(PlatformError("the end")))
-    stream.end()
+        queue.put(event)
+    disconnected = Disconnected(PlatformError("the end"))
+    queue.put(disconnected)
+    queue.end()
 
     events = _drain(stream)
 
     assert CAPACITY == 1000
     assert stream.dropped == 6
-    assert events == [*_offline(CAPACITY + 5)[6:], Disconnected(events[-1].error)]
+    assert events == [*_offline(CAPACITY + 5)[6:], disconnected]
 
 
-def test_what_was_put_back_is_the_next_again() -> None:
-    stream = EventStream()
+def test_an_event_that_was_put_back_is_the_next_again() -> None:
+    queue, stream = _stream()
     first, second = _offline(2)
-    stream.put(first)
-    stream.put(second)
+    queue.put(first)
+    queue.put(second)
 
     taken = _result(stream.next())
     assert taken is not None
-    stream.put_back(taken)
-    stream.end()
+    queue.put_back(taken)
+    queue.end()
 
     assert _drain(stream) == [first, second]
 
 
-def test_the_end_is_told_whether_all_was_read_or_not() -> None:
-    stream = EventStream()
-    stream.put(_offline(1)[0])
-    told: list[str] = []
-    stream.when_ended().addCallback(lambda _: told.append("waited"))
-    assert told == []
+def test_the_end_is_reported_even_if_events_are_unread() -> None:
+    queue, stream = _stream()
+    queue.put(_offline(1)[0])
+    calls: list[str] = []
+    queue.when_ended().addCallback(lambda _: calls.append("waited"))
+    assert calls == []
 
-    stream.end()
-    stream.end()
-    stream.when_ended().addCallback(lambda _: told.append("too late"))
+    queue.end()
+    queue.end()
+    queue.when_ended().addCallback(lambda _: calls.append("too late"))
 
-    assert told == ["waited", "too late"]
+    assert calls == ["waited", "too late"]
     assert _drain(stream) == _offline(1)
 
 
@@ -142,6 +145,28 @@ def test_only_a_refused_token_requires_to_sign_in() -> None:
     assert Disconnected(AuthenticationError("expired", requires_sign_in=True)).requires_sign_in
     assert not Disconnected(AuthenticationError("later", requires_sign_in=False)).requires_sign_in
     assert not Disconnected(PlatformError("no TUN")).requires_sign_in
+
+
+def test_a_reader_sees_only_what_a_reader_needs() -> None:
+    names = [name for name in dir(EventStream) if not name.startswith("_")]
+
+    assert names == ["dropped", "next"]
+    assert names == [name for name in dir(aio.EventStream) if not name.startswith("_")]
+
+
+def test_its_repr_shows_how_it_stands() -> None:
+    queue, stream = _stream()
+    queue.put(_offline(1)[0])
+    assert repr(stream) == repr(aio.EventStream(queue)) == "<EventStream: open, 1 unread, 0 dropped>"
+
+    queue.end()
+
+    assert repr(stream) == "<EventStream: ended, 1 unread, 0 dropped>"
+
+
+def _stream() -> tuple[EventQueue, EventStream]:
+    queue = EventQueue()
+    return queue, EventStream(queue)
 
 
 def _offline(count: int) -> list[Event]:
