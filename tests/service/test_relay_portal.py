@@ -9,13 +9,10 @@ import pytest_twisted
 from twisted.internet import reactor
 from twisted.internet.threads import deferToThread
 
-from firezone_tunnel.apps.relay.config import EngineConfig
-from firezone_tunnel.apps.relay.service import PortalConfig, RelayOptions, RelayService
-from firezone_tunnel.core.relay.allocator import RelayConfig
+from firezone_tunnel.apps.relay.service import RelayService
 from firezone_tunnel.core.stun import message as stun
 from firezone_tunnel.core.stun.message import Method
 from firezone_tunnel.errors import AuthenticationError
-from firezone_tunnel.shell.portal_link.url import LoginUrl
 from tests.service.portal_peers import RELAY_TOKEN, Portal, start_portal, stop_portal
 from tests.service.relay_process import TurnClient, code_of, free_port
 
@@ -81,6 +78,12 @@ async def test_a_relay_that_the_portal_refuses_fails(portal: Portal) -> None:
 
 
 def _relay(portal: Portal, token: str, port: int) -> RelayService:
-    url = LoginUrl.relay(f"ws://{portal.address}", token, ipv4="127.0.0.1", ipv6=None, port=port)
-    config = RelayConfig(public_ipv4="127.0.0.1", lowest_port=54_000, highest_port=54_099)
-    return RelayService(reactor, RelayOptions(EngineConfig(config), listen_port=port, portal=PortalConfig(url)))
+    return RelayService(
+        reactor,
+        public_ipv4="127.0.0.1",
+        url=f"ws://{portal.address}",
+        token=token,
+        listen_port=port,
+        lowest_port=54_000,
+        highest_port=54_099,
+    )

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from firezone_tunnel.apps.gateway.service import GatewayService
-from firezone_tunnel.shell.portal_link.service import trust_from_file
-from firezone_tunnel.shell.portal_link.url import LoginUrl, default_name
+from firezone_tunnel.apps.gateway.service import DEFAULT_STATE_DIRECTORY, GatewayService
 from firezone_tunnel.shell.process.application import ApplicationService
 from firezone_tunnel.shell.process.health import HealthServer
-from firezone_tunnel.shell.process.identity import load_identity
 from firezone_tunnel.shell.process.settings import (
     HEALTH_CHECK_ADDR,
     LOG_SETTINGS,
@@ -18,10 +15,7 @@ from firezone_tunnel.shell.process.settings import (
     read_token,
 )
 from firezone_tunnel.shell.process.settings import Options as CommonOptions
-from firezone_tunnel.shell.runtime.endpoint import EndpointConfig
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME
-
-_IDENTITY_FILE = "gateway_id"
 
 
 class Options(CommonOptions):
@@ -29,7 +23,7 @@ class Options(CommonOptions):
 
     settings = (
         *device_settings(
-            interface=DEFAULT_NAME, token="/etc/firezone/gateway-token", state_directory="/var/lib/firezone"
+            interface=DEFAULT_NAME, token="/etc/firezone/gateway-token", state_directory=str(DEFAULT_STATE_DIRECTORY)
         ),
         HEALTH_CHECK_ADDR,
         MAX_PARTITION_TIME,
@@ -40,8 +34,8 @@ class Options(CommonOptions):
 class Application(ApplicationService):
     """A gateway that runs until the process ends."""
 
-    def __init__(self, reactor: Any, options: Options, config: EndpointConfig) -> None:
-        self._gateway = GatewayService(reactor, config)
+    def __init__(self, reactor: Any, options: Options, gateway: GatewayService) -> None:
+        self._gateway = gateway
         health = HealthServer(reactor, options["health-check-addr"], lambda: self._gateway.is_ready)
         super().__init__(reactor, "firezone-gateway", options, health, self._gateway)
 
@@ -54,17 +48,15 @@ def make_service(reactor: Any, options: Options) -> Application:
     """
     Raises: ConfigurationError.
     """
-    ca_file = options["ca-file"]
-    config = EndpointConfig(
-        url=LoginUrl.gateway(
-            options["api-url"],
-            read_token(options.environment, options["token-path"]),
-            device_id=options["firezone-id"] or load_identity(options["state-dir"] / _IDENTITY_FILE),
-            name=options["firezone-name"] or default_name(),
-        ),
+    gateway = GatewayService(
+        reactor,
+        url=options["api-url"],
+        token=read_token(options.environment, options["token-path"]),
+        device_id=options["firezone-id"],
+        name=options["firezone-name"],
         state_directory=options["state-dir"],
         interface=options["interface"],
-        trust=None if ca_file is None else trust_from_file(ca_file),
+        ca_file=options["ca-file"],
         max_partition_time=options["max-partition-time"],
     )
-    return Application(reactor, options, config)
+    return Application(reactor, options, gateway)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from twisted.internet.defer import Deferred
@@ -21,8 +22,15 @@ from firezone_tunnel.core.wireguard.seal import seal_pool
 from firezone_tunnel.errors import FirezoneError
 from firezone_tunnel.shell.host.firewall import GatewayFirewall
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.portal_link.service import trust_from_file
+from firezone_tunnel.shell.portal_link.url import LoginUrl, default_name
+from firezone_tunnel.shell.process.identity import load_identity
 from firezone_tunnel.shell.reactor.clock import boottime, utc
 from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint
+from firezone_tunnel.shell.tun.device import DEFAULT_NAME
+
+DEFAULT_STATE_DIRECTORY = Path("/var/lib/firezone")
+_IDENTITY_FILE = "gateway_id"
 
 
 class GatewayService(TunnelEndpoint):
@@ -33,7 +41,43 @@ class GatewayService(TunnelEndpoint):
 
     name = "gateway"
 
-    def __init__(self, reactor: Any, config: EndpointConfig) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        url: str,
+        token: str,
+        device_id: str | None = None,
+        name: str | None = None,
+        state_directory: str | Path = DEFAULT_STATE_DIRECTORY,
+        interface: str = DEFAULT_NAME,
+        ca_file: str | Path | None = None,
+        max_partition_time: float | None = None,
+    ) -> None:
+        """
+        :param url: the portal's URL; :param token: a gateway token.
+        :param device_id: the portal recognizes the gateway by it. Default: a random one stored in `state_directory`.
+        :param name: the gateway's name in the portal. Default: the host's name.
+        :param state_directory: for files that must survive a restart.
+        :param interface: name of the TUN device.
+        :param ca_file: PEM file with the only CAs to trust for the portal. Default: the host's.
+        :param max_partition_time: seconds without a portal after which the gateway fails. Default: never.
+
+        Raises: ConfigurationError.
+        """
+        state_directory = Path(state_directory)
+        config = EndpointConfig(
+            url=LoginUrl.gateway(
+                url,
+                token,
+                device_id=device_id or load_identity(state_directory / _IDENTITY_FILE),
+                name=name or default_name(),
+            ),
+            state_directory=state_directory,
+            interface=interface,
+            trust=None if ca_file is None else trust_from_file(Path(ca_file)),
+            max_partition_time=max_partition_time,
+        )
         self._gateway = GatewayTunnel(entropy=os.urandom, now=boottime(), utc_now=utc(), pool=seal_pool())
         super().__init__(reactor, config, self._gateway, role=messages.TOPIC, peer_field="cid", parse=messages.parse)
         self.ready: Deferred[None] = Deferred()

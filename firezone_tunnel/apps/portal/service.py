@@ -45,22 +45,29 @@ class PortalService(Service):
         self,
         reactor: Any,
         *,
-        listen: SocketAddress,
-        seed_path: str,
-        database: str,
-        tls_cert: str | None = None,
-        tls_key: str | None = None,
+        listen: tuple[str, int],
+        seed_path: str | Path,
+        database: str | Path,
+        tls_cert: str | Path | None = None,
+        tls_key: str | Path | None = None,
         entropy: Entropy = os.urandom,
         now: Callable[[], float] = boottime,
         utc_now: Callable[[], float] = utc,
     ) -> None:
+        """
+        :param listen: IP address and port; port 0 for any free port.
+        :param seed_path: TOML file with everything that the portal serves.
+        :param database: SQLite file for state that must survive a restart.
+        :param tls_cert: PEM file with the certificate and its chain; `tls_key` has the private key. Default: no TLS.
+        :param entropy: random bytes; `now` and `utc_now` are the clocks in seconds. Only tests replace these.
+        """
         self.ready: Deferred[IListeningPort] = Deferred()
         self.hub: Hub | None = None
         self._reactor = reactor
-        self._listen = listen
-        self._seed_path = seed_path
+        self._listen = SocketAddress(*listen)
+        self._seed_path = str(seed_path)
         self._tls = (tls_cert, tls_key)
-        self._store = Store(reactor, database, entropy)
+        self._store = Store(reactor, str(database), entropy)
         self._entropy = entropy
         self._clocks = (now, utc_now)
         self._lock = DeferredLock()  # a stop waits for a start in progress
@@ -139,6 +146,10 @@ class PortalService(Service):
         if self._timer is not None and self.hub is not None and self.running:
             self._timer.set(self.hub.next_timeout().at)
 
+    def __repr__(self) -> str:
+        state = "running" if self.running else "stopped"
+        return f"<{type(self).__name__}: {self._seed_path}, {self._listen}, {state}>"
+
     def _endpoint(self) -> IStreamServerEndpoint:
         """Raises: ConfigurationError."""
         host, port = self._listen
@@ -198,7 +209,7 @@ def _pem_certificates(text: str) -> list[crypto.X509]:
     return [crypto.load_certificate(crypto.FILETYPE_PEM, (_PEM_BEGIN + block).encode()) for block in blocks]
 
 
-def _certificate_options(cert: str, key: str) -> CertificateOptions:
+def _certificate_options(cert: str | Path, key: str | Path) -> CertificateOptions:
     """Raises: ConfigurationError."""
     try:
         chain = _pem_certificates(Path(cert).read_text())

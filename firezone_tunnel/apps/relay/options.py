@@ -9,16 +9,10 @@ from typing import Any
 
 import attrs
 
-from firezone_tunnel.apps.relay.config import EngineConfig
-from firezone_tunnel.apps.relay.service import PortalConfig, RelayOptions, RelayService
-from firezone_tunnel.core.relay.allocator import RelayConfig
-from firezone_tunnel.core.relay.credentials import StaticUsers
+from firezone_tunnel.apps.relay.service import RelayService
 from firezone_tunnel.core.relay.peer_policy import PRIVATE, Network
 from firezone_tunnel.core.stun.message import FIREZONE_REALM
 from firezone_tunnel.errors import ConfigurationError
-from firezone_tunnel.shell.host.kernel import Kernel
-from firezone_tunnel.shell.portal_link.service import trust_from_file
-from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.process.application import ApplicationService
 from firezone_tunnel.shell.process.health import HealthServer
 from firezone_tunnel.shell.process.settings import (
@@ -165,8 +159,8 @@ class Options(CommonOptions):
 class Application(ApplicationService):
     """A relay that runs until the process ends."""
 
-    def __init__(self, reactor: Any, options: Options, config: RelayOptions) -> None:
-        self._relay = RelayService(reactor, config)
+    def __init__(self, reactor: Any, options: Options, relay: RelayService) -> None:
+        self._relay = relay
         health = HealthServer(reactor, options["health-check-addr"], lambda: self._relay.is_ready)
         super().__init__(reactor, "firezone-relay", options, health, self._relay)
         self.process.on_second_signal(self._relay.stop_draining)
@@ -183,70 +177,33 @@ def make_service(reactor: Any, options: Options) -> Application:
     """
     Raises: ConfigurationError.
     """
-    relaying = RelayConfig(
+    users_file = options["users-file"]
+    relay = RelayService(
+        reactor,
         public_ipv4=options["public-ip4-addr"],
         public_ipv6=options["public-ip6-addr"],
+        url=options["api-url"],
+        token=None if users_file is not None else read_token(options.environment, options["token-path"]),
+        name=options["firezone-name"],
+        ca_file=options["ca-file"],
+        max_partition_time=options["max-partition-time"],
+        users=None if users_file is None else _read_users(users_file),
+        realm=options["realm"],
+        bind_ipv4=options["bind-ip4-addr"],
+        bind_ipv6=options["bind-ip6-addr"],
+        listen_port=options["listen-port"],
         lowest_port=options["lowest-port"],
         highest_port=options["highest-port"],
+        allow_peers=map(str, options["allow-peers"] or ()),
         max_allocations=options["max-allocations"],
         max_allocations_per_user=options["max-allocations-per-user"],
         workers=options["workers"],
-    )
-    if not relaying.hosts:
-        raise ConfigurationError("A relay needs --public-ip4-addr or --public-ip6-addr, or both")
-    if relaying.lowest_port > relaying.highest_port:
-        raise ConfigurationError("--lowest-port is greater than --highest-port, which leaves no port for allocations")
-    if relaying.lowest_port <= options["listen-port"] <= relaying.highest_port:
-        raise ConfigurationError(
-            "--listen-port must lie outside the range from --lowest-port to --highest-port, which allocations use"
-        )
-    if relaying.workers > relaying.highest_port - relaying.lowest_port + 1:
-        raise ConfigurationError("--workers is greater than the number of ports from --lowest-port to --highest-port")
-    engine = EngineConfig(
-        relaying,
-        bind_ipv4=options["bind-ip4-addr"],
-        bind_ipv6=options["bind-ip6-addr"],
-        own_hosts=_own_hosts(),
-        allow_peers=tuple(str(network) for network in options["allow-peers"] or ()),
         drain_time=options["drain-time"],
     )
-    users_file = options["users-file"]
-    config = RelayOptions(
-        engine,
-        listen_port=options["listen-port"],
-        portal=None if users_file is not None else _portal(options, relaying),
-        users=None if users_file is None else _read_users(users_file, options["realm"]),
-        realm=options["realm"],
-    )
-    return Application(reactor, options, config)
+    return Application(reactor, options, relay)
 
 
-def _portal(options: Options, relaying: RelayConfig) -> PortalConfig:
-    ca_file = options["ca-file"]
-    return PortalConfig(
-        LoginUrl.relay(
-            options["api-url"],
-            read_token(options.environment, options["token-path"]),
-            ipv4=relaying.public_ipv4,
-            ipv6=relaying.public_ipv6,
-            port=options["listen-port"],
-            name=options["firezone-name"],
-        ),
-        trust=None if ca_file is None else trust_from_file(ca_file),
-        max_partition_time=options["max-partition-time"],
-    )
-
-
-def _own_hosts() -> tuple[str, ...]:
-    """The addresses of this host at start-up."""
-    kernel = Kernel()
-    try:
-        return tuple(address.host for address in kernel.snapshot().addresses)
-    finally:
-        kernel.close()
-
-
-def _read_users(path: Path, realm: str) -> Mapping[str, str]:
+def _read_users(path: Path) -> Mapping[str, str]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -261,8 +218,4 @@ def _read_users(path: Path, realm: str) -> Mapping[str, str]:
         users[name] = password
     if not users:
         raise ConfigurationError(f"{path} lists no users: write one name:password per line")
-    try:
-        StaticUsers(users, realm)
-    except ValueError as error:
-        raise ConfigurationError(f"--realm: {error}") from None
     return users

@@ -2,48 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-import attrs
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from firezone_tunnel.apps.relay.config import EngineConfig, Secrets
+from firezone_tunnel.apps.relay.config import DRAIN_TIME, EngineConfig, Secrets
 from firezone_tunnel.apps.relay.engine import Engine
 from firezone_tunnel.apps.relay.listening import bind_listening
 from firezone_tunnel.apps.relay.worker_group import WorkerGroup
 from firezone_tunnel.core.messages import relay as messages
 from firezone_tunnel.core.phoenix.channel import Fatal, Joined
+from firezone_tunnel.core.relay.allocator import RelayConfig
 from firezone_tunnel.core.stun.message import FIREZONE_REALM
-from firezone_tunnel.errors import FirezoneError
+from firezone_tunnel.errors import ConfigurationError, FirezoneError
+from firezone_tunnel.shell.host.kernel import Kernel
 from firezone_tunnel.shell.logs import events as log
-from firezone_tunnel.shell.portal_link.service import Notice, PortalLink
+from firezone_tunnel.shell.portal_link.service import Notice, PortalLink, trust_from_file
 from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.reactor.queues import BoundedQueue
 from firezone_tunnel.shell.reactor.service import Service
 
 _PORTAL_EVENTS = 16
-
-
-@attrs.frozen
-class PortalConfig:
-    """The portal to which a relay announces itself and the secret behind its credentials."""
-
-    url: LoginUrl
-    trust: Any = None  # `portal_link.service.trust_from_file`; None: whom the host trusts
-    max_partition_time: float | None = None  # seconds without a portal; None: without end
-
-
-@attrs.frozen
-class RelayOptions:
-    """The options of a relay. Exactly one of `portal` and `users` (passwords by name) is given."""
-
-    engine: EngineConfig
-    listen_port: int = 3478
-    portal: PortalConfig | None = None
-    users: Mapping[str, str] | None = attrs.field(default=None, repr=False)
-    realm: str = FIREZONE_REALM
 
 
 class RelayService(Service):
@@ -52,17 +34,87 @@ class RelayService(Service):
     `ready` fires with None once it serves and the portal knows of it; `failed` with the FirezoneError that ended it.
     """
 
-    def __init__(self, reactor: Any, options: RelayOptions) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        *,
+        public_ipv4: str | None = None,
+        public_ipv6: str | None = None,
+        url: str | None = None,
+        token: str | None = None,
+        name: str | None = None,
+        ca_file: str | Path | None = None,
+        max_partition_time: float | None = None,
+        users: Mapping[str, str] | None = None,
+        realm: str = FIREZONE_REALM,
+        bind_ipv4: str = "0.0.0.0",
+        bind_ipv6: str = "::",
+        listen_port: int = 3478,
+        lowest_port: int = 49152,
+        highest_port: int = 65535,
+        allow_peers: Iterable[str] = (),
+        max_allocations: int = 0,
+        max_allocations_per_user: int = 0,
+        workers: int = 1,
+        drain_time: float = DRAIN_TIME,
+    ) -> None:
+        """Either `url` and `token` or `users` are required, and at least one public address.
+
+        :param public_ipv4: the address at which clients reach the relay; the same for `public_ipv6`.
+        :param url: the portal's URL; :param token: a relay token.
+        :param name: the relay's name in the portal.
+        :param ca_file: PEM file with the only CAs to trust for the portal. Default: the host's.
+        :param max_partition_time: seconds without a portal after which the relay fails. Default: never.
+        :param users: passwords by user name, for a TURN server without a portal; `realm` is theirs.
+        :param bind_ipv4: the address to listen on; the same for `bind_ipv6`.
+        :param lowest_port: the first port for allocations; `highest_port` is the last.
+        :param allow_peers: special-purpose networks, such as "10.0.0.0/8", to which the relay relays nevertheless.
+        :param max_allocations: 0 for no limit; the same for `max_allocations_per_user`.
+        :param workers: the number of processes that share `listen_port`.
+        :param drain_time: seconds for which `stopService` goes on serving present clients.
+
+        Raises: ConfigurationError.
+        """
         self.ready: Deferred[None] = Deferred()
         self.failed: Deferred[FirezoneError] = Deferred()
         self._reactor = reactor
-        self._options = options
-        self._secrets = Secrets.new(options.users, options.realm)
+        relaying = RelayConfig(
+            public_ipv4=public_ipv4,
+            public_ipv6=public_ipv6,
+            lowest_port=lowest_port,
+            highest_port=highest_port,
+            max_allocations=max_allocations,
+            max_allocations_per_user=max_allocations_per_user,
+            workers=workers,
+        )
+        self._engine = EngineConfig(
+            relaying,
+            bind_ipv4=bind_ipv4,
+            bind_ipv6=bind_ipv6,
+            own_hosts=_own_hosts(),
+            allow_peers=tuple(allow_peers),
+            drain_time=drain_time,
+        )
+        self._listen_port = listen_port
+        self._secrets = Secrets.new(users, realm)
+        _check(self._engine, listen_port, self._secrets)
         self._relaying: Engine | WorkerGroup | None = None
         self._skips_drain = False
         self._stopped: Deferred[None] | None = None
         self._portal_events: BoundedQueue[Notice] = BoundedQueue(reactor, _PORTAL_EVENTS, self._handle_notice)
-        self._portal = self._make_portal(options.portal)
+        self._portal: PortalLink | None = None
+        if url is not None and token is not None:
+            self._portal = PortalLink(
+                reactor,
+                url=LoginUrl.relay(url, token, ipv4=public_ipv4, ipv6=public_ipv6, port=listen_port, name=name),
+                topic=messages.TOPIC,
+                events=self._portal_events,
+                join_payload={"stamp_secret": self._secrets.stamp_secret},
+                trust=None if ca_file is None else trust_from_file(Path(ca_file)),
+                max_partition_time=max_partition_time,
+            )
+        if (self._portal is None) is (users is None):
+            raise ConfigurationError("A relay needs either a portal's URL and a token, or users")
 
     @property
     def is_ready(self) -> bool:
@@ -75,12 +127,11 @@ class RelayService(Service):
         Raises: PlatformError, ConfigurationError.
         """
         super().startService()
-        engine = self._options.engine
-        sockets = bind_listening(engine, self._options.listen_port)
+        sockets = bind_listening(self._engine, self._listen_port)
         if len(sockets) == 1:
-            self._relaying = Engine(self._reactor, engine, self._secrets, sockets[0], self._fail)
+            self._relaying = Engine(self._reactor, self._engine, self._secrets, sockets[0], self._fail)
         else:
-            self._relaying = WorkerGroup(self._reactor, engine, self._secrets, sockets, self._fail)
+            self._relaying = WorkerGroup(self._reactor, self._engine, self._secrets, sockets, self._fail)
         if self._portal is not None:
             self._portal.startService()
         serving = self._relaying.start()
@@ -142,15 +193,42 @@ class RelayService(Service):
         if not self.failed.called:
             self.failed.callback(error)
 
-    def _make_portal(self, config: PortalConfig | None) -> PortalLink | None:
-        if config is None:
-            return None
-        return PortalLink(
-            self._reactor,
-            url=config.url,
-            topic=messages.TOPIC,
-            events=self._portal_events,
-            join_payload={"stamp_secret": self._secrets.stamp_secret},
-            trust=config.trust,
-            max_partition_time=config.max_partition_time,
+    def __repr__(self) -> str:
+        state = "running" if self.running else "stopped"
+        return (
+            f"<{type(self).__name__}: {', '.join(self._engine.relaying.hosts.values())}, {self._listen_port}, {state}>"
         )
+
+
+def _check(engine: EngineConfig, listen_port: int, secrets: Secrets) -> None:
+    """
+    Raises: ConfigurationError.
+    """
+    relaying = engine.relaying
+    if not relaying.hosts:
+        raise ConfigurationError("A relay needs --public-ip4-addr or --public-ip6-addr, or both")
+    if relaying.lowest_port > relaying.highest_port:
+        raise ConfigurationError("--lowest-port is greater than --highest-port, which leaves no port for allocations")
+    if relaying.lowest_port <= listen_port <= relaying.highest_port:
+        raise ConfigurationError(
+            "--listen-port must lie outside the range from --lowest-port to --highest-port, which allocations use"
+        )
+    if relaying.workers > relaying.highest_port - relaying.lowest_port + 1:
+        raise ConfigurationError("--workers is greater than the number of ports from --lowest-port to --highest-port")
+    try:
+        engine.policy()
+    except ValueError as error:
+        raise ConfigurationError(f"An address of the relay is invalid: {error}") from None
+    try:
+        secrets.credentials()
+    except ValueError as error:
+        raise ConfigurationError(f"--realm: {error}") from None
+
+
+def _own_hosts() -> tuple[str, ...]:
+    """The addresses of this host as they are now."""
+    kernel = Kernel()
+    try:
+        return tuple(address.host for address in kernel.snapshot().addresses)
+    finally:
+        kernel.close()
