@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
+import pytest
+
+import firezone_tunnel
+
 _ROOT = Path(__file__).parents[1]
+_PACKAGE = _ROOT / "firezone_tunnel/__init__.py"
 _LIST_LOADED = "import json, sys; print(json.dumps(sorted(sys.modules)))"
 
 _IMPORT_ALL_OF = """
@@ -31,6 +38,31 @@ def test_importing_the_package_loads_neither_twisted_nor_an_application() -> Non
 
     assert [name for name in loaded if name.split(".")[0] in {"twisted", "autobahn", "numpy", "cryptography"}] == []
     assert [name for name in loaded if name.startswith("firezone_tunnel.")] == []
+
+
+def test_dir_shows_every_public_name_before_it_is_loaded() -> None:
+    loaded = _loaded_after("import firezone_tunnel; assert set(firezone_tunnel.__all__) <= set(dir(firezone_tunnel))")
+
+    assert [name for name in loaded if name.startswith("firezone_tunnel.")] == []
+
+
+def test_a_name_resolves_to_what_a_type_checker_sees() -> None:
+    (block,) = (
+        node
+        for node in ast.parse(_PACKAGE.read_text()).body
+        if isinstance(node, ast.If) and not node.orelse and isinstance(node.test, ast.Name)
+    )
+    seen = {it.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for it in node.names}
+
+    assert seen == firezone_tunnel._HOMES
+    assert sorted([*seen, "__version__"]) == sorted(firezone_tunnel.__all__)
+    for name, module in seen.items():
+        assert getattr(firezone_tunnel, name) is getattr(import_module(str(module)), name)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = firezone_tunnel.no_such_name  # type: ignore[attr-defined]
 
 
 def test_client_and_gateway_load_none_of_the_portals_libraries() -> None:

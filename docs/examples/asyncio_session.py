@@ -7,20 +7,19 @@ import asyncio
 import os
 import sys
 import urllib.request
-from pathlib import Path
 
 from firezone_tunnel import aio
 
 
 async def main(portal: str, url: str) -> None:
     token = os.environ.pop("FIREZONE_TOKEN")
-    async with aio.Session.connect(url=portal, token=token, state_directory=Path("state")) as (_, events):
+    async with aio.Session.connect(url=portal, token=token, state_directory="state") as (_, events):
         async for event in events:
             match event:
                 case aio.ResourcesUpdated(resources):
                     print("resources:", ", ".join(resource.name for resource in resources))
                 case aio.TunInterfaceUpdated(ipv4=address):
-                    print("the tunnel is up, we are", address)
+                    print("the tunnel is up, our address is", address)
                     break
                 case aio.Disconnected(error):
                     sys.exit(str(error))

@@ -1,11 +1,10 @@
-"""Connect and print what happens, until the tunnel is up.
+"""Connect, and print each event until the tunnel is up.
 
 FIREZONE_TOKEN=… python twisted_session.py wss://portal.example/
 """
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from twisted.internet import task
@@ -15,11 +14,11 @@ from firezone_tunnel import Disconnected, Session, TunInterfaceUpdated
 
 async def main(reactor: Any, portal: str) -> None:
     token = os.environ.pop("FIREZONE_TOKEN")
-    session, events = Session.connect(url=portal, token=token, state_directory=Path("state"))
+    session, events = Session.connect(url=portal, token=token, state_directory="state")
     async for event in events:
         print(type(event).__name__)
         if isinstance(event, TunInterfaceUpdated):
-            print("the tunnel is up, we are", event.ipv4)
+            print("the tunnel is up, our address is", event.ipv4)
             break
         if isinstance(event, Disconnected):
             sys.exit(str(event.error))
