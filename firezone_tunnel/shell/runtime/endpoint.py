@@ -186,8 +186,9 @@ class TunnelEndpoint(MultiService):
 
     async def _stop(self) -> None:
         """Say goodbye to the peers, leave the portal, restore the host. A step that fails doesn't stop the next."""
-        steps: list[Callable[[], Any]] = [self._portal_events.close, self.monitor.close]
-        steps += [child.stopService for child in (self._tunnel, self._portal_link) if child.running]
+        steps: list[Callable[[], Any]] = [self._portal_events.close, self.monitor.close, self._tunnel.stopService]
+        if self._portal_link.running:
+            steps.append(self._portal_link.stopService)
         if self._instance is not None:
             steps += [self.netlink.remove_everything, self.restore_host, self.netlink.close, self._instance.close]
         for step in (*steps, self.worker.stop, lambda: self.ended(self._error)):
