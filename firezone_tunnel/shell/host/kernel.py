@@ -108,8 +108,7 @@ class Kernel:
     def remove_everything(self) -> int:
         """Delete our rules and all routes in our tables. Returns the number of rules and routes deleted.
 
-        XX
-            deletes routes together with their interface.
+        The kernel deletes routes together with their interface.
         """
         removed = 0
         for table in TABLES:
