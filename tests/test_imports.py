@@ -47,17 +47,24 @@ def test_dir_shows_every_public_name_before_it_is_loaded() -> None:
 
 
 def test_a_name_resolves_to_what_a_type_checker_sees() -> None:
-    (block,) = (
-        node
-        for node in ast.parse(_PACKAGE.read_text()).body
-        if isinstance(node, ast.If) and not node.orelse and isinstance(node.test, ast.Name)
-    )
-    seen = {it.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for it in node.names}
+    seen = {name: module for module, name in _imports_for_type_checkers(_PACKAGE)}
 
     assert seen == firezone_tunnel._HOMES
     assert sorted([*seen, "__version__"]) == sorted(firezone_tunnel.__all__)
     for name, module in seen.items():
-        assert getattr(firezone_tunnel, name) is getattr(import_module(str(module)), name)
+        assert getattr(firezone_tunnel, name) is getattr(import_module(module), name)
+
+
+def test_other_modules_hide_no_import_of_another_package_from_the_import_contracts() -> None:
+    """The contracts leave out what is imported for type checkers only."""
+    hidden = [
+        (".".join(path.relative_to(_ROOT).parent.parts), module)
+        for path in _PACKAGE.parent.rglob("*.py")
+        if path != _PACKAGE
+        for module, _ in _imports_for_type_checkers(path)
+    ]
+
+    assert [(package, module) for package, module in hidden if not module.startswith(f"{package}.")] == []
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -69,6 +76,19 @@ def test_client_and_gateway_load_none_of_the_portals_libraries() -> None:
     loaded = _loaded_after(_IMPORT_ALL_OF, "firezone_tunnel.apps.client", "firezone_tunnel.apps.gateway")
 
     assert [name for name in loaded if name.split(".")[0] in {"alembic", "klein", "sqlalchemy", "treq"}] == []
+
+
+def _imports_for_type_checkers(path: Path) -> list[tuple[str, str]]:
+    """Each module and name that is imported under `if TYPE_CHECKING`."""
+    blocks = [it for it in ast.walk(ast.parse(path.read_text())) if isinstance(it, ast.If)]
+    return [
+        (node.module or "", alias.name)
+        for block in blocks
+        if isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
 
 
 def _loaded_after(script: str, *arguments: str) -> list[str]:
