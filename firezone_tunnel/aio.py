@@ -25,7 +25,7 @@ from firezone_tunnel.apps.client.events import (
     AllGatewaysOffline,
     Disconnected,
     Event,
-    EventQueue,
+    EventBuffer,
     GatewayVersionMismatch,
     ResourcesUpdated,
     TunInterfaceUpdated,
@@ -106,11 +106,11 @@ class Session:
             reactor=reactor,
         )
         loop = asyncio.get_running_loop()
-        queue = session._service.events
-        has_ended = queue.when_ended().asFuture(loop)  # the queue refers to it, and it refers to the task
+        buffer = session._service.events
+        has_ended = buffer.when_ended().asFuture(loop)  # the buffer refers to it, and it refers to the task
         closing = _close_with_loop(session, has_ended)
         loop.create_task(closing, name="firezone_tunnel session")  # noqa: RUF006  # has_ended keeps it alive
-        return Connected(cls(session), EventStream(queue))
+        return Connected(cls(session), EventStream(buffer))
 
     def reset(self, reason: str) -> None:
         """Start again with new keys and sockets. Flows recover by themselves. `reason` is logged.
@@ -135,14 +135,14 @@ class EventStream:
     timeout)` does, loses no event.
     """
 
-    def __init__(self, queue: EventQueue) -> None:
+    def __init__(self, buffer: EventBuffer) -> None:
         """Internal: `Session.connect` returns a stream."""
-        self._queue = queue
+        self._buffer = buffer
 
     @property
     def dropped(self) -> int:
         """The number of events dropped because more than 1000 were unread."""
-        return self._queue.dropped
+        return self._buffer.dropped
 
     async def next(self) -> Event | None:
         """Return the next event, or None after the end of the stream.
@@ -155,15 +155,15 @@ class EventStream:
             if not future.cancelled():
                 future.set_result(event)
             elif event is not None:
-                self._queue.put_back(event)
+                self._buffer.put_back(event)
 
-        waiting = self._queue.get().addCallbacks(deliver, _ignore_cancelled)
+        waiting = self._buffer.get().addCallbacks(deliver, _ignore_cancelled)
         try:
             return await future
         except asyncio.CancelledError:
             waiting.cancel()
             if future.done() and not future.cancelled() and (event := future.result()) is not None:
-                self._queue.put_back(event)
+                self._buffer.put_back(event)
             raise
 
     def __aiter__(self) -> EventStream:
@@ -176,7 +176,7 @@ class EventStream:
         return event
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._queue.summary()}>"
+        return f"<{type(self).__name__}: {self._buffer.summary()}>"
 
 
 class Connected(NamedTuple):

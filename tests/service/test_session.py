@@ -155,7 +155,7 @@ async def test_a_consumer_that_sleeps_costs_nothing_and_then_reads_the_newest(ho
             await portal.reseed((_address(number), _address(number + 1)))
             await until(partial(_is_waiting_for, events, _address(number + 1)))
 
-        waiting = list(events._queue._events)
+        waiting = list(events._buffer._events)
         assert len([event for event in waiting if isinstance(event, ResourcesUpdated)]) == 1
         assert len(waiting) <= 2
         assert events.dropped == 0
@@ -290,7 +290,7 @@ def _address(number: int) -> str:
 
 def _is_waiting_for(events: EventStream, address: str) -> bool:
     """Whether resources wait to be read, the first of which has this address."""
-    updates = [event for event in events._queue._events if isinstance(event, ResourcesUpdated)]
+    updates = [event for event in events._buffer._events if isinstance(event, ResourcesUpdated)]
     return bool(updates) and updates[-1].resources[0].address == address
 
 

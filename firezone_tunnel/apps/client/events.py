@@ -75,21 +75,21 @@ class EventStream:
     are kept, and beyond 1000 events the oldest are dropped.
     """
 
-    def __init__(self, queue: EventQueue) -> None:
+    def __init__(self, buffer: EventBuffer) -> None:
         """Internal: `Session.connect` returns a stream."""
-        self._queue = queue
+        self._buffer = buffer
 
     @property
     def dropped(self) -> int:
         """The number of events dropped because more than 1000 were unread."""
-        return self._queue.dropped
+        return self._buffer.dropped
 
     def next(self) -> Deferred[Event | None]:
         """Fire with the next event, or with None after the end of the stream.
 
         Raises: RuntimeError, if an earlier call is still waiting.
         """
-        return self._queue.get()
+        return self._buffer.get()
 
     def __aiter__(self) -> EventStream:
         return self
@@ -101,10 +101,10 @@ class EventStream:
         return event
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self._queue.summary()}>"
+        return f"<{type(self).__name__}: {self._buffer.summary()}>"
 
 
-class EventQueue:
+class EventBuffer:
     """The producer's end of an `EventStream`."""
 
     def __init__(self) -> None:

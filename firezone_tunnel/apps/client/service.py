@@ -10,7 +10,7 @@ from firezone_tunnel.apps.client.events import (
     AllGatewaysOffline,
     Disconnected,
     Event,
-    EventQueue,
+    EventBuffer,
     GatewayVersionMismatch,
     ResourcesUpdated,
     TunInterfaceUpdated,
@@ -47,7 +47,7 @@ class ClientService(TunnelEndpoint):
     def __init__(self, reactor: Any, config: EndpointConfig) -> None:
         self._client = ClientTunnel(entropy=os.urandom, now=boottime(), pool=seal_pool())
         super().__init__(reactor, config, self._client, role=messages.TOPIC, peer_field="gid", parse=messages.parse)
-        self.events = EventQueue()
+        self.events = EventBuffer()
         self._reply_marks = ReplyMarks(self.worker, state_directory=config.state_directory)
         self._wanted: TunConfig | None = None
         self._applied: TunConfig | None = None

@@ -14,7 +14,7 @@ from firezone_tunnel.apps.client.events import (
     AllGatewaysOffline,
     Disconnected,
     Event,
-    EventQueue,
+    EventBuffer,
     EventStream,
     ResourcesUpdated,
     TunInterfaceUpdated,
@@ -24,10 +24,10 @@ from firezone_tunnel.errors import AuthenticationError, PlatformError
 
 @pytest_twisted.ensureDeferred
 async def test_events_come_in_order_and_then_the_end_again_and_again() -> None:
-    queue, stream = _stream()
+    buffer, stream = _stream()
     for event in _offline(3):
-        queue.put(event)
-    queue.end()
+        buffer.put(event)
+    buffer.end()
 
     assert [event async for event in stream] == _offline(3)
     assert await stream.next() is None
@@ -35,14 +35,14 @@ async def test_events_come_in_order_and_then_the_end_again_and_again() -> None:
 
 
 def test_a_waiting_reader_gets_the_next_event_at_once() -> None:
-    queue, stream = _stream()
+    buffer, stream = _stream()
     got: list[Event | None] = []
     stream.next().addCallback(got.append)
     assert got == []
 
     first, second = _offline(2)
-    queue.put(first)
-    queue.put(second)
+    buffer.put(first)
+    buffer.put(second)
 
     assert got == [first]
     stream.next().addCallback(got.append)
@@ -50,12 +50,12 @@ def test_a_waiting_reader_gets_the_next_event_at_once() -> None:
 
 
 def test_a_waiting_reader_learns_of_the_end() -> None:
-    queue, stream = _stream()
+    buffer, stream = _stream()
     got: list[Event | None] = []
     stream.next().addCallback(got.append)
 
-    queue.end()
-    queue.put(_offline(1)[0])
+    buffer.end()
+    buffer.put(_offline(1)[0])
 
     assert got == [None]
     stream.next().addCallback(got.append)
@@ -71,39 +71,39 @@ def test_a_second_reader_is_refused() -> None:
 
 
 def test_waiting_can_be_given_up_and_taken_up_again() -> None:
-    queue, stream = _stream()
+    buffer, stream = _stream()
     waiting = stream.next()
     failures: list[object] = []
     waiting.addErrback(lambda failure: failures.append(failure.check(CancelledError)))
 
     waiting.cancel()
-    queue.put(_offline(1)[0])
+    buffer.put(_offline(1)[0])
 
     assert failures == [CancelledError]
     assert _result(stream.next()) == _offline(1)[0]
 
 
 def test_of_configurations_and_of_resources_only_the_newest_waits() -> None:
-    queue, stream = _stream()
+    buffer, stream = _stream()
     (offline,) = _offline(1)
     for number in range(5000):
-        queue.put(_interface(number))
-        queue.put(ResourcesUpdated(()))
-    queue.put(offline)
-    queue.put(_interface(7))
-    queue.end()
+        buffer.put(_interface(number))
+        buffer.put(ResourcesUpdated(()))
+    buffer.put(offline)
+    buffer.put(_interface(7))
+    buffer.end()
 
     assert _drain(stream) == [ResourcesUpdated(()), offline, _interface(7)]
     assert stream.dropped == 0
 
 
 def test_beyond_its_capacity_the_oldest_are_dropped_and_counted() -> None:
-    queue, stream = _stream()
+    buffer, stream = _stream()
     for event in _offline(CAPACITY + 5):
-        queue.put(event)
+        buffer.put(event)
     disconnected = Disconnected(PlatformError("the end"))
-    queue.put(disconnected)
-    queue.end()
+    buffer.put(disconnected)
+    buffer.end()
 
     events = _drain(stream)
 
@@ -113,29 +113,29 @@ def test_beyond_its_capacity_the_oldest_are_dropped_and_counted() -> None:
 
 
 def test_an_event_that_was_put_back_is_the_next_again() -> None:
-    queue, stream = _stream()
+    buffer, stream = _stream()
     first, second = _offline(2)
-    queue.put(first)
-    queue.put(second)
+    buffer.put(first)
+    buffer.put(second)
 
     taken = _result(stream.next())
     assert taken is not None
-    queue.put_back(taken)
-    queue.end()
+    buffer.put_back(taken)
+    buffer.end()
 
     assert _drain(stream) == [first, second]
 
 
 def test_the_end_is_reported_even_if_events_are_unread() -> None:
-    queue, stream = _stream()
-    queue.put(_offline(1)[0])
+    buffer, stream = _stream()
+    buffer.put(_offline(1)[0])
     calls: list[str] = []
-    queue.when_ended().addCallback(lambda _: calls.append("waited"))
+    buffer.when_ended().addCallback(lambda _: calls.append("waited"))
     assert calls == []
 
-    queue.end()
-    queue.end()
-    queue.when_ended().addCallback(lambda _: calls.append("too late"))
+    buffer.end()
+    buffer.end()
+    buffer.when_ended().addCallback(lambda _: calls.append("too late"))
 
     assert calls == ["waited", "too late"]
     assert _drain(stream) == _offline(1)
@@ -155,18 +155,18 @@ def test_a_reader_sees_only_what_a_reader_needs() -> None:
 
 
 def test_its_repr_shows_how_it_stands() -> None:
-    queue, stream = _stream()
-    queue.put(_offline(1)[0])
-    assert repr(stream) == repr(aio.EventStream(queue)) == "<EventStream: open, 1 unread, 0 dropped>"
+    buffer, stream = _stream()
+    buffer.put(_offline(1)[0])
+    assert repr(stream) == repr(aio.EventStream(buffer)) == "<EventStream: open, 1 unread, 0 dropped>"
 
-    queue.end()
+    buffer.end()
 
     assert repr(stream) == "<EventStream: ended, 1 unread, 0 dropped>"
 
 
-def _stream() -> tuple[EventQueue, EventStream]:
-    queue = EventQueue()
-    return queue, EventStream(queue)
+def _stream() -> tuple[EventBuffer, EventStream]:
+    buffer = EventBuffer()
+    return buffer, EventStream(buffer)
 
 
 def _offline(count: int) -> list[Event]:
