@@ -5,6 +5,7 @@ PYTHON ?= $(shell tools/choose-python)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find firezone_tunnel twisted_plugins -type f -not -name '*.pyc')
+TEST_HELPERS := $(shell find tests -name '*.py' -not -name 'test_*.py')
 SHELL := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -35,7 +36,7 @@ lint: $(VENV)/installed ## style, types, imports, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p firezone_tunnel
-	$(BIN)/mypy --explicit-package-bases --namespace-packages benchmarks demo
+	$(BIN)/mypy --explicit-package-bases --namespace-packages benchmarks demo docs/examples tools $(TEST_HELPERS)
 	$(BIN)/lint-imports
 	tools/lint-shell
 

@@ -291,7 +291,7 @@ class Peer:
         self._protocol.dropConnection(abort=True)
 
 
-class _PeerProtocol(WebSocketClientProtocol):
+class _PeerProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Autobahn has no types
     peer: Peer | None = None
 
     def __init__(self) -> None:

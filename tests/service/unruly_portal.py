@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from twisted.internet import reactor as any_reactor
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import DefaultOpenSSLContextFactory
 
@@ -101,7 +101,7 @@ class Clock:
         self.now = end
 
 
-class Peer(WebSocketServerProtocol):
+class Peer(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn has no types
     """One WebSocket of the portal: it joins whoever asks, unless told otherwise."""
 
     answers_join = True
@@ -269,9 +269,9 @@ class World:
         await self.service.stopService()
         await self.portal.stop()
 
-    async def _resolve(self, host: str) -> list[str]:
+    def _resolve(self, host: str) -> Deferred[list[str]]:
         self.resolved.append(host)
-        return self.addresses
+        return succeed(self.addresses)
 
 
 def write_certificates(directory: Path, *names: str) -> Path:

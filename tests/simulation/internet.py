@@ -42,7 +42,8 @@ class Relay:
         self._standard = standard
         self._buffer = receive_buffer()
         self._woken_at = float("inf")
-        self.restart(f"{number:064}")
+        self._secret = f"{number:064}"
+        self.restart()
 
     @property
     def listening(self) -> tuple[SocketAddress, ...]:
@@ -279,8 +280,8 @@ class Punctual(Host):
 
 def way(host: Host, peer: Host) -> str:
     """How the connection to a peer leads, as last told: "direct" or "relayed"."""
-    told = [one for one in host.of(ConnectionEstablished | PathChanged) if one.peer_id == peer.name]
-    return told[-1].path
+    paths: list[str] = [it.path for it in host.of(ConnectionEstablished | PathChanged) if it.peer_id == peer.name]
+    return paths[-1]
 
 
 def exchange(internet: Internet, client: Host, gateway: Host, *, within: float) -> float:

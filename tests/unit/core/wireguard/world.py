@@ -102,22 +102,32 @@ class Host:
         self._replies: list[bytes] = []
         self._sealed: list[bytes] = []
         self._vanished = False
-        self._arguments = {"remote_public_key": remote_public_key, "preshared_key": preshared_key}
+        self._remote_public_key = remote_public_key
+        self._preshared_key = preshared_key
         self.peer = self._make_peer()
 
     def _make_peer(self, rekey_attempt_time: float = 15.0) -> Peer:
         return Peer(
             local=self.local,
+            remote_public_key=self._remote_public_key,
+            preshared_key=self._preshared_key,
             allocate_index=self._allocate,
             release_index=self.indices.remove,
             entropy=self.entropy,
             now=self.world.now,
             rekey_attempt_time=rekey_attempt_time,
-            **self._arguments,
         )
 
-    def replace_peer(self, *, rekey_attempt_time: float = 15.0, **arguments: bytes) -> None:
-        self._arguments |= arguments
+    def replace_peer(
+        self,
+        *,
+        rekey_attempt_time: float = 15.0,
+        remote_public_key: bytes | None = None,
+        preshared_key: bytes | None = None,
+    ) -> None:
+        """A fresh peer, with other keys where they are given."""
+        self._remote_public_key = remote_public_key or self._remote_public_key
+        self._preshared_key = preshared_key or self._preshared_key
         self.peer = self._make_peer(rekey_attempt_time)
 
     def vanish(self) -> None:
