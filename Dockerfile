@@ -1,5 +1,5 @@
-# One image per role: docker build --target client|gateway|portal .  (`server` is the demo's private network)
-# The roles share their layers; what differs is the entry point, the health check and what they need from the host.
+# One image per role: docker build --target client|gateway|portal .  (`server` is the demo's private server)
+# The images share all layers and differ in entry point, health check, volumes and ports.
 
 FROM python:3.12-slim-bookworm AS build
 WORKDIR /src
@@ -7,7 +7,7 @@ COPY setup.cfg pyproject.toml README.md LICENSE ./
 COPY twisted_plugins twisted_plugins
 COPY firezone_tunnel firezone_tunnel
 RUN python -m venv /opt/firezone && /opt/firezone/bin/pip install --no-cache-dir .
-# twistd keeps a cache of its plugins: write it now, a container's file system may be read-only.
+# Write twistd's plugin cache now, because a container's file system may be read-only.
 RUN /opt/firezone/bin/twistd --help >/dev/null
 
 FROM python:3.12-slim-bookworm AS base
@@ -19,7 +19,7 @@ COPY docker/ /usr/local/lib/firezone/
 ENV PATH="/opt/firezone/bin:$PATH" \
     PYTHONUNBUFFERED=1 \
     FIREZONE_LOG_FORMAT=json
-# twistd stops in order on SIGTERM as on SIGINT; docker's default is said here so that nobody has to know it.
+# twistd shuts down cleanly on SIGTERM. This is Docker's default, stated explicitly.
 STOPSIGNAL SIGTERM
 
 FROM base AS client

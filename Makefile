@@ -1,5 +1,5 @@
-# `make help` lists the targets. Everything lives in .venv; nothing else on the machine is touched but the
-# system packages that tools/system-packages names (installed when root, else named).
+# `make help` lists the targets. Everything is installed in .venv, except for the system packages listed in
+# tools/system-packages, which are installed if run as root and only reported otherwise.
 
 PYTHON ?= $(shell tools/choose-python)
 VENV := .venv
@@ -15,24 +15,24 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(VENV)/installed ## make .venv and install the program and its tools into it
+install: $(VENV)/installed ## create .venv and install the program and its tools
 
-demo: $(VENV)/installed ## show a tunnel on hosts made of namespaces; KEEP=1 leaves it running; NAT=symmetric, NAT=cone,none, … put NATs in between
+demo: $(VENV)/installed ## run a tunnel on hosts made of namespaces; KEEP=1 leaves it running; NAT=symmetric, NAT=cone,none, … add NATs
 	@tools/system-packages demo
 	@$(BIN)/python -m demo $(if $(KEEP),--keep) $(if $(NAT),--nat $(NAT))
 
-test: $(VENV)/installed ## run every test; those with network namespaces need root
+test: $(VENV)/installed ## run all tests; those with network namespaces need root
 	@tools/system-packages test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(VENV)/installed ## compare with wireguard-go and coturn on the same hosts; BENCH_ARGS='--rounds 1 --seconds 2' for a quick look
+bench: $(VENV)/installed ## compare with wireguard-go and coturn on the same hosts; BENCH_ARGS='--rounds 1 --seconds 2' for a quick run
 	@tools/system-packages bench
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
-bench-core: $(VENV)/installed ## microseconds per 64 KiB of the packet path
+bench-core: $(VENV)/installed ## measure the packet path without I/O, in microseconds per 64 KiB
 	$(BIN)/python -m benchmarks.core
 
-lint: $(VENV)/installed ## style, types, imports, shell scripts
+lint: $(VENV)/installed ## check style, types, imports and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p firezone_tunnel
@@ -40,15 +40,15 @@ lint: $(VENV)/installed ## style, types, imports, shell scripts
 	$(BIN)/lint-imports
 	tools/lint-shell
 
-docs: $(VENV)/installed ## write the generated pages: options, state machines
+docs: $(VENV)/installed ## generate the pages on options and state machines
 	$(BIN)/python tools/options_reference.py docs/options.md
 	$(BIN)/python tools/state_diagrams.py docs/state-machines.md
 
-clean: ## remove .venv and everything that was built
+clean: ## remove .venv and all build products
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Two steps, so that a changed source file costs a second and not a new look at every dependency.
+# Two steps, so that a changed source file does not cause pip to resolve all dependencies again.
 $(VENV)/dependencies: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'setuptools >= 70' wheel
@@ -56,7 +56,7 @@ $(VENV)/dependencies: setup.cfg pyproject.toml
 	$(BIN)/pip install --quiet --no-build-isolation '.[test,lint]'
 	@touch $@
 
-# Never editable: twistd lists no plugin of an editable installation.
+# Not an editable installation, because twistd would not find its plugins.
 $(VENV)/installed: $(VENV)/dependencies $(SOURCES) README.md
 	rm -rf build *.egg-info
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --force-reinstall .

@@ -1,4 +1,4 @@
-# Sourced by the entry points: FIREZONE_TOKEN may name a file (a Docker secret), whose content then takes its place.
+# Sourced by the entry points. If FIREZONE_TOKEN is the path of a file, such as a Docker secret, read the token from it.
 # shellcheck shell=sh
 if [ -n "${FIREZONE_TOKEN:-}" ] && [ -f "$FIREZONE_TOKEN" ]; then
     FIREZONE_TOKEN=$(cat "$FIREZONE_TOKEN")
