@@ -1,4 +1,4 @@
-"""The lines of the table: what is measured, in what unit, and with whom it is compared."""
+"""The benchmark cases: name, unit, and the peers to compare with."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ REFERENCE = "no-tunnel"
 WIREGUARDS = ("wireguard-go-debian", "wireguard-go-newest")
 COTURN = "coturn"
 OURS_DIRECT = "ours-direct"
-"""What ours reaches in the same run without a relay in between."""
+"""Our own result in the same run without a relay."""
 
 NATS = ("none", "cone", "fullcone", "symmetric", "double", "cgn", "udp-blocked", "v6-v4")
 """Client and gateway behind every kind of NAT (docs/decisions.md, 8)."""
@@ -18,11 +18,11 @@ PING_INTERVALS = {"2ms": 0.002, "10ms": 0.01, "200ms": 0.2, "1s": 1.0}
 """Seconds between the pings of an idle tunnel. The longer a process has slept, the colder its caches are."""
 
 Figures = dict[str, list[float]]
-"""Values of one round by case; cases that repeat quickly give several."""
+"""The values of one round by case. Short measurements are repeated and have several values."""
 
 
 class Case(NamedTuple):
-    """`direct` names the case whose figure of ours is the peer "ours-direct"."""
+    """`direct` names the case of ours that serves as the peer "ours-direct"."""
 
     name: str
     unit: str
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     direct: str | None = None
 
     def ratio(self, ours: float, peer: float) -> float:
-        """How many times better ours is."""
+        """The factor by which ours is better."""
         return ours / peer if self.more_is_better else peer / ours
 
 

@@ -1,4 +1,4 @@
-"""Who is compared: no tunnel at all, two builds of wireguard-go, and ours, on the same hosts and the same CPUs."""
+"""The competitors: no tunnel, two builds of wireguard-go, and ours, on the same hosts and the same CPUs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.system.network import GATEWAY, PRIVATE_NETWORK, Network
 from tests.system.product import Product
 from tests.system.programs import Program
 
-TUNNEL_MTU = 1280  # what Firezone's clients and gateways use
+TUNNEL_MTU = 1280  # the MTU of Firezone's clients and gateways
 _WIREGUARD_PORT = 51820
 _NEWEST = "golang.zx2c4.com/wireguard"
 
-# The same table for everybody who doesn't bring one: forward, and masquerade what comes out of the tunnel.
+# The nftables rules for competitors that don't install their own: masquerade packets from the tunnel.
 _MASQUERADE = """
 table inet benchmark {
     chain postrouting {
@@ -38,23 +38,23 @@ class Ends(NamedTuple):
 
 
 class Competitor(Protocol):
-    """One way from the client to the private network."""
+    """One way to connect the client to the private network."""
 
     name: str
 
     def start(self, network: Network) -> None: ...
 
     def ends(self) -> Ends | None:
-        """The tunnel's processes, if there is a tunnel."""
+        """The tunnel's processes, or None if there is no tunnel."""
 
     def renew(self) -> None:
-        """Make the tunnel fresh: nothing is connected and no key is agreed."""
+        """Restart the tunnel, so that it has no connections and no session keys."""
 
     def stop(self) -> None: ...
 
 
 class NoTunnel:
-    """Plain forwarding and masquerade: what the hosts themselves can do."""
+    """Plain forwarding and masquerading, as the reference for the hosts' own performance."""
 
     name = "no-tunnel"
 
@@ -67,7 +67,7 @@ class NoTunnel:
         return None
 
     def renew(self) -> None:
-        """Nothing to renew: every connection is fresh."""
+        """Do nothing: there is no state."""
 
     def stop(self) -> None:
         self._network.client.ip("route", "del", PRIVATE_NETWORK)
@@ -75,7 +75,7 @@ class NoTunnel:
 
 
 class WireGuardGo:
-    """A wireguard-go on either end, configured by `wg`."""
+    """wireguard-go on both ends, configured by `wg`."""
 
     def __init__(self, name: str, binary: str) -> None:
         self.name = name
@@ -110,7 +110,7 @@ class WireGuardGo:
     def _start_end(self, host: Host, peer: Host, address: str, endpoint: str | None = None) -> Program:
         interface = _interface(host)
         program = host.spawn("wireguard-go", self.binary, "--foreground", interface, environment={"LOG_LEVEL": "error"})
-        program.wait_until(_control_socket(interface).exists, "making its control socket")
+        program.wait_until(_control_socket(interface).exists, "creating its control socket")
         reach = ["endpoint", f"{endpoint}:{_WIREGUARD_PORT}"] if endpoint else []
         host.run(
             *("wg", "set", interface, "private-key", str(self._keys[host.name].private_file)),
@@ -130,7 +130,7 @@ class WireGuardGo:
 
 
 class Ours:
-    """The whole product: portal, policies and filters on, client to gateway directly."""
+    """The whole product, with portal, policies and filters, and a direct path from client to gateway."""
 
     name = "ours"
 
@@ -149,7 +149,7 @@ class Ours:
 
 
 def find_competitors(cache: Path) -> Iterator[Competitor]:
-    """Everybody who can be run here, the reference first; says on stderr who is missing and why."""
+    """The competitors available on this machine, the reference first. Prints why one is missing."""
     yield NoTunnel()
     if (debian := shutil.which("wireguard-go")) is not None:
         yield WireGuardGo("wireguard-go-debian", debian)
@@ -159,7 +159,7 @@ def find_competitors(cache: Path) -> Iterator[Competitor]:
 
 
 def version_of(competitor: Competitor) -> str | None:
-    """The version of a wireguard-go, as the program or its build information tells it."""
+    """The version of a wireguard-go, from its build information or its output."""
     if not isinstance(competitor, WireGuardGo):
         return None
     if (go := shutil.which("go")) is not None:
@@ -172,7 +172,7 @@ def version_of(competitor: Competitor) -> str | None:
 
 
 def _build_newest(cache: Path) -> Path | None:
-    """Build the newest release of the Go module with the machine's toolchain; None where that can't be done."""
+    """Build the newest release of the Go module with the installed toolchain. Returns None if that is not possible."""
     go = shutil.which("go")
     if go is None:
         return None
@@ -183,7 +183,7 @@ def _build_newest(cache: Path) -> Path | None:
     )
     binary = cache / "wireguard"
     if built.returncode != 0 and not binary.exists():
-        print(f"wireguard-go-newest is left out: {' '.join(built.stderr.split())}")
+        print(f"wireguard-go-newest is skipped because it can't be built: {' '.join(built.stderr.split())}")
         return None
     return binary
 
@@ -202,7 +202,7 @@ def _key_pair(host: Host) -> _KeyPair:
 
 
 def _interface(host: Host) -> str:
-    """Control sockets have one directory for the whole machine, so the interface's name must be unique on it."""
+    """An interface name that is unique on this machine, because all hosts share one directory of control sockets."""
     return f"fz{os.getpid()}{host.name[0]}"
 
 
@@ -226,7 +226,7 @@ def _output(*command: str) -> str:
 
 @contextmanager
 def running(competitor: Competitor, network: Network) -> Iterator[Competitor]:
-    """The competitor, started; stopped again on leaving."""
+    """Start the competitor, and stop it on exit."""
     competitor.start(network)
     try:
         yield competitor

@@ -1,10 +1,10 @@
-"""Microseconds for 64 KiB of one TCP flow in each step of the packet path, without any I/O.
+"""Measure each step of the packet path without I/O, in microseconds per 64 KiB of one TCP flow.
 
     python -m benchmarks.core [--json FILE] [--rounds N]
 
-"AEAD" are the bare ChaCha20-Poly1305 calls for the same segments: what a step costs beyond them is ours. Each figure
-is the best of several rounds, as noise only adds. Opening in place destroys what is opened, so "open" includes
-copying the datagrams in. Whole paths are followed by how much more they take than the bare seal or open.
+"AEAD" is the time of the bare ChaCha20-Poly1305 calls for the same segments; the rest of a step is our overhead. Each
+figure is the best of several rounds, since noise only adds time. Opening decrypts in place and overwrites its input, so
+"open" includes the time to copy the datagrams. Whole paths are also shown relative to the bare seal or open step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.core_steps import CALLS, step_cases
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures to this file")
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
     figures: dict[str, float] = {}

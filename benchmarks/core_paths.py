@@ -1,6 +1,6 @@
-"""Whole paths without any I/O: a super-packet through a client, a gateway; a batch through a relay.
+"""Whole paths without I/O: a super-packet through a client and a gateway, and a batch through a relay.
 
-Client and gateway are connected ones, with filters; what they send is carried by hand.
+Client and gateway are connected and have filters. The benchmark passes their datagrams to each other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WHOLE_PATHS = {
     "gateway, out: route + filter + seal": SEAL,
     "client, in: open + filter + coalesce": OPEN,
 }
-"""Whole paths, and the bare step that each is to exceed by at most 15 %."""
+"""Whole paths, and the bare step for comparison. The goal is at most 15 % overhead."""
 
 _FILTERS = [
     Filter(protocol="tcp", port_range_start=80, port_range_end=80),
@@ -35,7 +35,7 @@ _FILTERS = [
 ]
 _SERVER, _PORT, _CLIENT_PORT = "10.20.0.5", 5000, 49152
 _RELAYED_DATAGRAMS = 49
-_RELAYED_SIZE = 1312  # a sealed packet of 1,280 bytes
+_RELAYED_SIZE = 1312  # an encrypted packet of 1,280 bytes
 
 
 def path_cases() -> Iterator[Case]:
@@ -68,7 +68,7 @@ def relay_cases() -> Iterator[Case]:
 
     def leave() -> None:
         transmits = list(server.transmits())
-        assert sum(-(-len(one.payload) // one.segment_size) for one in transmits) == _RELAYED_DATAGRAMS
+        assert sum(-(-len(sent.payload) // sent.segment_size) for sent in transmits) == _RELAYED_DATAGRAMS
         for transmit in transmits:
             transmit.release()
 
@@ -85,7 +85,7 @@ def relay_cases() -> Iterator[Case]:
 
 
 def _sealing(sender: Device, packet: SuperPacket) -> Callable[[], object]:
-    """From the TUN device's super-packet to what goes to the socket."""
+    """From the TUN device's super-packet to the datagrams for the socket."""
     tunnel, packets, now, utc = sender.tunnel, [packet], sender.world.now, sender.world.utc
 
     def run() -> None:
@@ -94,13 +94,13 @@ def _sealing(sender: Device, packet: SuperPacket) -> Callable[[], object]:
         for transmit in tunnel.transmits():
             sent += 1
             transmit.release()
-        assert sent == 2  # the packet went out, in two halves
+        assert sent == 2  # the packet is sent in two halves
 
     return run
 
 
 class _Arriving:
-    """Datagrams of one sender. Nothing is opened twice, as that would be a replay: `seal_all` makes new ones."""
+    """Datagrams of one sender. Each is opened once, because replays are dropped; `seal_all` creates new datagrams."""
 
     def __init__(self, sender: Device, receiver: Device, packet: SuperPacket) -> None:
         self._sender = sender
@@ -130,13 +130,13 @@ class _Arriving:
         for data, batch in self._sealed.popleft():
             _BUFFER[: len(data)] = data
             opened = tunnel.handle_datagrams(batch, now, utc)
-            segments += sum(one.segments for one in opened)
+            segments += sum(packet.segments for packet in opened)
         assert segments == SEGMENTS
         return opened
 
 
 def _routing_only(sender: Device, packet: SuperPacket) -> Callable[[], object]:
-    """What the tunnel does besides its node's work, by giving it a node that carries nothing."""
+    """The tunnel's own work without its node, which is replaced by a node that sends nothing."""
     tunnel, packets, now, utc = sender.tunnel, [packet], sender.world.now, sender.world.utc
     node, idle = tunnel.node, _IdleNode()
 
@@ -164,7 +164,7 @@ def _filtering_only(sender: Device, receiver: Device, packet: SuperPacket) -> Ca
 
 
 class _IdleNode:
-    """In a node's place: it encapsulates nothing, and has received what it was told."""
+    """A node that encapsulates nothing and returns the given packets as received."""
 
     has_events = False
 

@@ -1,4 +1,4 @@
-"""The steps of a super-packet's way, each by itself."""
+"""The steps of the packet path, each measured separately."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     name: str
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
-    """Called before each round of CALLS, and not timed."""
+    """Called before each round of CALLS calls. It is not timed."""
 
 
 def step_cases() -> Iterator[Case]:
@@ -155,7 +155,7 @@ def acknowledgement(packet: SuperPacket) -> SuperPacket:
 
 
 class NoCipher:
-    """Neither encrypts nor authenticates: what remains is the cost of everything else."""
+    """A cipher that neither encrypts nor authenticates, to measure the cost of everything else."""
 
     @staticmethod
     def encrypt_into(nonce: object, packet: object, associated: object, sealed: object) -> None: ...

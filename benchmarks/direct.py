@@ -1,4 +1,4 @@
-"""No relay in between: the wireguard-gos, ours, and no tunnel at all."""
+"""Benchmarks without a relay: two versions of wireguard-go, ours, and no tunnel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.system.network import Network
 
 _IDLE_SECONDS = 2.0  # for each interval between pings
 _MIN_PINGS = 6
-_FIRST_BYTES = 5  # fresh tunnels a round
+_FIRST_BYTES = 5  # new tunnels per round
 
 
 class Direct:
@@ -30,11 +30,11 @@ class Direct:
                 figures = self._measure(hosts, wanted)
                 ends = self._tunnel.ends()
             if wanted.any_of("loop-lag-p999") and ends is not None:
-                figures |= _loop_lag(ends)  # they have said it when they ended
+                figures |= _loop_lag(ends)  # the processes log it when they exit
         return {case: values for case, values in figures.items() if case in wanted.cases}
 
     def _measure(self, hosts: Network, wanted: Wanted) -> Figures:
-        """Cheapest first; memory last, after the load."""
+        """Light loads first; memory last, after all loads."""
         client, seconds = hosts.client, wanted.seconds
         figures: Figures = {}
         if wanted.any_of("first-byte"):
@@ -62,12 +62,12 @@ class Direct:
         return figures
 
     def _fresh_first_byte(self, hosts: Network) -> float:
-        """Through a tunnel that has to be set up first."""
+        """The time to the first byte, including the time to set up the tunnel."""
         self._tunnel.renew()
         return load.first_byte_ms(hosts.client)
 
     def _single_stream_up(self, hosts: Network, seconds: float) -> Figures:
-        """Throughput, and the processor time that both ends of the tunnel spend on a gigabyte of it."""
+        """Throughput, and the CPU time per gigabyte of both tunnel processes."""
         ends = self._tunnel.ends()
         before = _cpu_seconds(ends)
         transfer = load.tcp(hosts.client, seconds=seconds)
@@ -83,7 +83,7 @@ def _cpu_seconds(ends: Ends | None) -> float:
 
 
 def _loop_lag(ends: Ends) -> Figures:
-    """How late the worse of the two event loops came in the worst thousandth of its timers, under all loads."""
+    """The 99.9th percentile of timer delays under all loads, of the worse of the two event loops."""
     measured = [event["late_p999_ms"] for end in ends for event in end.events("tunnel:loop_measured")]
     late = [float(value) for value in measured if value is not None]
     return {"loop-lag-p999": [max(late)]} if late else {}

@@ -1,4 +1,4 @@
-"""What a round consists of."""
+"""Experiments, the parts of a round."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from tests.system.network import Network
 
 
 class Wanted(NamedTuple):
-    """What was asked for."""
+    """The requested cases."""
 
     cases: frozenset[str]
     seconds: float
-    """How long each load lasts."""
+    """The duration of each load."""
 
     def any_of(self, *cases: str) -> bool:
         return not self.cases.isdisjoint(cases)
 
 
 class Experiment(Protocol):
-    """One part of a round: it builds the hosts that it needs, and leaves nothing behind."""
+    """One part of a round. It builds the hosts it needs, and removes them."""
 
     title: str
-    """What it is called in reports; no two have the same."""
+    """The unique name in reports."""
     competitor: str
-    """Whose figures these are."""
+    """The competitor that it measures."""
     cases: frozenset[str]
-    """What it can measure."""
+    """The cases that it can measure."""
 
     def run(self, wanted: Wanted) -> Figures:
-        """Measure those of its cases that are wanted.
+        """Measure the wanted cases.
 
-        Raises: whatever keeps it from that.
+        Raises: any exception, if the measurement fails.
         """
 
 
 @contextmanager
 def network(nat: str = "none") -> Iterator[Network]:
-    """Hosts of one's own, with the private network's servers."""
+    """New hosts, with the private network's servers running."""
     with Lab() as lab:
         built = Network(lab, nat)
         built.start_servers()

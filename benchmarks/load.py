@@ -1,4 +1,4 @@
-"""Loads between the client and the private network's server, whatever is between them, and their figures."""
+"""Loads between the client and the private network's server, and their results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import NamedTuple
 from tests.system.hosts import Host
 from tests.system.network import IPERF_PORT, SERVER, WEB_PORT
 
-WARM_UP = 1.0  # seconds of load before anything counts: handshake, slow start
+WARM_UP = 1.0  # seconds of load that are not counted: handshake, slow start
 
-_UDP_OFFERED = "1G"  # bits a second: more than any user-space tunnel here delivers in datagrams of 1200 bytes
+_UDP_OFFERED = "1G"  # bits per second: more than any competitor delivers in datagrams of 1200 bytes
 
 # Runs on the client; prints the milliseconds from connect() to the first byte of the answer.
 _FETCH_FIRST_BYTE = """
@@ -29,19 +29,20 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=15) as co
 
 
 class LoadFailed(Exception):
-    """The load did not get through; the text says which, and why."""
+    """A load failed; the message names the load and the reason."""
 
 
 class Transfer(NamedTuple):
-    """What arrived after the warm-up, and about how much there was with it."""
+    """The result of one transfer."""
 
     gbit_per_second: float
+    """The throughput after the warm-up."""
     gigabytes: float
-    """Of the warm-up as well: processor time is counted from its beginning."""
+    """The estimated volume including the warm-up, since CPU time is measured from its beginning."""
 
 
 def tcp(client: Host, *, seconds: float, streams: int = 1, reverse: bool = False) -> Transfer:
-    """Cubic on either side, so that the machine's default says nothing.
+    """TCP with cubic on both sides, independent of the machine's default.
 
     Raises: LoadFailed.
     """
@@ -64,12 +65,12 @@ def first_byte_ms(client: Host) -> float:
     """
     done = client.run(sys.executable, "-c", _FETCH_FIRST_BYTE, SERVER, str(WEB_PORT), check=False)
     if done.returncode != 0:
-        raise LoadFailed(f"no first byte: {done.stderr.strip().splitlines()[-1]}")
+        raise LoadFailed(f"the first byte did not arrive: {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout)
 
 
 class Pings:
-    """Pings on their way, one every `interval` seconds."""
+    """Pings running in the background, one every `interval` seconds."""
 
     def __init__(self, client: Host, count: int, *, interval: float = 0.01) -> None:
         command = ("ping", "-n", "-c", str(count), "-i", f"{interval:g}", "-W", "2", SERVER)
@@ -78,9 +79,9 @@ class Pings:
         )
 
     def round_trips_ms(self) -> list[float]:
-        """Wait for the last one.
+        """Wait for the last ping.
 
-        Raises: LoadFailed, if none was answered.
+        Raises: LoadFailed, if no ping was answered.
         """
         output, _ = self._process.communicate(timeout=60)
         times = [float(value) for value in re.findall(r"time=([\d.]+) ms", output)]
@@ -90,7 +91,7 @@ class Pings:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that `percent` of all don't exceed."""
+    """The smallest value that is not exceeded by `percent` of the values."""
     return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 

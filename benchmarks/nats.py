@@ -1,4 +1,4 @@
-"""Through every kind of NAT: how long the first byte takes when nothing is connected yet."""
+"""The time to the first byte through every kind of NAT, including the connection setup."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from benchmarks.cases import OURS, Figures
 from benchmarks.experiment import Wanted, network
 from tests.system.product import Product
 
-_FIRST_BYTES = 3  # fresh clients a round
+_FIRST_BYTES = 3  # new clients per round
 
 
 class FirstByte:
-    """Client and gateway behind a NAT of this kind each, or a pair of kinds; one relay is there."""
+    """Client and gateway behind NATs of this kind or pair of kinds, with one relay."""
 
     competitor = OURS
 

@@ -1,4 +1,4 @@
-"""What breaks on the way is noticed as a silence: how long it is, by a ping of 20 Hz, while a download goes on."""
+"""The length of interruptions after failures, measured by pings at 20 Hz during a download."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from tests.system.network import RELAYS, SERVER, WEB_PORT, Network
 from tests.system.product import Product
 from tests.system.traffic import PING_INTERVAL, Answer, Download, Ping
 
-_REJOINED_WITHIN = 15.0  # seconds, after the portal is back
+_REJOINED_WITHIN = 15.0  # seconds after the portal is running again
 
 
-class NothingBroke(Exception):
-    """What was broken was not in use, so there is nothing to recover from and nothing to measure."""
+class NotInterrupted(Exception):
+    """The failed component was not in use, so there was no interruption to measure."""
 
 
 class Recovery:
-    """One event, from traffic that flows to traffic that flows again."""
+    """One event: the time from its start until traffic is stable again."""
 
     competitor = OURS
 
@@ -38,7 +38,7 @@ class Recovery:
             product.start()
             with Download(hosts.client, SERVER, WEB_PORT) as download, Ping(hosts.client, SERVER) as ping:
                 download.wait_for_more()
-                product.wait_settled()  # until then ICE may still leave the relay that is about to break
+                product.wait_settled()  # before that, ICE may still switch away from the relay that is about to fail
                 began = time.time()
                 event.happen(hosts, product)
                 ping.wait_steady(time.time())
@@ -46,19 +46,20 @@ class Recovery:
                     download.wait_for_more()
                 silence = silence_in(ping.answers(), since=began)
             if event.must_interrupt and not silence:
-                raise NothingBroke(f"{self._case}: no ping was missed, so the relay was not in use")
+                raise NotInterrupted(f"{self._case}: no ping was missed, so the relay was not in use")
             for relay in event.relays:
                 if product.relay(relay).is_running:
-                    product.relay(relay).send_signal(signal.SIGCONT)  # a stopped one can't be asked to end
+                    product.relay(relay).send_signal(signal.SIGCONT)  # a stopped process does not handle SIGTERM
             product.stop()
         return {self._case: [silence]}
 
 
 def silence_in(answers: Sequence[Answer], *, since: float) -> float:
-    """The longest time between two answers, less what is usual: seconds; 0 where no answer was missed."""
+    """The longest time between two replies in seconds, minus the usual interval; 0 if no reply was missed."""
     before = [answer.arrived_at for answer in answers if answer.arrived_at < since]
-    arrivals = sorted([max(before, default=since), *(one.arrived_at for one in answers if one.arrived_at >= since)])
-    longest = max((later - one for one, later in pairwise(arrivals)), default=0.0)
+    after = [answer.arrived_at for answer in answers if answer.arrived_at >= since]
+    arrivals = sorted([max(before, default=since), *after])
+    longest = max((later - earlier for earlier, later in pairwise(arrivals)), default=0.0)
     return longest - PING_INTERVAL if longest > 2 * PING_INTERVAL else 0.0
 
 
@@ -79,7 +80,7 @@ def _restart_gateway(hosts: Network, product: Product) -> None:
 
 
 def _restart_portal(hosts: Network, product: Product) -> None:
-    """Killed and started again; over when everybody has joined it again."""
+    """Kill and restart the portal, and wait until all programs have rejoined it."""
     product.portal.kill()
     product.start_portal()
     product.wait_rejoined(_REJOINED_WITHIN)
@@ -90,7 +91,7 @@ class _Event(NamedTuple):
     nat: str
     relays: tuple[str, ...] = ("relay",)
     must_interrupt: bool = False
-    """Traffic can't go on without a pause: a silence of 0 says that something else was measured."""
+    """The event must interrupt the traffic: a silence of 0 means that the measurement is invalid."""
     keeps_connections: bool = True
     """The TCP connection must survive."""
 
@@ -102,13 +103,13 @@ _EVENTS = {
     "recover-gateway-restart": _Event(
         _restart_gateway,
         "cone",
-        keeps_connections=False,  # without its masquerade, the gateway's host resets what the server goes on sending
+        keeps_connections=False,  # without masquerading, the gateway's host resets the server's connections
     ),
     "recover-portal-restart": _Event(_restart_portal, "symmetric"),
 }
 
 
 def _relay_in_use(product: Product) -> str:
-    """The relay that gave the client the address from which its datagrams come to the gateway."""
+    """The relay whose address the client uses to send to the gateway."""
     host = product.path()["local"].rpartition(":")[0].strip("[]")
     return next(name for name, addresses in RELAYS.items() if host in addresses)

@@ -1,11 +1,11 @@
-"""What strangers can do to a relay: a flood of hostile datagrams, from many addresses, against a relay on loopback.
+"""Flood a relay on loopback with hostile datagrams from many addresses.
 
     python -m benchmarks.relay_flood [--count 1000000] [--workers N] [--requests] [--seed N]
 
-Neither may they crash it, nor make it grow, nor have it send more than they do (docs/decisions.md, 22). Between bursts
-a client with an allocation asks something, and waits for the answer: so everything that was sent has been looked at,
-and the relay still serves who it is there for. With --requests all of the flood are requests that would be answered,
-most of them smaller than their answer.
+The flood must not crash the relay, make its memory grow, or cause it to send more than it receives (docs/decisions.md,
+22). After each burst, a client with an allocation sends a request and waits for the response. This shows that the relay
+has processed the burst and still serves its clients. With --requests, the flood consists of valid requests only, most
+of them smaller than their response.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from firezone_tunnel.core.stun import message as stun
 from firezone_tunnel.core.stun.message import Kind, Message, Method
 from tests.service.relay_process import REALM, USER, RelayProcess, TurnClient, code_of
 
-BURST = 256  # datagrams: what fits into the smallest receive buffer
+BURST = 256  # datagrams that fit into the smallest receive buffer
 SENDERS = 400
-_WARM_UP = 0.1  # of the flood, before memory is first looked at
+_WARM_UP = 0.1  # the fraction of the flood before memory is first measured
 _POOL = 4096
 _UDP_SEGMENT = 103  # <linux/udp.h>
 
 
 @attrs.frozen
 class Outcome:
-    """Bytes are payload; memory is of all processes of the relay together."""
+    """Bytes are payload bytes. Memory is the total of all processes of the relay."""
 
     datagrams: int
     seconds: float
@@ -46,14 +46,14 @@ class Outcome:
     bytes_out: int
     answers: int
     grown: int
-    """Bytes of resident memory, since a tenth of the flood was over."""
+    """The growth of resident memory in bytes, after the first tenth of the flood."""
     peak: int
 
 
 def flood(relay: RelayProcess, count: int, *, seed: int = 0, requests_only: bool = False) -> Outcome:
-    """Send `count` datagrams to a relay that is ready; allocations must be possible on 127.0.0.1.
+    """Send `count` datagrams to a running relay that allows allocations on 127.0.0.1.
 
-    Raises: AssertionError, where it stops serving its clients.
+    Raises: AssertionError, if the relay stops serving its clients.
     """
     randomness = random.Random(seed)
     witnesses = _witnesses(relay)
@@ -64,9 +64,9 @@ def flood(relay: RelayProcess, count: int, *, seed: int = 0, requests_only: bool
     with contextlib.ExitStack() as stack:
         senders = [stack.enter_context(_sender(number)) for number in range(SENDERS)]
         poll = stack.enter_context(contextlib.closing(select.epoll()))
-        for one in senders:
-            poll.register(one.fileno(), select.EPOLLIN)
-        by_descriptor = {one.fileno(): one for one in senders}
+        for sender in senders:
+            poll.register(sender.fileno(), select.EPOLLIN)
+        by_descriptor = {sender.fileno(): sender for sender in senders}
         targets = [SocketAddress("127.0.0.1", relay.port)] * 7 + ([] if requests_only else [relayed])
         sent = bytes_in = bytes_out = answers = settled = 0
         began = time.monotonic()
@@ -75,7 +75,7 @@ def flood(relay: RelayProcess, count: int, *, seed: int = 0, requests_only: bool
                 bytes_in += _send(randomness, senders, pool, randomness.choice(targets))
                 sent += 1
             for witness in witnesses:
-                witness.ask()
+                witness.refresh()
             for descriptor, _ in poll.poll(0):
                 for answer in _received(by_descriptor[descriptor]):
                     answers += 1
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000_000)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--requests", action="store_true", help="nothing but requests that would be answered")
+    parser.add_argument("--requests", action="store_true", help="send only requests that get a response")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -104,9 +104,9 @@ def main() -> None:
     print(f"datagrams         {outcome.datagrams:>14,}  ({outcome.datagrams / outcome.seconds:,.0f}/s)")
     print(f"bytes in          {outcome.bytes_in:>14,}")
     print(f"bytes out         {outcome.bytes_out:>14,}  ({outcome.bytes_out / outcome.bytes_in:.1%})")
-    print(f"answers           {outcome.answers:>14,}")
-    print(f"memory, at last   {outcome.peak / 1e6:>14.1f}  MB")
-    print(f"memory, grown     {outcome.grown / 1e6:>14.1f}  MB")
+    print(f"responses         {outcome.answers:>14,}")
+    print(f"memory at the end {outcome.peak / 1e6:>14.1f}  MB")
+    print(f"memory growth     {outcome.grown / 1e6:>14.1f}  MB")
     print(f"exit code         {code:>14}")
 
 
@@ -120,45 +120,45 @@ class _Witness:
         self._client = TurnClient(relay.port)
         (self.allocated,) = self._client.allocate().get_all(stun.XOR_RELAYED_ADDRESS)
 
-    def ask(self) -> None:
-        """Whatever the relay had got before is done when this returns: its socket is read in order."""
+    def refresh(self) -> None:
+        """Wait until the relay has processed all earlier datagrams: it reads its socket in order."""
         assert code_of(self._client.request(Method.REFRESH)) == 0
 
 
 def _witnesses(relay: RelayProcess) -> list[_Witness]:
-    """One of each worker, most probably."""
+    """Enough clients that most probably each worker has one."""
     workers = max(1, len(relay.events("relay:worker_started")))
     return [_Witness(relay) for _ in range(1 if workers == 1 else 6 * workers)]
 
 
 def _sender(number: int) -> socket.socket:
-    one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-    one.bind((f"127.2.{number // 250}.{number % 250 + 1}", 0))
-    return one
+    sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    sender.bind((f"127.2.{number // 250}.{number % 250 + 1}", 0))
+    return sender
 
 
 def _send(
     randomness: random.Random, senders: Sequence[socket.socket], pool: Sequence[bytes], target: SocketAddress
 ) -> int:
-    """One of them, or one that is cut into a batch; the bytes."""
+    """Send a random datagram, in some cases segmented into a batch. Returns the bytes sent."""
     data = pool[randomness.randrange(_POOL)]
     ancillary = []
     if len(data) > 64 and not randomness.randrange(8):
         size = randomness.randrange(max(24, len(data) // 60 + 1), len(data))
         ancillary.append((socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("=H", min(size, 1400))))
-    with contextlib.suppress(OSError):  # no such cut is possible
+    with contextlib.suppress(OSError):  # the kernel refuses this segmentation
         return senders[randomness.randrange(SENDERS)].sendmsg((data,), ancillary, 0, target)
     return 0
 
 
-def _received(one: socket.socket) -> Iterator[int]:
+def _received(sender: socket.socket) -> Iterator[int]:
     with contextlib.suppress(BlockingIOError):
         while True:
-            yield len(one.recv(65_536))
+            yield len(sender.recv(65_536))
 
 
 def _resident_bytes(relay: RelayProcess) -> int:
-    pids = [relay.process.pid, *(one["pid"] for one in relay.events("relay:worker_started"))]
+    pids = [relay.process.pid, *(event["pid"] for event in relay.events("relay:worker_started"))]
     pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -189,7 +189,7 @@ def _named_refresh(randomness: random.Random) -> bytes:
 
 
 def _forged(randomness: random.Random) -> bytes:
-    """As a user's, with a key and a nonce that are not the user's."""
+    """A request in a user's name with an invalid key and nonce."""
     attributes = (
         (stun.REQUESTED_TRANSPORT, stun.UDP),
         (stun.LIFETIME, 0),

@@ -1,4 +1,4 @@
-"""A relay in the middle of our client and gateway, which may not reach each other directly: ours, and coturn."""
+"""Benchmarks through a relay, ours and coturn, between our client and gateway, which can't connect directly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.system.programs import Program
 
 
 class Relayed:
-    """Throughput through a relay, and what it costs the relay."""
+    """Throughput through a relay, and the relay's CPU time."""
 
     cases = names(RELAYED_CASES)
 
@@ -38,7 +38,7 @@ def is_coturn_present() -> bool:
 
 
 class _Running:
-    """Everything is up; `relay` is the process in the middle."""
+    """A running product; `relay` is the relay's process."""
 
     def __init__(self, product: Product, relay: Program) -> None:
         self._product = product
@@ -60,7 +60,7 @@ class _Running:
 
     def _check_path(self) -> None:
         if (path := self._product.path()["path"]) != "relayed":
-            raise LoadFailed(f"the path is {path}: not through the relay")
+            raise LoadFailed(f"the path is {path} and does not use the relay")
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def _ours(hosts: Network) -> Iterator[_Running]:
 
 @contextmanager
 def _coturn(hosts: Network) -> Iterator[_Running]:
-    """coturn with a user of its own, which our portal names to our client and gateway; none of our relays runs."""
+    """coturn with one user, announced by our portal to client and gateway. None of our relays is running."""
     ipv4, ipv6 = RELAYS["relay"]
     addresses = (ipv4, ipv6)
     options = ["--lt-cred-mech", f"--user={_USER}:{_PASSWORD}", "--realm=benchmark"]
@@ -96,7 +96,7 @@ def _coturn(hosts: Network) -> Iterator[_Running]:
 
 
 def _name_turn_server(hosts: Network, product: Product) -> None:
-    """Add coturn to what the portal serves, as an administrator does."""
+    """Add coturn to the portal's seed file and reload it."""
     seed = hosts.portal.directory / "portal.toml"
     seed.write_text(seed.read_text() + _TURN_SERVER)
     product.portal.send_signal(signal.SIGHUP)

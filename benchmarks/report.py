@@ -1,4 +1,4 @@
-"""The figures for people and for programs: a table, a plot, and latest.json."""
+"""Reports of the results: a table, a plot, and latest.json."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BAR, _GAP, _LABEL, _WIDTH = 14, 18, 170, 900
 
 
 def medians(rounds: Mapping[str, Sequence[Figures]]) -> Medians:
-    """The median of all values of a case, by competitor; "ours-direct" is ours once more, in terms of relayed cases."""
+    """The median of all values of each case, by competitor. "ours-direct" has our direct results for relayed cases."""
     results = {
         name: {
             case.name: statistics.median(value for figures in several for value in figures.get(case.name, ()))
@@ -45,9 +45,9 @@ def medians(rounds: Mapping[str, Sequence[Figures]]) -> Medians:
 
 
 def entries(results: Medians) -> list[dict[str, Any]]:
-    """One entry per case and peer: value of ours, value of the peer, and how many times better ours is.
+    """One entry per case and peer: our value, the peer's value, and the factor by which ours is better.
 
-    A case without peers has one entry as well, whose peer is None.
+    A case without peers has one entry with the peer None.
     """
     return [_entry(case, results, peer) for case in CASES for peer in case.peers or (None,)]
 
@@ -61,18 +61,19 @@ def write_json(path: Path, machine: Mapping[str, Any], results: Medians, failure
 
 
 def print_table(console: Console, machine: Mapping[str, Any], results: Medians) -> None:
-    """What was measured. The peers of a case, and the ratios to them, stand in one column each, in the same order."""
-    table = Table(title="medians over all rounds; ratio: how many times better ours is", title_justify="left")
+    """Print all results. One column has the peers of a case, another the ratios to them, in the same order."""
+    table = Table(title="medians over all rounds; ratio: factor by which ours is better", title_justify="left")
     for heading in ("case", "unit"):
         table.add_column(heading)
     for heading in (REFERENCE, "peers", OURS, "ratios"):
         table.add_column(heading, justify="right")
     for case in CASES:
-        if not any(case.name in of_one for of_one in results.values()):
+        if not any(case.name in values for values in results.values()):
             continue
         compared = [_entry(case, results, peer) for peer in case.peers]
-        peers = [f"{_short(one['peer_name'])} {_text(one['peer'])}" for one in compared if one["peer"] is not None]
-        ratios = [_text(one["ratio"]) for one in compared if one["peer"] is not None]
+        measured = [entry for entry in compared if entry["peer"] is not None]
+        peers = [f"{_short(entry['peer_name'])} {_text(entry['peer'])}" for entry in measured]
+        ratios = [_text(entry["ratio"]) for entry in measured]
         reference, ours = (_text(results.get(name, {}).get(case.name)) for name in (REFERENCE, OURS))
         table.add_row(case.name, case.unit, reference, ", ".join(peers), ours, ", ".join(ratios))
     console.print(", ".join(f"{name}: {value}" for name, value in machine.items() if not isinstance(value, dict)))
@@ -80,7 +81,7 @@ def print_table(console: Console, machine: Mapping[str, Any], results: Medians) 
 
 
 def write_plot(path: Path, machine: Mapping[str, Any], results: Medians) -> None:
-    """Horizontal bars, one group per case, each group on a scale of its own (SVG)."""
+    """Draw horizontal bars as SVG, one group per case, each with its own scale."""
     names = [name for name in _COLUMNS if name in results]
     groups, top = [], 70
     for case in CASES:
@@ -111,7 +112,7 @@ def _entry(case: Case, results: Medians, peer: str | None) -> dict[str, Any]:
 
 
 def _group(case: Case, values: Mapping[str, float], top: int) -> str:
-    """The bars of one case, the longest tunnel's as wide as the drawing allows; no tunnel at all may be cut."""
+    """The bars of one case. The longest bar of a tunnel has the full width; the bar without a tunnel may be cut."""
     room = _WIDTH - _LABEL - 110
     longest = max([value for name, value in values.items() if name != REFERENCE] or list(values.values()))
     scale = room / longest if longest else 0.0

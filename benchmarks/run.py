@@ -1,8 +1,8 @@
 """Compare ours with its peers: `python -m benchmarks.run`, or `make bench`.
 
-Everybody runs on the same hosts, pinned to the same two CPUs; the iperf3 server stands in the gateway's private
-network, behind forwarding and masquerade. Rounds alternate between the experiments, so that a machine that slows down
-slows everybody down; what counts are ratios. An experiment that fails is reported, and costs nobody else's figures.
+All competitors run on the same hosts, pinned to the same two CPUs. The iperf3 server is in the gateway's private
+network, behind forwarding and masquerading. Each round runs all experiments, so that changes in the machine's speed
+affect all competitors; the ratios are what matters. A failed experiment is reported and does not affect the others.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fir
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    competitors = [one for one in find_competitors(_CACHE) if not options.only or one.name in options.only]
+    found = find_competitors(_CACHE)
+    competitors = [competitor for competitor in found if not options.only or competitor.name in options.only]
     try:
         if os.geteuid() != 0:
-            os.environ["GOPROXY"] = "off"  # in there is no network; the newest wireguard-go is built by now
+            os.environ["GOPROXY"] = "off"  # the namespace has no network; the newest wireguard-go is already built
             enter_user_namespace([sys.executable, "-m", "benchmarks.run", *(arguments or sys.argv[1:])])
         require_capabilities()
     except MissingCapability as missing:
@@ -67,16 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.run", description=(__doc__ or "").splitlines()[0])
-    everybody = (REFERENCE, *WIREGUARDS, COTURN, OURS)
+    names = (REFERENCE, *WIREGUARDS, COTURN, OURS)
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of each load (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", choices=[case.name for case in CASES], help="only these cases")
-    parser.add_argument("--only", nargs="+", choices=everybody, metavar="COMPETITOR", help=f"of {', '.join(everybody)}")
+    only = f"only these competitors, of {', '.join(names)}"
+    parser.add_argument("--only", nargs="+", choices=names, metavar="COMPETITOR", help=only)
     return parser.parse_args(arguments)
 
 
 class _Runs:
-    """All figures by competitor, one entry an experiment and round; and what failed."""
+    """All figures by competitor, with one entry per experiment and round, and all failures."""
 
     def __init__(self, console: Console) -> None:
         self.figures: dict[str, list[Figures]] = {}
@@ -87,7 +89,7 @@ class _Runs:
         started = time.monotonic()
         try:
             figures = experiment.run(wanted)
-        except Exception as error:  # noqa: BLE001  # whatever it is, the others' figures are worth having
+        except Exception as error:  # noqa: BLE001  # the other experiments' figures are still useful
             self.failures.append(f"{round_name}, {experiment.title}: {_describe(error)}")
             self._console.print(f"FAILED: {self.failures[-1]}", soft_wrap=True, markup=False)
             return
@@ -97,7 +99,7 @@ class _Runs:
 
 
 def _experiments(competitors: Sequence[Competitor], options: argparse.Namespace) -> list[Experiment]:
-    """What a round consists of; those that are compared stand side by side."""
+    """The experiments of a round. Experiments to compare follow each other."""
     relays = [OURS, COTURN] if is_coturn_present() else [OURS]
     every: list[Experiment] = [
         *map(Direct, competitors),
@@ -105,15 +107,17 @@ def _experiments(competitors: Sequence[Competitor], options: argparse.Namespace)
         *map(FirstByte, NATS),
         *(Recovery(case.name) for case in RECOVERY_CASES),
     ]
-    return [one for one in every if _is_asked_for(one, options) and _wanted(one, options).cases]
+    return [
+        experiment for experiment in every if _is_selected(experiment, options) and _wanted(experiment, options).cases
+    ]
 
 
-def _is_asked_for(experiment: Experiment, options: argparse.Namespace) -> bool:
+def _is_selected(experiment: Experiment, options: argparse.Namespace) -> bool:
     return not options.only or experiment.competitor in options.only
 
 
 def _wanted(experiment: Experiment, options: argparse.Namespace) -> Wanted:
-    """Of ours also the direct figure that a relayed one is compared with."""
+    """The requested cases; for ours, including the direct cases that relayed cases are compared with."""
     cases = set(options.cases or [case.name for case in CASES])
     if experiment.competitor == OURS:
         cases |= {case.direct for case in CASES if case.direct is not None and case.name in cases}
@@ -125,9 +129,9 @@ def _summary(figures: Figures) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """In one line, with what a failed command said."""
-    said = error.stderr or "" if isinstance(error, subprocess.CalledProcessError) else ""
-    return " ".join(f"{type(error).__name__}: {error} {said}".split())[:2000]
+    """The error on one line, with the stderr of a failed command."""
+    stderr = error.stderr or "" if isinstance(error, subprocess.CalledProcessError) else ""
+    return " ".join(f"{type(error).__name__}: {error} {stderr}".split())[:2000]
 
 
 def _describe_machine(
@@ -143,7 +147,7 @@ def _describe_machine(
         "tunnel_mtu": TUNNEL_MTU,
         "rounds": options.rounds,
         "seconds": options.seconds,
-        "peers": {one.name: version for one in competitors if (version := version_of(one)) is not None},
+        "peers": {peer.name: version for peer in competitors if (version := version_of(peer)) is not None},
     }
 
 
