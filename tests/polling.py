@@ -1,4 +1,4 @@
-"""Waiting for what belongs to other processes or to the kernel: they tell nobody, so there is only asking again."""
+"""Poll for the state of other processes and of the kernel, which send no notifications."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _INTERVAL = 0.02  # seconds
 _T = TypeVar("_T")
 
 
-def until(ask: Callable[[], _T | None], what: str = "what was waited for", timeout: float = 10.0) -> _T:
-    """Block until the answer is true, and return it.
+def until(ask: Callable[[], _T | None], what: str = "the expected event", timeout: float = 10.0) -> _T:
+    """Wait until `ask` returns a true value. Returns the value.
 
     Raises: TimeoutError.
     """

@@ -1,4 +1,4 @@
-"""Hosts made of network namespaces, joined by cables and switches, gone when their lab closes.
+"""Hosts made of network namespaces, connected by cables and switches. Closing the lab removes them.
 
     with Lab() as lab:
         internet = lab.switch("internet")
@@ -7,10 +7,9 @@
         internet.plug(bob, "203.0.113.30/24", "2001:db8:113::30/64")
         alice.run("ping", "-c1", "203.0.113.30")
 
-Every host has its own directory with state, runtime and log paths and its own /etc/resolv.conf; nothing of the
-machine's own configuration is touched. Names carry the process id of their maker, so that the next lab can
-sweep what a killed one left behind. Only the standard library is used: the demo, the benchmarks and the tests share
-this module.
+Each host has its own directory with state, runtime and log paths, and its own /etc/resolv.conf. The machine's
+configuration is not changed. Names contain the process id of the lab, so that the next lab can remove the leftovers of
+a killed process. The module only uses the standard library, because the demo, the benchmarks and the tests share it.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ PREFIX = "fz"
 _LAB_NAME = re.compile(rf"^{PREFIX}(\d+)x\d+-")
 _lab_numbers = itertools.count()
 
-# A process of a host sees the host's resolv.conf: `ip netns exec` has given it a mount namespace of its own already.
+# Mount the host's resolv.conf. `ip netns exec` runs the process in its own mount namespace.
 _ENTER = 'mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'
 
 
 class MissingCapability(Exception):
-    """This machine or this user can't build network namespaces; the text says what is missing, in one sentence."""
+    """This machine or user can't create network namespaces. The message says what is missing, in one sentence."""
 
 
 class Lab:
-    """Everything built for one run. Closes on leaving the context, on exit and on SIGTERM or SIGHUP."""
+    """All hosts of one run. It closes at the end of the context, at exit, and on SIGTERM or SIGHUP."""
 
     def __init__(self) -> None:
         self.name = f"{PREFIX}{os.getpid()}x{next(_lab_numbers)}"
@@ -70,18 +69,18 @@ class Lab:
         self.close()
 
     def host(self, name: str, *, forwards: bool = False) -> Host:
-        """A new host without any link; one that `forwards` is a router."""
+        """Create a host without links. With `forwards` it is a router."""
         host = Host(self, name)
         self.hosts[name] = host
         host.set_up(forwards=forwards)
         return host
 
     def switch(self, name: str) -> Switch:
-        """A network that hosts plug into: a router for its members, which itself leads nowhere."""
+        """Create a network for hosts. It can be a router for its members, but has no uplink."""
         return Switch(self.host(name, forwards=True))
 
     def cable(self, left: Host, left_interface: str, right: Host, right_interface: str) -> None:
-        """Join two hosts by a veth pair; the interfaces come up without addresses."""
+        """Connect two hosts by a veth pair. The interfaces are up and have no addresses."""
         _ip(
             *("link", "add", left_interface, "netns", left.namespace, "type", "veth"),
             *("peer", "name", right_interface, "netns", right.namespace),
@@ -90,7 +89,7 @@ class Lab:
         right.ip("link", "set", right_interface, "up")
 
     def close(self) -> None:
-        """End every program, remove every namespace and the directory. Safe to call twice."""
+        """Stop all programs, remove all namespaces and the directory. May be called more than once."""
         if not self._is_open:
             return
         self._is_open = False
@@ -103,12 +102,12 @@ class Lab:
         self._restore_signals()
 
     def leftovers(self) -> list[str]:
-        """Namespaces and directories that carry this lab's name: none once it is closed."""
+        """The namespaces and directories with this lab's name. After `close` there should be none."""
         directories = [str(path) for path in Path(tempfile.gettempdir()).glob(f"{self.name}-*")]
         return [name for name in _namespaces() if name.startswith(f"{self.name}-")] + directories
 
     def _catch_signals(self) -> None:
-        """Make the signals that would kill us raise SystemExit, unless somebody handles them already."""
+        """Make SIGTERM and SIGHUP raise SystemExit, unless they have a handler."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -122,7 +121,7 @@ class Lab:
 
 
 class Host:
-    """One network namespace: a machine of its own as far as addresses, routes, firewall and sockets go."""
+    """One network namespace: a separate machine with regard to addresses, routes, firewall and sockets."""
 
     def __init__(self, lab: Lab, name: str) -> None:
         self.lab = lab
@@ -146,11 +145,11 @@ class Host:
             self.sysctl("net.ipv6.conf.all.forwarding", "1")
 
     def ip(self, *arguments: str) -> str:
-        """Run `ip ARGUMENTS` on this host; returns what it prints."""
+        """Run `ip ARGUMENTS` on this host. Returns its output."""
         return _ip("-n", self.namespace, *arguments)
 
     def add_address(self, interface: str, *addresses: str) -> None:
-        """Addresses with their prefix length, IPv4 or IPv6, usable at once (no duplicate address detection)."""
+        """Add IPv4 or IPv6 addresses with prefix length, without duplicate address detection."""
         for address in addresses:
             self.ip("address", "add", address, "dev", interface, *(["nodad"] if ":" in address else []))
 
@@ -164,7 +163,7 @@ class Host:
     def run(
         self, *command: str, check: bool = True, timeout: float = 30.0, stdin: str | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command to its end; its output is text.
+        """Run a command and wait for its end. Its output is text.
 
         Raises: CalledProcessError (with `check`), TimeoutExpired.
         """
@@ -174,9 +173,9 @@ class Host:
         )
 
     def spawn(self, name: str, *command: str, environment: Mapping[str, str] | None = None) -> Program:
-        """Start a program that goes on running; it ends with the lab at the latest.
+        """Start a program in the background. It ends with the lab at the latest.
 
-        `environment` is all that it gets besides PATH and the locale.
+        Its environment is `environment`, PATH and the locale.
         """
         program = Program(
             name,
@@ -198,7 +197,7 @@ class Host:
 
 
 class Switch:
-    """A network of its own: a bridge inside a namespace, which may be its members' default router as well."""
+    """A network: a bridge in a separate namespace, which can also be the default router of its members."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
@@ -207,11 +206,11 @@ class Switch:
         host.ip("link", "set", "br0", "up")
 
     def route(self, *addresses: str) -> None:
-        """Give the switch itself addresses, for members to name as their default gateways."""
+        """Add addresses to the switch itself, which members can use as default gateways."""
         self.host.add_address("br0", *addresses)
 
     def plug(self, host: Host, *addresses: str, interface: str = "eth0", gateways: tuple[str, ...] = ()) -> None:
-        """Connect a host's new interface to this network; `gateways` become its default routes."""
+        """Connect a new interface of a host to this network, with default routes through `gateways`."""
         port = f"port{self._ports}"
         self._ports += 1
         self.host.lab.cable(host, interface, self.host, port)
@@ -222,24 +221,26 @@ class Switch:
 
 
 def require_capabilities() -> None:
-    """Raises: MissingCapability, where namespaces can't be built here."""
+    """
+    Raises: MissingCapability, if this machine or user can't create the namespaces.
+    """
     for program in ("ip", "nft", "sysctl", "mount"):
         if shutil.which(program) is None:
             raise MissingCapability(
                 f"The program `{program}` is not installed: run tools/system-packages demo as root."
             )
     if os.geteuid() != 0:
-        raise MissingCapability("Network namespaces take root, or a user namespace of your own.")
+        raise MissingCapability("Creating network namespaces requires root, or a user namespace: run it as root.")
     if not os.path.exists("/dev/net/tun"):
-        raise MissingCapability("There is no /dev/net/tun: load the kernel module `tun`.")
+        raise MissingCapability("/dev/net/tun does not exist: load the kernel module `tun`.")
     if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-        raise MissingCapability("This user may not open /dev/net/tun: run it as root, or let everybody (mode 0666).")
+        raise MissingCapability("This user can't open /dev/net/tun: run it as root, or set the device's mode to 0666.")
 
 
 def enter_user_namespace(arguments: list[str]) -> None:
-    """Replace this process by `arguments`, run as root of a new user, mount and network namespace.
+    """Replace this process by `arguments`, run as root in a new user, mount and network namespace.
 
-    Raises: MissingCapability, where the kernel or its policy doesn't allow that.
+    Raises: MissingCapability, if the kernel or its security policy doesn't allow it.
     """
     unshare = ["unshare", "--user", "--map-root-user", "--net", "--mount"]
     trial = subprocess.run(
@@ -247,14 +248,14 @@ def enter_user_namespace(arguments: list[str]) -> None:
     )
     if trial.returncode != 0:
         reason = " ".join(trial.stderr.split()) or f"unshare ended with {trial.returncode}"
-        raise MissingCapability(f"This kernel allows no unprivileged user namespaces ({reason}): run it as root.")
-    # `ip netns` keeps its files in /run/netns, which only the machine's root may write to.
+        raise MissingCapability(f"Can't create an unprivileged user namespace ({reason}): run it as root.")
+    # `ip netns` keeps its files in /run/netns, which is only writable for the machine's root.
     prepare = 'mount -t tmpfs tmpfs /run && mkdir /run/netns && exec "$@"'
     os.execvp("unshare", [*unshare, "sh", "-c", prepare, "sh", *arguments])
 
 
 def sweep() -> None:
-    """Remove what labs of processes that no longer live have left behind."""
+    """Remove the leftovers of labs whose process has ended."""
     for name in _namespaces():
         match = _LAB_NAME.match(name)
         if match and not _is_alive(int(match[1])):
@@ -273,7 +274,7 @@ def _namespaces() -> list[str]:
 
 
 def _remove_namespace(name: str) -> None:
-    """End what still runs in a namespace, then delete it, and its interfaces with it."""
+    """Kill the processes in a namespace, then delete it together with its interfaces."""
     for pid in _processes_in(name):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Run a part of a test inside a host of the lab: its sockets, devices, threads and subprocesses are that host's."""
+"""Run a part of a test on a host of the lab, including its sockets, devices, threads and subprocesses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextlib.contextmanager
 def inside(host: Host) -> Iterator[None]:
-    """This thread, and every thread and process it starts, is in the host's network namespace; then back home."""
+    """Run this thread, and the threads and processes that it starts, in the host's network namespace."""
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     there = os.open(Path("/run/netns") / host.namespace, os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -1,22 +1,21 @@
-"""NATs: what can stand between a host and the internet, as routers made of namespaces with nftables.
+"""NATs between a host and the internet, as routers made of namespaces with nftables.
 
-    none         the host's own addresses are public, IPv4 and IPv6
-    cone         the router keeps the source port where it can: one host behind it looks the same to everybody
-    fullcone     as well, and the router's owner has forwarded UDP 52625 to the host, also for those inside (hairpin)
-    symmetric    a random port for each destination: what a relay sees of the host is of no use to anybody else
+    none         the host has public IPv4 and IPv6 addresses
+    cone         the router keeps the source port if possible, so that all peers see the same mapping
+    fullcone     a cone that forwards UDP port 52625 to the host, also for hosts inside (hairpinning)
+    symmetric    a random port for each destination, so that the address seen by a relay is useless for other peers
     double       a cone behind a cone
-    cgn          the same with a carrier's 100.64.0.0/10 between the two, and nowhere else
-    udp-blocked  a cone that lets no UDP out but to port 3478, a relay's
+    cgn          a cone behind a carrier's cone that uses 100.64.0.0/10
+    udp-blocked  a cone that blocks outgoing UDP except to port 3478, the relay's port
 
-Of a pair, one kind stands for both sides; `client,gateway` names them one by one; in the pairs `v6-v4` and `v4-v6` each
-side has public addresses, but of that family only.
+A single kind applies to both sides, `client,gateway` gives one for each. In the pairs `v6-v4` and `v4-v6` each side has
+a public address of one family only.
 
-Every NAT drops what arrives from outside for itself. A real one does so, too; and a kernel that lets it in remembers
-the flow of a peer's early check, so that the port is taken when the host behind the NAT wants to answer from it: the
-same cone is then sometimes a cone and sometimes symmetric.
+Each NAT drops packets from outside to its own addresses, as real NATs do. Otherwise the kernel would track the flow of
+a peer's early check, and the port would be taken when the host behind the NAT sends from it: the cone would sometimes
+behave as a symmetric NAT.
 
-Hosts behind a NAT have no IPv6 at all: behind a firewall without translation it would open paths that say nothing
-about the NAT.
+Hosts behind a NAT have no IPv6, because a direct IPv6 path would bypass the NAT.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ KINDS = ("none", "cone", "fullcone", "symmetric", "double", "cgn", "udp-blocked"
 INTERNET_ROUTERS = ("203.0.113.1", "2001:db8:113::1")
 RELAY_PORT = 3478
 
-_FORWARDED_PORT = 52625  # the one that clients and gateways prefer
+_FORWARDED_PORT = 52625  # the preferred port of clients and gateways
 _FAMILY_PAIRS = {"v6-v4": ("v6", "v4"), "v4-v6": ("v4", "v6")}
 
 
 class Pair(NamedTuple):
-    """What the client and the gateway are behind: each one of KINDS, or "v4" or "v6" for that family alone."""
+    """The NATs of client and gateway: each is one of KINDS, or "v4" or "v6" for public addresses of one family."""
 
     client: str
     gateway: str
 
     @classmethod
     def parse(cls, text: str) -> Pair:
-        """Read what NAT= may be.
+        """Parse the value of NAT= or --nat.
 
         Raises: ValueError.
         """
@@ -52,7 +51,7 @@ class Pair(NamedTuple):
         pair = cls(client, gateway if comma else client)
         for kind in pair:
             if kind not in KINDS:
-                raise ValueError(f"no kind of NAT: {kind!r}; there are {', '.join((*KINDS, *_FAMILY_PAIRS))}")
+                raise ValueError(f"{kind!r} is not a kind of NAT: use one of {', '.join((*KINDS, *_FAMILY_PAIRS))}")
         return pair
 
     @property
@@ -72,7 +71,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a host is on the internet, by itself or by its NAT; `number` tells its private networks from others."""
+    """The public addresses of a host or its NAT. `number` makes its private networks unique."""
 
     ipv4: str
     ipv6: str
@@ -80,7 +79,7 @@ class Place:
 
 
 def connect(lab: Lab, host: Host, internet: Switch, place: Place, kind: str) -> list[Host]:
-    """Connect a host's eth0 to the internet, through NATs of this kind; returns their routers, the outermost first."""
+    """Connect a host's eth0 to the internet through NATs of this kind. Returns the routers, the outermost first."""
     if kind not in _CHAINS:
         families = {"none": (place.ipv4, place.ipv6), "v4": (place.ipv4,), "v6": (place.ipv6,)}[kind]
         plug(host, internet, *families)
@@ -104,20 +103,20 @@ def connect(lab: Lab, host: Host, internet: Switch, place: Place, kind: str) -> 
 
 
 def plug(host: Host, internet: Switch, *addresses: str, interface: str = "eth0") -> None:
-    """Connect a host's new interface to the internet, with a default route for each family that it has."""
+    """Connect a new interface of a host to the internet, with a default route for each address family."""
     lengths = {False: 24, True: 64}
     with_lengths = [f"{address}/{lengths[':' in address]}" for address in addresses]
     gateways = tuple(INTERNET_ROUTERS[":" in address] for address in addresses)
     internet.plug(host, *with_lengths, interface=interface, gateways=gateways)
 
 
-_OUTSIDE = "wan"  # the names of a router's interfaces
+_OUTSIDE = "wan"  # names of a router's interfaces
 _INSIDE = "lan"
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One router. `inside` is how the network behind it begins, in front of the place's number."""
+    """One router. `inside` is the prefix of the network behind it; the place's number follows."""
 
     inside: str = "192.168"
     masquerade: str = "masquerade"
@@ -137,7 +136,7 @@ _CHAINS = {
 
 
 def _put_behind(router: Host, host: Host, interface: str, network: str) -> str:
-    """Give a host, or another router, a cable to this router; returns the address that it has there."""
+    """Connect a host or another router to this router. Returns its address in the new network."""
     router.lab.cable(host, interface, router, _INSIDE)
     router.add_address(_INSIDE, f"{network}.1/24")
     host.add_address(interface, f"{network}.2/24")
@@ -146,7 +145,7 @@ def _put_behind(router: Host, host: Host, interface: str, network: str) -> str:
 
 
 def _rules(layer: _Layer, *, outside: str, host: str) -> str:
-    """What nft is to do on a router with this public address, for the one host behind it."""
+    """The nftables rules of a router with this public address and one host behind it."""
     forwarded = f"ip daddr {outside} udp dport {_FORWARDED_PORT} dnat to {host}" if layer.forwards_port else ""
     hairpin = f"iifname {_INSIDE} oifname {_INSIDE} ct status dnat masquerade" if layer.forwards_port else ""
     admitted = "ct status dnat accept" if layer.forwards_port else ""

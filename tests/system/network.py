@@ -1,9 +1,9 @@
-"""The network of the demo and the benchmarks: who stands where, and what the private network offers.
+"""The network of the demo and the benchmarks: its hosts, addresses and servers.
 
 portal ─────────┐            ┌── relay
 client ── NAT ──┤  internet  ├── NAT ── gateway ── private network: a web server and an iperf3 server
 
-Unless something else is asked for there are no NATs: client and gateway are on the internet themselves.
+By default there are no NATs: client and gateway have public addresses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PORTAL_IPV6 = "2001:db8:113::10"
 CLIENT_IPV6 = "2001:db8:113::20"
 GATEWAY_IPV6 = "2001:db8:113::30"
 RELAYS = {"relay": ("203.0.113.40", "2001:db8:113::40"), "relay2": ("203.0.113.41", "2001:db8:113::41")}
-"""Public addresses of each relay's host."""
+"""The public addresses of each relay's host."""
 PRIVATE_NETWORK = "10.20.0.0/24"
 PRIVATE_NETWORK_IPV6 = "fd00:20::/64"
 SERVER = "10.20.0.100"
@@ -31,19 +31,19 @@ IPERF_PORT = 5201
 
 _CLIENT_PLACE = nats.Place(CLIENT, CLIENT_IPV6, 20)
 _GATEWAY_PLACE = nats.Place(GATEWAY, GATEWAY_IPV6, 30)
-_OTHER_IPV4 = "198.51.100"  # how the addresses of another provider begin
+_OTHER_IPV4 = "198.51.100"  # prefix of another provider's addresses
 _OTHER_IPV6 = "2001:db8:51"
 _TCP_LISTEN = "0A"  # state column of /proc/net/tcp, proc(5)
 
 
 class Network:
-    """The hosts, plugged in and addressed; the private network's servers run.
+    """All hosts, with links and addresses. `start_servers` starts the private network's servers.
 
-    The server knows no route beyond its own network: what reaches it came masqueraded by the gateway.
+    The server has no route out of its own network, so it only gets packets masqueraded by the gateway.
     """
 
     def __init__(self, lab: Lab, nat: str = "none") -> None:
-        """`nat` is what client and gateway are behind: one kind for both or `client,gateway`; see `tests.system.nat`.
+        """`nat` is the NAT of client and gateway: one kind for both, or `client,gateway`; see `tests.system.nat`.
 
         Raises: ValueError.
         """
@@ -63,18 +63,18 @@ class Network:
         self._other_provider: Switch | None = None
 
     def relay(self, name: str = "relay") -> Host:
-        """The host of a relay, one of RELAYS, on the internet; made when it is first asked for."""
+        """The host of a relay of RELAYS, on the internet. The first call creates it."""
         return self.lab.hosts.get(name) or self._on_the_internet(name, *RELAYS[name])
 
     def portal_host(self, host: Host) -> str:
-        """What a host calls the portal in a URL: an address of a family that it has."""
+        """The portal's address for URLs, of a family that the host has."""
         has_ipv4 = host not in (self.client, self.gateway) or self._kind(host) != "v6"
         return PORTAL if has_ipv4 else f"[{PORTAL_IPV6}]"
 
     def roam(self, host: Host) -> None:
-        """Take the host's eth0 down, and put it into another provider's network by an interface of its own.
+        """Take the host's eth0 down, and connect it to another provider's network by a new interface.
 
-        It has the new addresses and default routes when this returns.
+        The new addresses and default routes are set when this returns.
         """
         provider = self._other_provider or self._build_other_provider()
         number = (_CLIENT_PLACE if host is self.client else _GATEWAY_PLACE).number
@@ -83,7 +83,7 @@ class Network:
         provider.plug(host, *addresses, interface="wlan0", gateways=(f"{_OTHER_IPV4}.1", f"{_OTHER_IPV6}::1"))
 
     def start_servers(self) -> None:
-        """Start the web server and the iperf3 server; returns once both listen."""
+        """Start the web server and the iperf3 server. Returns when both are listening."""
         script = str(Path(__file__).with_name("web_server.py"))
         web = self.server.spawn("web", sys.executable, script, str(WEB_PORT))
         iperf = self.server.spawn("iperf3", "iperf3", "--server", "--port", str(IPERF_PORT))
@@ -101,7 +101,7 @@ class Network:
         return self.nat.client if host is self.client else self.nat.gateway
 
     def _build_other_provider(self) -> Switch:
-        """A network of its own, which a cable between the routers joins to the internet."""
+        """Create another provider's network, connected to the internet by a cable between the routers."""
         self._other_provider = provider = self.lab.switch("provider")
         provider.route(f"{_OTHER_IPV4}.1/24", f"{_OTHER_IPV6}::1/64")
         near, far = provider.host, self.internet.host
@@ -116,7 +116,7 @@ class Network:
 
 
 def _is_listening(pid: int, port: int) -> bool:
-    """Whether somebody listens on that TCP port on the host of a process; it isn't connected to."""
+    """Whether a process listens on this TCP port in the network namespace of `pid`, without connecting to it."""
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
             local, state = line.split()[1], line.split()[3]

@@ -1,4 +1,4 @@
-"""One of our own processes, started by itself and in odd circumstances, and what it said besides its log."""
+"""Start one of our own programs under unusual conditions, and read its output on stderr."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def start(
     token: str | None = None,
     **environment: str,
 ) -> Program:
-    """Start a client, gateway or portal, in a mount namespace in which the shell commands `before` have run.
+    """Start a client, gateway or portal, after running the shell commands `before` in its mount namespace.
 
-    `wrapper` is a command that runs another. Without `token` it has the demo's.
+    `wrapper` is a command that runs another command. The default `token` is the demo's.
     """
     own = {
         "FIREZONE_API_URL": f"ws://{PORTAL}:{PORTAL_PORT}",
@@ -42,7 +42,7 @@ def start(
 
 
 def said(program: Program) -> list[str]:
-    """What it printed besides its log, whose lines are JSON: on stderr."""
+    """The lines on stderr: all output except for the log, whose lines are JSON."""
     return [line for line in program.output().splitlines() if not _is_json(line)]
 
 

@@ -1,4 +1,4 @@
-"""Our own processes on the demo's network, started as anyone would start them: by twistd."""
+"""Our own programs on the demo's network, started by twistd."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TWISTD = Path(sys.executable).with_name("twistd")
 
 
 class Product:
-    """Portal, relays if there are any, gateway and client, each on its host of the demo's network."""
+    """The portal, the relays, the gateway and the client, each on its own host of the demo's network."""
 
     def __init__(self, network: Network, *, relays: Sequence[str] = (), log_level: str = "info") -> None:
-        """`relays` are those that `start` starts: names of `network.RELAYS`."""
+        """`relays` are the relays to start, by their names in `network.RELAYS`."""
         self._network = network
         self._relays = tuple(relays)
         self._log_level = log_level
@@ -44,7 +44,7 @@ class Product:
         return self._programs[name]
 
     def start(self) -> None:
-        """Start all: the portal, and when it is ready the others together.
+        """Start the portal, and when it is ready, all other programs at the same time.
 
         Raises: NotReady.
         """
@@ -53,7 +53,7 @@ class Product:
             program.wait_ready()
 
     def starts(self) -> tuple[tuple[str, Callable[[], None]], ...]:
-        """How to start each one, by name, in order."""
+        """The functions that start the programs, by name and in order."""
         relays = ((name, partial(self.start_relay, name)) for name in self._relays)
         return (
             ("portal", self.start_portal),
@@ -81,7 +81,7 @@ class Product:
             "FIREZONE_TOKEN": RELAY_TOKEN,
             "PUBLIC_IP4_ADDR": ipv4,
             "PUBLIC_IP6_ADDR": ipv6,
-            "FIREZONE_RELAY_DRAIN_TIME": "2s",  # for clients that were killed, and will not go
+            "FIREZONE_RELAY_DRAIN_TIME": "2s",  # the allocations of killed clients remain
         }
         return self._spawn(self._network.relay(name), name, application="relay", environment=environment)
 
@@ -103,27 +103,27 @@ class Product:
         return self._spawn(host, "client", *arguments, environment={"FIREZONE_TOKEN": CLIENT_TOKEN, **environment})
 
     def restart_gateway(self) -> None:
-        """A fresh gateway: no connection, no key; returns when it is ready."""
+        """Restart the gateway, without connections and keys. Returns when it is ready."""
         self._stop("gateway")
         self.start_gateway()
 
     def restart_client(self) -> None:
-        """A fresh client: no connection, no key; returns when it is ready."""
+        """Restart the client, without connections and keys. Returns when it is ready."""
         self._stop("client")
         self.start_client()
 
     def connection(self) -> Mapping[str, Any]:
-        """What the client logged of its newest connection to a gateway: path, local and remote address."""
+        """The client's log message on its newest connection to a gateway: path, local and remote address."""
         self.client.wait_for("tunnel:connection_established")
         return list(self.client.events("tunnel:connection_established"))[-1]
 
     def path(self) -> Mapping[str, Any]:
-        """What the client logged of the path that it is using: "direct" or "relayed", local and remote address."""
+        """The client's log message on its current path: "direct" or "relayed", local and remote address."""
         self.client.wait_for("tunnel:connection_established")
         return [event for event in self.client.events() if event.get("message_type") in _PATH_EVENTS][-1]
 
     def wait_settled(self, seconds: float = 2.5, timeout: float = 15.0) -> None:
-        """Block until the client has used one path for so long: a better one is mostly found soon after the first.
+        """Wait until the client has used one path for so many seconds. A better path is usually found quickly.
 
         Raises: NotReady.
         """
@@ -132,14 +132,14 @@ class Product:
         )
 
     def wait_path(self, path: str, timeout: float = 10.0) -> None:
-        """Block until the client uses such a path, "direct" or "relayed".
+        """Wait until the client uses a path of this kind, "direct" or "relayed".
 
         Raises: NotReady.
         """
         self.client.wait_until(lambda: self.path()["path"] == path, f"using a {path} path", timeout)
 
     def wait_rejoined(self, timeout: float) -> None:
-        """Block until everybody has joined the portal a second time.
+        """Wait until all programs have joined the portal a second time.
 
         Raises: NotReady.
         """
@@ -148,7 +148,7 @@ class Product:
                 program.wait_until(partial(_has_rejoined, program), "joining the portal again", timeout)
 
     def stop(self) -> dict[str, int]:
-        """End the client, the gateway, the relays and the portal, in this order; returns their exit codes."""
+        """Stop the client, the gateway, the relays and the portal, in this order. Returns their exit codes."""
         order = ("client", "gateway", *RELAYS, "portal")
         return {name: self._stop(name) for name in order if name in self._programs}
 
@@ -184,11 +184,11 @@ def _has_rejoined(program: Program) -> bool:
 
 
 def _own_paths(host: Host) -> tuple[str, ...]:
-    """Every host has its own state directory: nothing is shared with the machine or with each other."""
+    """Options for the host's own state directory, which is not shared with the machine or other hosts."""
     return ("--state-dir", str(host.state_directory))
 
 
-REFUSED_PORT = 5202  # nothing listens there, and the resource's filters leave it out
+REFUSED_PORT = 5202  # no process listens on it, and the resource's filters do not allow it
 CLIENT_TOKEN = "n.client"
 GATEWAY_TOKEN = "n.gateway"
 RELAY_TOKEN = "n.relay"

@@ -1,4 +1,4 @@
-"""A program running on a host: when it is ready, what it logged, what it costs, how it ended."""
+"""A program running on a host: its readiness, log messages, resource usage and exit code."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _T = TypeVar("_T")
 
 
 class NotReady(Exception):
-    """A program ended, or took too long, before it did what was waited for; the text ends with its last lines."""
+    """A program ended or timed out before an expected event. The message ends with its last lines of output."""
 
 
 class Program:
-    """A started program. Its output goes to `log`; eliot's JSON lines in it can be asked for with `events`.
+    """A running program. Its output goes to the file `log`; `events` returns eliot's JSON lines.
 
-    Readiness is the program's own word: it gets a NOTIFY_SOCKET, as from systemd, and sends READY=1 there.
+    The program reports its readiness: it sends READY=1 to NOTIFY_SOCKET, as under systemd.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Program:
         with log.open("ab") as output:
             self._log_start = output.tell()
             self.process = subprocess.Popen(
-                # A lab that is killed outright takes its programs with it.
+                # If the lab is killed, the kernel kills its programs.
                 ["setpriv", "--pdeathsig", "KILL", "--", *command],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -65,22 +65,22 @@ class Program:
         return self.process.poll() is None
 
     def wait_ready(self, timeout: float = 20.0) -> None:
-        """Block until the program says READY=1.
+        """Wait until the program sends READY=1.
 
         Raises: NotReady.
         """
         self.wait_until(self._said_ready, "being ready", timeout)
 
     def wait_for(self, message_type: str, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
-        """Block until the program has logged such a message with these fields, and return it.
+        """Wait until the program has logged a message of this type with these fields. Returns the message.
 
         Raises: NotReady.
         """
-        what = f"logging {message_type} {fields or ''}"
-        return self.wait_until(lambda: next(self.events(message_type, **fields), None), what, timeout)
+        event = f"logging {message_type} {fields or ''}"
+        return self.wait_until(lambda: next(self.events(message_type, **fields), None), event, timeout)
 
     def wait_exit(self, timeout: float = 10.0) -> int:
-        """Block until the program has ended by itself; returns its exit code.
+        """Wait until the program ends by itself. Returns its exit code.
 
         Raises: NotReady.
         """
@@ -89,7 +89,7 @@ class Program:
         return self.process.wait()
 
     def wait_until(self, ask: Callable[[], _T | None], what: str, timeout: float = 10.0) -> _T:
-        """Block until the answer is true, as it must be before the program has ended, and return it.
+        """Wait until `ask` returns a true value before the program ends. Returns the value.
 
         Raises: NotReady.
         """
@@ -107,7 +107,7 @@ class Program:
             raise NotReady(f"{self.name}: {error}:\n{self._tail()}") from None
 
     def events(self, message_type: str | None = None, **fields: Any) -> Iterator[dict[str, Any]]:
-        """What it logged as JSON since it started, oldest first."""
+        """The program's JSON log messages, oldest first."""
         for line in self.output().splitlines():
             event = _parse_event(line)
             if event is None or (message_type is not None and event.get("message_type") != message_type):
@@ -116,7 +116,7 @@ class Program:
                 yield event
 
     def output(self) -> str:
-        """All it printed since it started."""
+        """The program's whole output."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")
@@ -125,18 +125,18 @@ class Program:
         self.process.send_signal(number)
 
     def terminate(self) -> None:
-        """Ask it to end, without waiting."""
+        """Send SIGTERM, without waiting for the end."""
         if self.is_running:
             self.process.terminate()
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """Send SIGKILL."""
         self.process.kill()
         self.process.wait()
         self._close()
 
     def stop(self, timeout: float = 10.0) -> int:
-        """Ask it to end, kill it if it doesn't; returns its exit code."""
+        """Send SIGTERM, and after the timeout SIGKILL. Returns the exit code."""
         self.terminate()
         try:
             self.process.wait(timeout)
@@ -146,12 +146,12 @@ class Program:
         return self.process.wait()
 
     def cpu_seconds(self) -> float:
-        """Processor time that its threads have used so far, in user space and in the kernel."""
+        """The CPU time of all its threads, in user space and in the kernel."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime, proc(5)
 
     def resident_bytes(self) -> int:
-        """Its resident set size."""
+        """The resident set size."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
     def _said_ready(self) -> bool:

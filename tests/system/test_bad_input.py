@@ -1,4 +1,4 @@
-"""What hosts lack, what others send, and what people type: one clear sentence, or counted and the tunnel goes on."""
+"""Missing prerequisites and invalid options end a program with one sentence; hostile input is counted and dropped."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEALTH_PORT = 8080
 _INTERFACE = "tun-firezone"
 _MEGABYTE = 1_000_000
 _DATAGRAMS = 5000
-_GARBAGE = ("unrecognized", "unmatched_stun", "unknown_sessions", "unknown_peers")  # what it is counted as
+_GARBAGE = ("unrecognized", "unmatched_stun", "unknown_sessions", "unknown_peers")  # counters of garbage datagrams
 
 BOTH = pytest.mark.parametrize("role", ["client", "gateway"])
 
@@ -48,7 +48,7 @@ def product(network: Network) -> Iterator[Product]:
     product.stop()
 
 
-# The host lacks something
+# Missing prerequisites
 
 
 @BOTH
@@ -166,7 +166,7 @@ def test_a_full_disk_under_the_state_directory_ends_it_with_one_sentence(network
 
 
 def test_a_gateway_with_an_identity_but_no_room_for_its_state_leaves_the_host_as_it_was(network: Network) -> None:
-    """It must not change what it can't note for putting it back."""
+    """It must not change settings whose original values it can't save."""
     host = network.gateway
     full = (
         f"mount -t tmpfs -o size=4k tmpfs {host.state_directory}; head -c 4096 /dev/zero > {host.state_directory}/full"
@@ -266,7 +266,7 @@ def test_an_expired_token_ends_it_with_one_sentence_and_no_retry(network: Networ
     product.stop()
 
 
-# What others send
+# Hostile input
 
 
 def test_a_flood_of_garbage_datagrams_is_counted_and_the_tunnel_goes_on(network: Network, product: Product) -> None:
@@ -299,7 +299,7 @@ def test_garbage_on_the_portals_port_is_refused_and_peers_notice_nothing(network
             b"GET / HTTP/9.9\r\n\r\n",
             b"GET " + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
             b"\r\n" * 1000,
-            b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + generator.randbytes(500),  # how TLS begins
+            b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03" + generator.randbytes(500),  # the beginning of a TLS handshake
             b"GET /client/websocket HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
             upgrade("/client/websocket?token=" + "x" * 10_000),
             upgrade("/no/such/path"),
@@ -331,7 +331,7 @@ def test_garbage_frames_on_a_websocket_end_only_that_connection(
             frame(15, b"a reserved opcode"),
             frame(1, b"unmasked", is_masked=False),
             frame(9, b"x" * 126),  # a control frame that is too long
-            struct.pack(">BBQ", 0x81, 0xFF, 1 << 62) + bytes(4),  # of a length that nobody has
+            struct.pack(">BBQ", 0x81, 0xFF, 1 << 62) + bytes(4),  # a frame with an impossible length
             *(generator.randbytes(generator.randrange(1, 500)) for _ in range(20)),
         ):
             exchange_on_websocket(frames, version)
@@ -357,7 +357,7 @@ def test_a_download_goes_on_while_the_portal_is_killed_and_comes_back(network: N
 
 
 def assert_ends(program: Program, role: str, *words: str, code: int = 1) -> None:
-    """It ended by itself with this code and one sentence that has these words in it, and no traceback anywhere."""
+    """The program ended with this exit code and one sentence that contains these words, without a traceback."""
     assert program.wait_exit() == code, program.output()
     lines = said(program)
     assert len(lines) == 1, program.output()
@@ -368,20 +368,20 @@ def assert_ends(program: Program, role: str, *words: str, code: int = 1) -> None
 
 @contextlib.contextmanager
 def unchanged(host: Host) -> Iterator[None]:
-    """Whatever happens within, the host is afterwards as it was before."""
+    """Check that the host's state is the same before and after the context."""
     before = _state(host)
     yield
     assert _state(host) == before
 
 
 def _state(host: Host) -> list[str]:
-    """Less what the kernel itself adds for an interface a moment after it came up."""
+    """The host's state without link-local addresses, which the kernel adds shortly after an interface comes up."""
     return [line for line in host_state(host) if "fe80::" not in line]
 
 
 @contextlib.contextmanager
 def occupied(host: Host) -> Iterator[None]:
-    """Somebody else has the UDP port that ours prefer, in both families."""
+    """Bind the preferred UDP port of clients and gateways in both families."""
     with inside(host):
         ipv4 = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         ipv6 = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
@@ -393,7 +393,7 @@ def occupied(host: Host) -> Iterator[None]:
 
 
 def full_disk(directory: Path) -> str:
-    """Shell commands after which nothing more can be written to a directory."""
+    """Shell commands that fill up the file system of a directory."""
     return f"mount -t tmpfs -o size=4k tmpfs {directory}; head -c 4096 /dev/zero > {directory}/full"
 
 
@@ -402,7 +402,7 @@ def no_health(role: str) -> tuple[str, ...]:
 
 
 def flood_with_garbage(host: Host) -> None:
-    """Send 5000 datagrams to client and gateway each: noise, and what looks like STUN or WireGuard."""
+    """Send 5000 datagrams each to client and gateway: noise, and datagrams that look like STUN or WireGuard."""
     generator = random.Random(0)
     with inside(host):
         ipv4 = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -420,7 +420,7 @@ def _garbage(generator: random.Random, kind: int) -> bytes:
     noise = generator.randbytes(generator.randrange(1, 1400))
     if kind == 0:
         return noise
-    if kind == 1:  # a STUN binding request without anything that is true
+    if kind == 1:  # a STUN binding request with invalid content
         return struct.pack(">HHI", 1, len(noise) & ~3, 0x2112A442) + noise
     if kind == 2:
         return b"\1\0\0\0" + noise.ljust(144, b"x")[:144]
@@ -430,7 +430,7 @@ def _garbage(generator: random.Random, kind: int) -> bytes:
 
 
 def exchange(request: bytes) -> bytes:
-    """Send bytes to the portal's port; what it answers until it closes, or for half a second."""
+    """Send bytes to the portal's port. Returns the response until the portal closes or is silent for 0.5 s."""
     answer = b""
     with contextlib.suppress(OSError), socket.create_connection((PORTAL, PORTAL_PORT), timeout=0.5) as stream:
         stream.sendall(request)
@@ -441,7 +441,7 @@ def exchange(request: bytes) -> bytes:
 
 
 def exchange_on_websocket(frames: bytes, version: str) -> None:
-    """Open a WebSocket as a client does, join, send these frames, and wait until the portal closes it or is silent."""
+    """Open a WebSocket as a client, join, send these frames, and wait until the portal closes it or is silent."""
     path = f"/client/websocket?token={CLIENT_TOKEN}&external_id=hostile&name=hostile&vsn={version}"
     key = base64.b64encode(bytes(range(32))).decode().replace("+", "%2B").replace("=", "%3D")
     with socket.create_connection((PORTAL, PORTAL_PORT), timeout=0.3) as stream:
@@ -476,7 +476,7 @@ def text(payload: bytes) -> bytes:
 
 
 def frame(opcode: int, payload: bytes, *, is_masked: bool = True) -> bytes:
-    """One final WebSocket frame (RFC 6455, section 5.2), its mask of zeros."""
+    """A final WebSocket frame with a zero mask (RFC 6455, section 5.2)."""
     mask = 0x80 if is_masked else 0
     size = len(payload)
     if size < 126:
@@ -489,7 +489,7 @@ def frame(opcode: int, payload: bytes, *, is_masked: bool = True) -> bytes:
 
 
 def assert_portal_serves(network: Network, product: Product) -> None:
-    """Nobody lost a connection, nothing crashed, and a new client is let in."""
+    """No program lost its connection, the portal logged no error, and a new client can connect."""
     for program in (product.client, product.gateway):
         assert list(program.events("portal:connection_lost")) == []
     assert [event for event in product.portal.events() if event.get("level") == "error"] == []

@@ -178,15 +178,15 @@ def test_signals_end_a_process_with_code_0(product: Product, name: str, number: 
 
 
 def test_the_private_network_has_no_way_back_but_masquerade(network: Network) -> None:
-    """What makes the others mean something: without the gateway's masquerade no answer would arrive."""
+    """This validates the other tests: without the gateway's masquerading there would be no replies."""
     assert PRIVATE_NETWORK in network.server.ip("route")
     assert "default" not in network.server.ip("route")
 
 
 def download(network: Network, count: int, *, server: str = SERVER, patience: float = 10.0) -> int | None:
-    """How many bytes of a download arrived on the client; None where the server could not be reached.
+    """Download on the client. Returns the bytes received, or None if the server could not be reached.
 
-    Tries again while nothing answers, for `patience` seconds.
+    Retries for `patience` seconds while the server is not reachable.
     """
     url = f"http://{server}:{WEB_PORT}/bytes?num={count}"
     limits = ("--connect-timeout", "5", "--retry", str(int(patience)), "--retry-connrefused", "--retry-max-time")
@@ -205,9 +205,9 @@ def tunnel_addresses(host: Host) -> str:
 
 
 def host_state(host: Host) -> list[str]:
-    """What a client or gateway may change on a host: links, addresses, routes, rules, firewall, forwarding.
+    """The state that a client or gateway changes: links, addresses, routes, rules, firewall, forwarding.
 
-    The kernel itself adds link-local addresses, and routes for them, a moment after an interface came up.
+    The kernel adds link-local addresses and their routes shortly after an interface comes up.
     """
     commands = (
         "ip -brief link; ip -brief address",

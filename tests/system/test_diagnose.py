@@ -1,4 +1,4 @@
-"""`firezone-tunnel diagnose` on hosts that have, or lack, what it looks for."""
+"""`firezone-tunnel diagnose` on hosts with and without the prerequisites."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ signal.pause()
 
 @pytest.fixture
 def host(lab: Lab) -> Host:
-    """One with an uplink of each family."""
+    """A host with an uplink of each family."""
     internet = lab.switch("internet")
     internet.route("203.0.113.1/24", "2001:db8:113::1/64")
     host = lab.host("host")
@@ -91,7 +91,7 @@ def test_another_instance_is_told(host: Host) -> None:
 
 
 def _diagnose(host: Host, *prefix: str) -> tuple[int, Mapping[str, Any]]:
-    """The exit code, and what was found by check."""
+    """The exit code, and the findings by check."""
     done = host.run(*prefix, sys.executable, "-c", _MAIN, "diagnose", "--json", check=False)
     assert done.stderr == ""
     return done.returncode, {one["check"]: one for one in json.loads(done.stdout)["checks"]}
@@ -100,4 +100,4 @@ def _diagnose(host: Host, *prefix: str) -> tuple[int, Mapping[str, Any]]:
 def _state(host: Host) -> list[str]:
     commands = "ip -brief link; ip -brief address; ip route show table all; ip rule; nft list ruleset"
     lines = host.run("sh", "-c", commands).stdout.splitlines()
-    return [line for line in lines if "fe80" not in line]  # which the kernel adds a moment after an interface came up
+    return [line for line in lines if "fe80" not in line]  # added by the kernel shortly after an interface is up

@@ -1,4 +1,4 @@
-"""The containers' files, as far as they can be tried without a Docker engine: the entry points run as scripts."""
+"""The container files, tested without a Docker engine by running the entry points as scripts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ROOT = Path(__file__).parents[2]
 _DOCKER = _ROOT / "docker"
 _IMAGE_SCRIPTS = "/usr/local/lib/firezone/"
 
-# Stands in for twistd: says what it was started with, and as which process.
+# A stand-in for twistd that prints its arguments, environment and process id.
 _FAKE_TWISTD = """#!/usr/bin/env python3
 import json, os, sys
 print(json.dumps({"arguments": sys.argv[1:], "environment": dict(os.environ), "pid": os.getpid()}))
@@ -160,13 +160,13 @@ def test_the_health_checks_ask_where_the_programs_answer() -> None:
 
 def test_compose_is_valid_by_dockers_own_word() -> None:
     if shutil.which("docker") is None or _docker_compose("version").returncode != 0:
-        return  # a client without the plugin can't tell; the tests above have read the file
+        return  # Docker's compose plugin is not available; the tests above parse the file
     checked = _docker_compose("config", "--quiet")
     assert checked.returncode == 0, checked.stderr
 
 
 def _start(fake_bin: Path, role: str, *arguments: str, **environment: str) -> dict[str, Any]:
-    """Run an entry point with the stand-in twistd; what that was started with."""
+    """Run an entry point with the stand-in for twistd. Returns the stand-in's output."""
     process = subprocess.Popen(
         [str(_DOCKER / role), *arguments],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""A saturated tunnel starves nobody, a collection of garbage does not either, and an idle one sleeps."""
+"""Neither a saturated tunnel nor garbage collection delays other work, and idle programs sleep."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.namespaces
 _LATE_P999_MS = 100
 _HEARTBEAT_INTERVAL = 10.0  # firezone_tunnel.core.phoenix.channel
 _IDLE_SECONDS = 10
-_WAKES_A_SECOND = 1.5  # twisted.web looks at the clock once a second wherever health checks are served
+_WAKES_A_SECOND = 1.5  # with health checks, twisted.web wakes up once per second
 
-# Stands in for the collections that a long-running process comes to by itself: five full ones a second, from a thread,
-# with the interpreter's lock held all the time. The program itself knows nothing of it.
+# Simulates the garbage collections of a long-running process: a thread runs five full collections per second, each with
+# the interpreter lock held throughout.
 _COLLECTOR = """
 import gc, os, threading, time
 
@@ -63,7 +63,7 @@ def test_under_full_load_timers_and_heartbeats_are_on_time(network: Network, pro
     received = load(network.client, seconds=int(_HEARTBEAT_INTERVAL) + 2)
     product.stop()
 
-    assert received > 50_000_000, "that was no load"
+    assert received > 50_000_000, "the load was too low"
     for program in programs:
         [lag] = program.events("tunnel:loop_measured")
         assert lag["late_p999_ms"] <= _LATE_P999_MS, lag
@@ -86,7 +86,7 @@ def test_full_collections_of_garbage_under_load_hold_nobody_up(network: Network)
         assert program.stop() == 0
     product.stop()
 
-    assert received > 20_000_000, "that was no load"
+    assert received > 20_000_000, "the load was too low"
     for program, host in zip(programs, (network.gateway, network.client), strict=True):
         count, longest = (host.directory / "collected").read_text().split()
         assert int(count) >= 10
@@ -96,21 +96,21 @@ def test_full_collections_of_garbage_under_load_hold_nobody_up(network: Network)
 
 
 def test_an_idle_client_and_gateway_sleep(network: Network, product: Product) -> None:
-    """Connected to the portal, not to each other: only heartbeats are due."""
-    time.sleep(5)  # until the measurement of lag and the news of interfaces that came up have calmed
+    """Both are connected to the portal but not to each other, so only heartbeats are due."""
+    time.sleep(5)  # until the lag measurement and the notifications of new interfaces are over
 
     assert max(wakes_a_second(product.client, product.gateway)) <= _WAKES_A_SECOND
 
 
 def test_a_connection_without_traffic_lets_both_sides_sleep(network: Network, product: Product) -> None:
     assert download(network, 1) == 1
-    time.sleep(25)  # IDLE_AFTER, and what TCP still has to say
+    time.sleep(25)  # IDLE_AFTER, and the end of the TCP connection
 
     assert max(wakes_a_second(product.client, product.gateway)) <= _WAKES_A_SECOND
 
 
 def load(host: Host, *, seconds: int) -> int:
-    """Eight streams each way, as fast as they go; returns how many bytes arrived."""
+    """Run eight TCP streams in each direction at full speed. Returns the bytes received."""
     command = ("iperf3", "--client", SERVER, "--port", str(IPERF_PORT), "--parallel", "8", "--bidir", "--json")
     done = host.run(*command, "--time", str(seconds), timeout=seconds + 30)
     end = json.loads(done.stdout)["end"]
@@ -118,7 +118,7 @@ def load(host: Host, *, seconds: int) -> int:
 
 
 def collecting(host: Host, role: str) -> Program:
-    """Start one of ours in which garbage is collected all the time."""
+    """Start one of our programs with permanent garbage collections."""
     directory = host.directory / "collector"
     directory.mkdir()
     (directory / "sitecustomize.py").write_text(_COLLECTOR)
@@ -126,7 +126,7 @@ def collecting(host: Host, role: str) -> Program:
 
 
 def wakes_a_second(*programs: Program) -> list[float]:
-    """How often each process slept and was woken, all of its threads together."""
+    """The wake-ups per second of each process, in all its threads."""
     before = [_wakes(program) for program in programs]
     time.sleep(_IDLE_SECONDS)
     return [(_wakes(program) - first) / _IDLE_SECONDS for program, first in zip(programs, before, strict=True)]

@@ -1,6 +1,6 @@
-"""Forwarding, masquerade and reverse-path filters on real hosts.
+"""Forwarding, masquerading and reverse-path filters on real hosts.
 
-A cable named like the TUN device stands for the tunnel: what comes out of it is what the gateway's clients send.
+A veth interface named like the TUN device replaces the tunnel: its packets are those of the gateway's clients.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ async def test_a_strict_filter_and_no_nft_is_refused_in_one_sentence(
 
 
 class Network:
-    """A client behind the tunnel's interface, the gateway, and a server that knows no way back to the client."""
+    """A client behind the tunnel's interface, the gateway, and a server without a route to the client."""
 
     def __init__(self, lab: Lab) -> None:
         self.client, self.gateway, self.server = (lab.host(name) for name in ("client", "gateway", "server"))
@@ -334,7 +334,7 @@ class Network:
         self.client.ip("route", "add", "default", "via", "fd00:2021:1111::1", "dev", "eth0")
 
     def seen_by_the_server(self, family: str) -> str:
-        """The client's address as the server sees it, after an answer has come back; "" if nothing comes through."""
+        """The client's address as seen by the server, if a reply arrives; otherwise ""."""
         version = socket.AF_INET6 if family == "ipv6" else socket.AF_INET
         with inside(self.server):
             server = socket.socket(version, socket.SOCK_DGRAM)
@@ -351,7 +351,7 @@ class Network:
         return str(sender[0])
 
     def marked_echo(self) -> bool:
-        """Whether a marked socket of the gateway gets an answer from the server."""
+        """Whether a marked socket of the gateway gets a reply from the server."""
         with inside(self.server):
             server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             server.bind((SERVER["ipv4"], 0))
@@ -398,7 +398,7 @@ def firewall(worker: WorkerThread, state: Path) -> GatewayFirewall:
 
 
 def settings(host: Host) -> list[str]:
-    """All settings that forwarding touches."""
+    """All settings that forwarding affects."""
     shown = host.run("sysctl", "-a").stdout.splitlines()
     return [line for line in shown if "forward" in line or "accept_ra " in line or "accept_redirects" in line]
 

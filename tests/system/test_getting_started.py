@@ -1,4 +1,4 @@
-"""The guide for beginners, followed word by word on the demo's hosts."""
+"""The commands of the getting-started guide, run on the demo's hosts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_whoever_follows_the_guide_reaches_the_web_server(lab: Lab) -> None:
 
 
 def _make_token(host: Host) -> tuple[str, str]:
-    """A token and its hash, taken from what the command prints."""
+    """A token and its hash, parsed from the command's output."""
     printed = host.run(*_SOURCES, *_command("The portal", "/opt/firezone/bin/firezone-tunnel").split()).stdout
     token, hashed = re.findall(r"token: +(\S+)\nsha3_256 = \"(\w+)\"", printed)[0]
     return token, hashed
@@ -59,7 +59,7 @@ def _diagnose(host: Host) -> None:
 
 
 def _start(host: Host, section: str, token: str = "") -> Program:
-    """Start what the section starts. The hosts share the machine's files: so each is told of a place of its own."""
+    """Run the section's twistd command. The hosts share one file system, so each gets its own paths by environment."""
     command = _command(section, "/opt/firezone/bin/twistd")
     path = host.directory / "token"
     path.write_text(f"{token}\n")
@@ -71,14 +71,14 @@ def _start(host: Host, section: str, token: str = "") -> Program:
 
 
 def _command(section: str, program: str) -> str:
-    """The first command of a section that runs this program, with the program from where it is installed here."""
+    """The first command of a section that runs this program, with the path replaced by the installed program."""
     lines = [line for block in _blocks(section) for line in block.splitlines()]
     command = next(line for line in lines if line.startswith(f"{program} "))
     return command.replace("/opt/firezone/bin", _BIN)
 
 
 def _blocks(section: str, language: str = "") -> list[str]:
-    """The blocks of code in a section of the guide."""
+    """The code blocks in a section of the guide."""
     text = _GUIDE.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [content for name, content in blocks if name == language]

@@ -78,7 +78,7 @@ async def test_what_is_not_marked_uses_our_table_first(host: Host, tun: TunDevic
     await netlink.configure_link(NAME, ipv4=IPV4, ipv6=IPV6)
     await netlink.set_routes(NAME, ["203.0.113.0/24", "2001:db8:1::/48", "0.0.0.0/0", "::/0"])
     await netlink.set_rules(BOTH)
-    await netlink.set_rules(BOTH)  # once more changes nothing
+    await netlink.set_rules(BOTH)  # a second call changes nothing
 
     for destination in ("203.0.113.7", "198.51.100.1", "2001:db8:1::1", "2001:db8:2::1"):
         assert show(host, "route", "get", destination)[0]["dev"] == NAME

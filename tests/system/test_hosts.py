@@ -1,4 +1,4 @@
-"""What the demo, the benchmarks and all other system tests stand on."""
+"""The hosts that the demo, the benchmarks and all other system tests are built on."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ listener = socket.create_server((sys.argv[1], 8000), family=family)
 
 
 def _can_connect(lab: Lab, server: str, client: str, address: str) -> bool:
-    """Whether one TCP connection from `client` arrives at `server`."""
+    """Whether a TCP connection from `client` arrives at `server`."""
     script = _LISTEN + _SAY_READY + "listener.accept()"
     program = lab.hosts[server].spawn("server", sys.executable, "-c", script, address)
     program.wait_ready()

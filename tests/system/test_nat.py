@@ -1,4 +1,4 @@
-"""Every pair of NATs comes up, directly where that is possible; and the NATs are what they are called."""
+"""Tunnels through every pair of NATs, direct where possible, and the behaviour of the NATs themselves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_pair_comes_up_directly_where_that_is_possible_and_else_through_a_
             product.wait_path("direct", timeout=DIRECT_WITHIN)
         else:
             download.wait_for_more(_BYTES)
-    with Ping(network.client, SERVER):  # some more time to get another path
+    with Ping(network.client, SERVER):  # more time to switch to another path
         pass
 
     path = product.path()
@@ -86,7 +86,7 @@ def test_which_pairs_can_be_direct(nat: str, direct: bool) -> None:
 
 @pytest.mark.parametrize("nat", ["", "conical", "cone,", "cone,cone,cone", "v6", "v6,v4"])
 def test_other_names_of_nats_are_refused(nat: str) -> None:
-    with pytest.raises(ValueError, match="no kind of NAT"):
+    with pytest.raises(ValueError, match="is not a kind of NAT"):
         Pair.parse(nat)
 
 
@@ -154,7 +154,7 @@ def test_carrier_addresses_are_only_between_the_two_nats(lab: Lab) -> None:
 
 
 def _start(lab: Lab, nat: Pair, *, may_send: bool = True) -> tuple[Network, Product]:
-    """Everything is up, with one relay; unless it `may_send`, the client's host drops what it sends to the gateway."""
+    """Start all programs with one relay. Without `may_send`, the client's host drops packets to the gateway."""
     network = Network(lab, str(nat))
     network.start_servers()
     if not may_send:
@@ -186,14 +186,14 @@ def _udp(host: Host, port: int = 0) -> Iterator[socket.socket]:
 
 
 def _send(sender: socket.socket, receiver: socket.socket) -> tuple[str, int]:
-    """Send a datagram and wait for its arrival; returns where it seems to come from."""
+    """Send a datagram and wait for its arrival. Returns its source address."""
     sender.sendto(b"hello", receiver.getsockname())
     source: tuple[str, int] = receiver.recvfrom(99)[1]
     return source
 
 
 def _seen_ports(network: Network) -> set[int]:
-    """The source ports that four destinations see of a socket of the client's."""
+    """The source ports of one client socket, as seen by four destinations."""
     with contextlib.ExitStack() as stack:
         host = stack.enter_context(_udp(network.client, _PORT))
         hosts = [network.relay(name) for name in RELAYS for _ in range(2)]

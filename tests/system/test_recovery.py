@@ -1,7 +1,7 @@
-"""What the user notices when something on the way breaks: a short silence, and no broken TCP connection.
+"""Failures on the path cause only a short interruption, and TCP connections survive.
 
-Silence is measured by a ping of 20 Hz, from the moment of the event until pings that were sent later are answered one
-after the other. The limits are those of docs/decisions.md, 3.
+The interruption is measured with pings at 20 Hz, from the event until later pings are answered steadily. The limits are
+those of docs/decisions.md, 3.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SILENT_RELAY = 5.0
 ROAMING = 2.0
 # Until ICE gives up, docs/protocol/data-plane.md, 2.3; then a new flow, on a busy machine.
 KILLED_GATEWAY = 15.25 + 2.0 + 5.0
-RESTARTED_GATEWAY = 3.0  # one that said goodbye
+RESTARTED_GATEWAY = 3.0  # after a clean shutdown
 RESTARTED_PORTAL = 10.0
 
 Silence = Callable[[Host], None]
@@ -61,7 +61,7 @@ def test_a_relay_that_falls_silent_is_replaced_by_the_other_one(lab: Lab, fall_s
 
         assert scene.silence_since(began) < SILENT_RELAY
         assert _relay_in_use(scene.product) != name
-        scene.product.relay(name).kill()  # a stopped one can't be asked to end
+        scene.product.relay(name).kill()  # a stopped process does not handle SIGTERM
 
 
 @pytest.mark.parametrize("nat", ["none", "cone", "symmetric"])
@@ -92,7 +92,7 @@ def test_a_gateway_that_is_killed_and_started_again_serves_its_clients_again(lab
 
 
 def test_a_gateway_that_is_restarted_in_order_serves_its_clients_again_at_once(lab: Lab) -> None:
-    """It takes its masquerade away, and so its own host resets the connections that went through it."""
+    """The gateway removes its masquerading, so its own host resets the connections through it."""
     with _scene(lab, "cone", download=False) as scene:
         scene.product.restart_gateway()
         began = time.time()
@@ -113,7 +113,7 @@ def test_a_portal_that_is_killed_and_started_again_is_not_noticed(lab: Lab) -> N
 
 
 class Scene(NamedTuple):
-    """Everything is up, and traffic flows."""
+    """All programs are running, with traffic through the tunnel."""
 
     network: Network
     product: Product
@@ -121,7 +121,7 @@ class Scene(NamedTuple):
     download: Download | None
 
     def silence_since(self, moment: float) -> float:
-        """Block until pings are answered again, and the TCP connection goes on; returns the seconds that it took."""
+        """Wait until pings are answered and the TCP connection continues. Returns the seconds that this took."""
         silence = self.ping.wait_steady(moment)
         print(f"silent for {silence:.2f} s")
         if self.download is not None:
@@ -140,14 +140,14 @@ def _scene(lab: Lab, nat: str, *, relays: tuple[str, ...] = ("relay",), download
         downloading = stack.enter_context(Download(network.client, SERVER, WEB_PORT)) if download else None
         if downloading is not None:
             downloading.wait_for_more()
-        product.wait_settled()  # else what breaks next may not be in use any longer
+        product.wait_settled()  # otherwise the next failure may hit an unused path
         assert product.path()["path"] == ("direct" if network.nat.is_direct else "relayed")
         yield Scene(network, product, ping, downloading)
     product.stop()
 
 
 def _relay_in_use(product: Product) -> str:
-    """The relay that gave the client the address from which its datagrams come to the gateway."""
+    """The relay whose address the client uses to send to the gateway."""
     host = product.path()["local"].rpartition(":")[0].strip("[]")
     return next(name for name, addresses in RELAYS.items() if host in addresses)
 

@@ -121,7 +121,7 @@ def tunnel_on(host: Host, offload: Offload) -> Iterator[Tunnel]:
 
 
 def test_a_run_of_tcp_segments_arrives_as_one_packet_and_may_be_written_back(tun: Tunnel) -> None:
-    """What one socket sends through the tunnel is turned round, addresses swapped, to another on the same host."""
+    """The packets of one socket are returned through the tunnel, with addresses swapped, to another local socket."""
     payload = os.urandom(60_000)
     server = socket.create_server((HERE, 0))
     server.settimeout(5)
@@ -205,7 +205,7 @@ def test_a_kernel_that_refuses_a_run_gets_its_segments_instead(tun: Tunnel, monk
         tun.turn()
 
     assert [server.recv(2048)[0] for _ in range(6)] == [0, 1, 2, 0, 1, 2]
-    assert tun.transport.counters.segmentation_refused == 1  # and not tried again
+    assert tun.transport.counters.segmentation_refused == 1  # it is not tried again
     server.close()
     client.close()
 
@@ -290,7 +290,7 @@ def test_devices_come_and_go_fifty_times(host: Host) -> None:
 
 
 class Tunnel:
-    """A packet protocol that turns every packet round, and the reactor under its transport."""
+    """A packet protocol that returns each packet to its sender, and the reactor for its transport."""
 
     def __init__(self, device: TunDevice, reactor: Any = None) -> None:
         self.received: list[SuperPacket] = []
@@ -301,7 +301,7 @@ class Tunnel:
         self.transport.CALM = float("inf")  # as in the middle of traffic: after a pause a turn takes a lone packet
 
     def turn(self) -> None:
-        """What a reactor does in one turn, if there is something to read within a second."""
+        """Run one reactor turn, if the device is readable within a second."""
         poll = select.poll()
         poll.register(self.transport, select.POLLIN)
         if poll.poll(1000):

@@ -1,4 +1,4 @@
-"""Sending over links that refuse segmentation, or take no more."""
+"""Sending over links that don't support segmentation, or whose queue is full."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.namespaces
 
 ALICE = {"ipv4": "192.0.2.1", "ipv6": "2001:db8::1"}
 BOB = {"ipv4": "192.0.2.2", "ipv6": "2001:db8::2"}
-SIZE = 1312  # a full packet of the tunnel, sealed
+SIZE = 1312  # an encrypted packet of full size
 FAMILIES = list(ALICE)
 _FIFTY_MBIT = ("rate", "50mbit", "burst", "100k", "limit", "100000000")
 
@@ -157,7 +157,7 @@ class Receiver:
 
 
 class End:
-    """A batch protocol, and the reactor under its transport."""
+    """A batch protocol, and the reactor for its transport."""
 
     def __init__(self, host: str, *, mark: int | None = None) -> None:
         self.released = 0

@@ -1,6 +1,6 @@
-"""The private network's web server: GET /bytes?num=N answers with N zero bytes. Run it with a port number.
+"""The private network's web server: GET /bytes?num=N returns N zero bytes. The argument is the port number.
 
-It says READY=1 to NOTIFY_SOCKET, as the program's own services do.
+It sends READY=1 to NOTIFY_SOCKET, as the program's own services do.
 """
 
 from __future__ import annotations
