@@ -63,8 +63,8 @@ def test_a_token_that_names_a_file_is_replaced_by_its_content(fake_bin: Path, tm
 
 def test_the_client_leaves_a_containers_resolv_conf_alone_unless_told_otherwise(fake_bin: Path) -> None:
     assert _start(fake_bin, "client")["environment"]["FIREZONE_DNS_CONTROL"] == "disabled"
-    told = _start(fake_bin, "client", FIREZONE_DNS_CONTROL="etc-resolv-conf")
-    assert told["environment"]["FIREZONE_DNS_CONTROL"] == "etc-resolv-conf"
+    started = _start(fake_bin, "client", FIREZONE_DNS_CONTROL="etc-resolv-conf")
+    assert started["environment"]["FIREZONE_DNS_CONTROL"] == "etc-resolv-conf"
 
 
 def test_the_portal_serves_the_mounted_seed_unless_told_otherwise(fake_bin: Path) -> None:

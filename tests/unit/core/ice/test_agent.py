@@ -1,4 +1,4 @@
-"""Two agents find a path, keep it, leave it for a better or a living one, and notice when there is none."""
+"""Two agents find a path, keep it, and replace it when it fails or a better path appears."""
 
 from __future__ import annotations
 

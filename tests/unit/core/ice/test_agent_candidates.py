@@ -1,4 +1,4 @@
-"""Candidates come, are guessed, learned from checks, and go."""
+"""Adding and removing candidates: signalled, optimistic and peer-reflexive."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ def test_an_address_that_a_check_told_us_of_is_paired_only_with_where_the_check_
 def test_only_so_many_addresses_that_were_taken_back_are_remembered() -> None:
     side = World().client
     for number in range(3 * MAX_REMOTE_ADDRESSES):
-        told = f"candidate:1 1 udp 1 10.0.{number // 250}.{number % 250 + 1} 1000 typ host"
-        assert side.learn(told)
-        assert forget(side, told)
+        signalled = f"candidate:1 1 udp 1 10.0.{number // 250}.{number % 250 + 1} 1000 typ host"
+        assert side.learn(signalled)
+        assert forget(side, signalled)
 
     assert len(side.agent._discarded) == MAX_REMOTE_ADDRESSES
 
@@ -227,26 +227,30 @@ def test_taking_back_the_last_candidate_leaves_no_path_but_does_not_disconnect()
 
 def test_a_taken_back_candidate_must_be_repeated_as_it_was_told() -> None:
     world = World()
-    told = f"candidate:2 1 udp 1 203.0.113.9 40000 typ srflx raddr 0.0.0.0 rport 0 ufrag {GATEWAY.ufrag}"
-    world.client.learn(told)
+    signalled = f"candidate:2 1 udp 1 203.0.113.9 40000 typ srflx raddr 0.0.0.0 rport 0 ufrag {GATEWAY.ufrag}"
+    world.client.learn(signalled)
 
-    for wrong in (told.replace("40000", "40001"), told.replace("srflx", "relay"), told.replace("rport 0", "rport 1")):
+    for wrong in (
+        signalled.replace("40000", "40001"),
+        signalled.replace("srflx", "relay"),
+        signalled.replace("rport 0", "rport 1"),
+    ):
         assert not forget(world.client, wrong)
-    assert forget(world.client, told.replace("candidate:2 1 udp 1", "candidate:3 1 udp 2"))
+    assert forget(world.client, signalled.replace("candidate:2 1 udp 1", "candidate:3 1 udp 2"))
 
 
 def test_checks_from_an_address_that_was_taken_back_are_ignored_until_it_is_told_again() -> None:
     world = World()
     offer_hosts(world)
     world.run(5.0)
-    told = world.gateway.agent.local_candidates[0].to_sdp()
-    assert forget(world.client, told)  # and the gateway goes on checking
+    signalled = world.gateway.agent.local_candidates[0].to_sdp()
+    assert forget(world.client, signalled)  # and the gateway goes on checking
     answered = world.client.agent.counters.checks_answered
     world.run(10.0)
 
     assert world.client.agent.counters.checks_answered == answered
     assert world.client.agent.remote_candidates == ()
-    assert world.client.learn(told)
+    assert world.client.learn(signalled)
     world.run(3.0)
     assert world.client.path == (CLIENT_HOST, GATEWAY_HOST)
     assert world.client.agent.counters.checks_answered > answered

@@ -1,4 +1,4 @@
-"""Forged, foreign, misdirected and broken messages, and more addresses than anybody has."""
+"""Forged, misdirected and malformed messages, and messages from too many addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidates: priorities, the text the portal carries in both generations' spelling, and arbitrary text."""
+"""Candidates: priorities, the text form of both protocol generations, and arbitrary text."""
 
 from __future__ import annotations
 
@@ -186,9 +186,9 @@ def test_what_we_write_is_read_back(
         Candidate.relayed(address),
         Candidate.peer_reflexive(address, priority),
     ):
-        told = attrs.evolve(candidate, base=address, ufrag=ufrag)  # the base stays with us
+        signalled = attrs.evolve(candidate, base=address, ufrag=ufrag)  # the base stays with us
 
-        assert parse_sdp(told.to_sdp()) == told
+        assert parse_sdp(signalled.to_sdp()) == signalled
 
 
 @given(st.text(max_size=600))

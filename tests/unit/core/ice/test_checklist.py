@@ -1,4 +1,4 @@
-"""When pairs are checked, when they end, and which of too many are kept."""
+"""The schedule of checks, the removal of pairs, and the limit on their number."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def _one_pair(schedule: Schedule) -> tuple[Checklist, Pair]:
 
 
 def _run_without_answers(checklist: Checklist, pair: Pair, start: float = 0.0) -> tuple[list[float], float]:
-    """When checks were sent, and when the pair ended."""
+    """The times at which checks were sent, and at which the pair was removed."""
     sent: list[float] = []
     while True:
         now = max(pair.due, start)

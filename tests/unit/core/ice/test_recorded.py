@@ -1,4 +1,4 @@
-"""Our agent in the place of upstream's: recorded checks are answered, and made, byte for byte as theirs."""
+"""Replays of upstream's sessions: our agent sends the same checks and responses, byte for byte."""
 
 from __future__ import annotations
 
@@ -72,15 +72,19 @@ def test_our_checks_are_those_that_upstream_sent_and_its_answers_verify(session:
 def test_we_would_have_told_the_same_candidates(session: Path) -> None:
     compared = 0
     for text in candidates(session):
-        told = parse_sdp(text)
-        assert told is not None
-        if told.kind is CandidateKind.SERVER_REFLEXIVE:  # V1 doesn't add it to its agent, V2 and ours do
+        signalled = parse_sdp(text)
+        assert signalled is not None
+        if signalled.kind is CandidateKind.SERVER_REFLEXIVE:  # V1 doesn't add it to its agent, V2 and ours do
             continue
-        ours = Candidate.host(told.address) if told.kind is CandidateKind.HOST else Candidate.relayed(told.address)
+        ours = (
+            Candidate.host(signalled.address)
+            if signalled.kind is CandidateKind.HOST
+            else Candidate.relayed(signalled.address)
+        )
         compared += 1
 
-        assert (ours.priority, ours.related) == (told.priority, told.related)
-        assert ours.foundation[:8] == told.foundation[:8]
+        assert (ours.priority, ours.related) == (signalled.priority, signalled.related)
+        assert ours.foundation[:8] == signalled.foundation[:8]
     assert compared >= 4
 
 
@@ -103,7 +107,7 @@ class _Recorded(NamedTuple):
 
 
 def _ice(session: Path, at: str, direction: str, kind: Kind) -> Iterator[_Recorded]:
-    """The binding messages of ICE that a host saw: those with a peer, not those with the relay itself."""
+    """The ICE binding messages of a host: messages exchanged with its peer, not with the relay."""
     for row in rows(session):
         if row["at"] != at or row.get("kind") != "stun" or row["dir"] != direction:
             continue
@@ -117,7 +121,7 @@ def _ice(session: Path, at: str, direction: str, kind: Kind) -> Iterator[_Record
 
 
 def _credentials(session: Path, role: str) -> tuple[Credentials, Credentials]:
-    """Those of the role, then those of its peer."""
+    """The credentials of the role, then of its peer."""
     flow: dict[str, Any] = next(
         frame.payload for frame in portal_frames(session) if "client_ice_credentials" in frame.payload
     )
@@ -129,7 +133,7 @@ def _credentials(session: Path, role: str) -> tuple[Credentials, Credentials]:
 
 
 def _make_check(role: str, mine: Credentials, other: Credentials, check: _Recorded) -> tuple[Agent, bytes]:
-    """Let our agent make a recorded check: with its transaction id, its tie-breaker, on a nominated pair or not."""
+    """Make our agent send a recorded check, with the same transaction id, tie-breaker and nomination."""
     is_client = role == "client"
     wanted = check.message.transaction_id
     tie_breaker = check.message.get(stun.ICE_CONTROLLING if is_client else stun.ICE_CONTROLLED)

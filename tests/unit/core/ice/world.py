@@ -1,4 +1,4 @@
-"""Two agents on a network that rewrites, delays and loses what they send, and a clock."""
+"""Two agents, a clock, and a network that rewrites, delays and drops their packets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LATENCY = 0.02
 
 
 class Datagram(NamedTuple):
-    """As it was sent. `message` is what it contains."""
+    """A datagram as sent, with its parsed `message`."""
 
     at: float
     sender: Side
@@ -36,7 +36,7 @@ class Datagram(NamedTuple):
 
 
 Route = tuple[SocketAddress, SocketAddress] | None
-"""What the receiver sees as source and destination; None: lost."""
+"""The source and destination seen by the receiver; None if the packet is lost."""
 
 
 class Side:
@@ -56,7 +56,7 @@ class Side:
         return None if nominated is None else (nominated.source, nominated.destination)
 
     def offer(self, candidate: Candidate, *, tell: bool = True) -> Candidate:
-        """Add a local candidate and signal it, through its text, to the other side at once."""
+        """Add a local candidate, and signal its text form to the other side immediately."""
         added = self.agent.add_local_candidate(candidate, self.world.now)
         assert added is not None
         if tell:
@@ -73,9 +73,9 @@ class Side:
 
     def withdraw(self, candidate: Candidate) -> None:
         assert self.agent.remove_local_candidate(candidate, self.world.now)
-        told = parse_sdp(candidate.to_sdp())
-        assert told is not None
-        assert self.other.agent.remove_remote_candidate(told, self.world.now)
+        signalled = parse_sdp(candidate.to_sdp())
+        assert signalled is not None
+        assert self.other.agent.remove_remote_candidate(signalled, self.world.now)
         self.world.drain()
 
     @property
@@ -91,7 +91,7 @@ class Side:
 
 
 class World:
-    """`route(sender, source, destination)` is the network; by default everything arrives as it was sent."""
+    """`route(sender, source, destination)` simulates the network. By default all packets arrive unchanged."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -103,7 +103,7 @@ class World:
         self.gateway = Side("gateway", self, controlling=False)
 
     def run(self, seconds: float) -> None:
-        """Let time pass; every deadline is kept to the moment."""
+        """Advance the clock, calling each deadline at its exact time."""
         end = self.now + seconds
         for _ in range(100_000):
             due = [timeout.at for side in self.sides if (timeout := side.agent.next_timeout()) is not None]
@@ -118,7 +118,7 @@ class World:
         raise AssertionError("timers storm")
 
     def run_until(self, condition: Callable[[], bool], *, within: float) -> float:
-        """Run in small steps until something is so; returns how long it took."""
+        """Advance the clock in small steps until a condition is true. Returns the time that it took."""
         start = self.now
         while not condition():
             assert self.now - start < within, f"not within {within} s"
@@ -209,7 +209,7 @@ class Nat:
         self._allowed: dict[tuple[int, SocketAddress], SocketAddress] = {}
 
     def address(self, inside: SocketAddress, destination: SocketAddress) -> SocketAddress:
-        """What the outside sees; sending makes it so."""
+        """The address seen from outside. Sending creates the mapping."""
         key = inside, destination if self._symmetric else None
         port = self._ports.setdefault(key, 40000 + len(self._ports))
         self._allowed[port, destination] = inside
@@ -225,6 +225,6 @@ class Nat:
 
 
 def stream(name: str) -> Entropy:
-    """Reproducible bytes in place of the system's."""
+    """Deterministic random bytes."""
     calls = count()
     return lambda size: hashlib.shake_256(f"{name} {next(calls)}".encode()).digest(size)

@@ -1,4 +1,4 @@
-"""Packets for tests, built and judged by scapy: an implementation that is not ours."""
+"""Packets for tests, built and verified with scapy as an independent implementation."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def udp(*, port: int = 53) -> Packet:
 
 
 def built(*layers: Packet | bytes) -> bytearray:
-    """The bytes of a packet, its lengths and checksums complete."""
+    """The bytes of a packet with complete lengths and checksums."""
     packet = layers[0]
     for layer in layers[1:]:
         packet = packet / (Raw(layer) if isinstance(layer, bytes) else layer)
@@ -58,7 +58,7 @@ def built(*layers: Packet | bytes) -> bytearray:
 
 
 def rebuilt(data: bytes | bytearray | memoryview) -> bytes:
-    """The same packet with lengths and checksums by scapy: equal to `data` where ours are right."""
+    """The same packet with lengths and checksums computed by scapy. It equals `data` if ours are correct."""
     raw = bytes(data)
     packet = IP(raw) if raw[0] >> 4 == 4 else IPv6(raw)
     layer = packet
@@ -71,7 +71,7 @@ def rebuilt(data: bytes | bytearray | memoryview) -> bytes:
 
 
 def frame(data: bytes | bytearray, segment_size: int) -> memoryview:
-    """What the kernel hands over for a TCP or UDP super-packet: a virtio_net_hdr and a partial checksum."""
+    """A TCP or UDP super-packet as read from the kernel, with a virtio_net_hdr and a partial checksum."""
     packet = IP(bytes(data)) if data[0] >> 4 == 4 else IPv6(bytes(data))
     kind = "TCP" if TCP in packet else "UDP"
     start = len(data) - len(bytes(packet[kind]))
@@ -92,7 +92,7 @@ def super_packet(*layers: Packet | bytes, segment_size: int) -> SuperPacket:
 
 
 def slow_sum(data: bytes) -> int:
-    """The ones'-complement sum as RFC 1071, section 4.1, has it."""
+    """The ones'-complement sum, computed as in RFC 1071, section 4.1."""
     total = 0
     for index in range(0, len(data), 2):
         total += int.from_bytes(data[index : index + 2].ljust(2, b"\0"), "big")

@@ -32,7 +32,7 @@ GAP = 32
 
 
 def merged(datagrams: Sequence[bytes | bytearray], arena: Arena | None = None, **options: object) -> list[SuperPacket]:
-    """Coalesce packets that arrived in one batch: all but the last have the size of the first."""
+    """Coalesce the packets of one batch. All but the last have the same size."""
     size = len(datagrams[0])
     assert all(len(data) == size for data in datagrams[:-1])
     memory = memoryview(bytearray(65_536))
@@ -52,7 +52,7 @@ def segments_of(packets: Sequence[SuperPacket]) -> list[bytes]:
 
 
 def stream(count: int, *, size: int = 100, first: int = 1000, **fields: object) -> list[bytearray]:
-    """A TCP stream's packets of `size` payload bytes, one after another."""
+    """Consecutive packets of a TCP stream with `size` payload bytes each."""
     payload = pattern(size)
     return [built(ip(), tcp(seq=(first + row * size) % 2**32, **fields), payload) for row in range(count)]
 
@@ -334,7 +334,7 @@ def test_lone_frames_stay_in_order_around_super_packets() -> None:
 
 @st.composite
 def packet_lists(draw: st.DrawFn) -> list[bytes]:
-    """Packets of a few flows, mostly continuing each other, some with something odd about them; of one size."""
+    """Packets of equal size from a few flows, mostly consecutive, some of them unusual."""
     size = draw(st.sampled_from([1, 60, 101]))
     version = draw(st.sampled_from([4, 6]))
     positions: dict[int, int] = defaultdict(int)

@@ -316,7 +316,7 @@ def test_arbitrary_bytes_are_parsed_or_rejected(data: bytes) -> None:
 
 
 def assert_consistent(packet: SuperPacket) -> None:
-    """What anybody may do with a packet that was accepted works."""
+    """All operations work on a packet that was accepted."""
     assert packet.transport_offset <= packet.header_length <= len(packet.data)
     assert packet.segments >= 1
     assert len(virtio_header(packet)) == 10

@@ -1,4 +1,4 @@
-"""The STUN codec against RFC 5769's vectors, recorded sessions of upstream's programs, and arbitrary bytes."""
+"""The STUN codec, tested with RFC 5769's vectors, recorded sessions of upstream's programs, and arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_a_mangled_message_is_never_authentic(patch: bytes, at: int, cut: int) -
 
 
 class _Session:
-    """One recorded session: its STUN messages and the credentials that went through its portal."""
+    """A recorded session: its STUN messages, and the credentials sent through its portal."""
 
     def __init__(self, path: Path) -> None:
         self._rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -305,7 +305,7 @@ class _Session:
                 data = data[end:]
 
     def key_of(self, message: Message) -> bytes | None:
-        """The key for a message's integrity: of the peer that is asked, for the answer too."""
+        """The integrity key of a message: that of the request's receiver, for the response as well."""
         username = message.get(stun.USERNAME)
         if username is not None:
             self._usernames[message.transaction_id] = username

@@ -1,4 +1,4 @@
-"""Settings that are changed and put back, on a directory that stands for /proc/sys."""
+"""Changing and restoring settings, in a directory that replaces /proc/sys."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def test_what_cant_be_put_back_is_told_and_keeps_nothing_else_from_it(
     sysctls.restore()
 
     assert sysctls.read(FORWARD) == "0"
-    (told,) = [message for message in logged if message["message_type"] == "host:sysctl_not_restored"]
-    assert (told["name"], told["value"]) == ("net/ipv4/conf/eth0/rp_filter", "1")
+    (message,) = [entry for entry in logged if entry["message_type"] == "host:sysctl_not_restored"]
+    assert (message["name"], message["value"]) == ("net/ipv4/conf/eth0/rp_filter", "1")
 
 
 def test_a_setting_that_the_kernel_lacks_is_neither_read_nor_noted(kernel: Path, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The thread for what blocks."""
+"""The thread for blocking calls."""
 
 from __future__ import annotations
 

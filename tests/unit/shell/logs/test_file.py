@@ -1,4 +1,4 @@
-"""The file that a process logs to."""
+"""Log files."""
 
 from __future__ import annotations
 
