@@ -23,7 +23,7 @@ demo: $(VENV)/installed ## run a tunnel on hosts made of namespaces; KEEP=1 leav
 
 test: $(VENV)/installed ## run all tests; those with network namespaces need root
 	@tools/system-packages test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	tools/run-tests $(BIN)/python $(PYTEST_ARGS)
 
 bench: $(VENV)/installed ## compare with wireguard-go and coturn on the same hosts; BENCH_ARGS='--rounds 1 --seconds 2' for a quick run
 	@tools/system-packages bench

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.relay_flood import QUIET, flood
 from tests.service.relay_process import RelayProcess
 
+pytestmark = pytest.mark.serial
+
 _COUNT = 50_000
 
 

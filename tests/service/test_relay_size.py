@@ -19,6 +19,8 @@ from firezone_tunnel.core.stun import message as stun
 from firezone_tunnel.core.stun.message import Kind, Message, Method, long_term_key
 from tests.service.relay_process import PASSWORD, REALM, USER, RelayProcess, TurnClient, code_of
 
+pytestmark = pytest.mark.serial
+
 ALLOCATIONS = 10_000
 MOST_MEMORY = 120 << 20
 _AT_ONCE = 128

@@ -16,7 +16,7 @@ from tests.system.product import Product
 from tests.system.programs import Program
 from tests.system.test_demo_path import download
 
-pytestmark = pytest.mark.namespaces
+pytestmark = [pytest.mark.namespaces, pytest.mark.serial]
 
 _LATE_P999_MS = 100
 _HEARTBEAT_INTERVAL = 10.0  # firezone_tunnel.core.phoenix.channel

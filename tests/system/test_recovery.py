@@ -19,7 +19,7 @@ from tests.system.network import RELAYS, SERVER, WEB_PORT, Network
 from tests.system.product import Product
 from tests.system.traffic import Download, Ping
 
-pytestmark = pytest.mark.namespaces
+pytestmark = [pytest.mark.namespaces, pytest.mark.serial]
 
 KILLED_RELAY = 2.0  # seconds: docs/decisions.md, 3, as the next two
 SILENT_RELAY = 5.0

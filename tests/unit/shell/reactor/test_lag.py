@@ -13,6 +13,8 @@ from twisted.internet.task import deferLater
 from firezone_tunnel.shell.reactor.clock import boottime
 from firezone_tunnel.shell.reactor.lag import LoopLag
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture
 def lag() -> Iterator[LoopLag]:
