@@ -14,6 +14,7 @@ import pytest_twisted
 
 from firezone_tunnel.core.messages import client as client_messages
 from firezone_tunnel.core.messages import gateway as gateway_messages
+from firezone_tunnel.core.portal.derived_credentials import FOREVER
 from tests.service.portal_peers import LAB_ID, SITE_ID, WIKI_ID, Peer, Portal, key, start_portal, stop_portal, until
 
 _NAMES = {
@@ -57,7 +58,7 @@ async def test_a_flow_is_granted_under_the_names_of_each_sides_generation(
     assert asked["client"]["public_key"] == key(1)
     assert asked["client"]["ipv4"] == client.init["interface"]["ipv4"]
     assert asked["client"]["preshared_key"] == created["preshared_key"]
-    assert asked["expires_at"] is None
+    assert asked["expires_at"] == FOREVER
     assert asked["use_iceless"] is created["use_iceless"] is False
     assert created["gateway_public_key"] == key(2)
     assert created["gateway_ipv6"] == gateway.init["interface"]["ipv6"]
@@ -289,7 +290,7 @@ async def test_a_gateway_that_reconnects_is_told_what_is_granted_also_by_the_por
 ) -> None:
     gateway, client = await _pair(portal)
     asked, _ = await _flow(gateway, client)
-    granted = [{"client_id": asked["client"]["id"], "resource_id": LAB_ID, "expires_at": None}]
+    granted = [{"client_id": asked["client"]["id"], "resource_id": LAB_ID, "expires_at": FOREVER}]
 
     again = await portal.join("gateway")
     assert again.init["authorizations"] == granted

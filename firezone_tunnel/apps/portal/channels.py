@@ -19,6 +19,7 @@ from firezone_tunnel.core.messages.common import (
 from firezone_tunnel.core.phoenix.server_socket import JoinRequested, MessageReceived
 from firezone_tunnel.core.portal import views
 from firezone_tunnel.core.portal.account import PeerRole
+from firezone_tunnel.core.portal.derived_credentials import expiry
 from firezone_tunnel.core.portal.devices import DeviceSession, new_id
 from firezone_tunnel.core.portal.flows import Failure, visible_resources
 from firezone_tunnel.core.portal.relay_registry import RelaySession
@@ -215,7 +216,7 @@ async def current_authorizations(state: PortalState, session: DeviceSession) -> 
     """The flows at this gateway: one entry for each client and resource."""
     flows = await state.store.flows_of_gateway(session.device.id, state.utc_now())
     return [
-        Authorization(client_id=flow.client_id, resource_id=flow.resource_id, expires_at=flow.expires_at)
+        Authorization(client_id=flow.client_id, resource_id=flow.resource_id, expires_at=expiry(flow.expires_at))
         for flow in flows
     ]
 

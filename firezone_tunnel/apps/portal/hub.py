@@ -21,6 +21,7 @@ from firezone_tunnel.core.portal import changes, views
 from firezone_tunnel.core.portal.account import Account, PeerRole
 from firezone_tunnel.core.portal.admission import AdmittedDevice, AdmittedRelay, Refused, UpgradeRequest, admit
 from firezone_tunnel.core.portal.changes import StoredFlow
+from firezone_tunnel.core.portal.derived_credentials import expiry
 from firezone_tunnel.core.portal.devices import Device, DeviceSession
 from firezone_tunnel.core.portal.flows import Failure, Flow, earlier
 from firezone_tunnel.core.portal.relay_registry import RelaySession
@@ -278,7 +279,7 @@ class Hub:
         if session.generation is not Generation.V1:
             return False
         message = gateway.ExpiryUpdated(
-            client_id=flow.client_id, resource_id=flow.resource_id, expires_at=verdict.expires_at
+            client_id=flow.client_id, resource_id=flow.resource_id, expires_at=expiry(verdict.expires_at)
         )
         session.socket.push(message.event(session.generation), write(message))
         return True

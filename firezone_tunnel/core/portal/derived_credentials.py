@@ -21,6 +21,14 @@ from firezone_tunnel.core.sansio import SocketAddress
 FOREVER = 2145916800  # 2038-01-01T00:00:00Z: stands for "never expires" in fields that need a time
 
 
+def expiry(expires_at: int | None) -> int:
+    """The unix time to send for an authorization.
+
+    Upstream's gateways drop a whole `init` in which it is null (docs/decisions.md, 34).
+    """
+    return FOREVER if expires_at is None else expires_at
+
+
 class PairCredentials(NamedTuple):
     """ICE credentials of both ends of one connection."""
 

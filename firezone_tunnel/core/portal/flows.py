@@ -19,7 +19,7 @@ from firezone_tunnel.core.portal import views
 from firezone_tunnel.core.portal.account import Account, Actor, Policy, Resource
 from firezone_tunnel.core.portal.conditions import Circumstances
 from firezone_tunnel.core.portal.derived_credentials import (
-    FOREVER,
+    expiry,
     ice_credentials,
     json_web_token,
     open_reference,
@@ -180,7 +180,7 @@ class FlowAuthorizer:
             },
             "client_ice_credentials": write(credentials.client),
             "gateway_ice_credentials": write(credentials.gateway),
-            "expires_at": flow.expires_at,
+            "expires_at": expiry(flow.expires_at),
             "use_iceless": False,
             "flow_logs_ingest_token": self._ingest_token(account, pending, "responder"),
         }
@@ -265,7 +265,7 @@ class FlowAuthorizer:
         """
         flow, device, resource = pending.flow, pending.client.device, pending.resource
         actor = account.actors.get(device.identity.owner)
-        ends_at = FOREVER if flow.expires_at is None else flow.expires_at
+        ends_at = expiry(flow.expires_at)
         version = pending.client.agent.version
         claims = {
             "account_id": account.id,
