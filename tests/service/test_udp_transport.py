@@ -36,6 +36,21 @@ async def test_one_send_of_many_datagrams_arrives_as_one_batch(ends: Ends, host:
     assert (alice.transport.counters.sent_batches, alice.transport.counters.sent_datagrams) == (1, 41)
 
 
+@pytest_twisted.ensureDeferred
+async def test_of_the_turns_after_pauses_only_every_second_takes_a_single_batch(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(UdpTransport, "CALM", -1.0)  # every turn comes after a pause, such as the reactor's other work
+    alice, bob = ends.new("127.0.0.1"), ends.new("127.0.0.1", gro=False)
+    for _ in range(5):
+        alice.transport.send(Transmit(bob.address, b"x"))
+
+    bob.transport.doRead()
+    bob.transport.doRead()
+
+    assert len(bob.batches) == 5
+
+
 @pytest.mark.parametrize("host", LOOPBACK)
 @pytest.mark.parametrize(("gso", "gro"), [(False, True), (True, False), (False, False)])
 @pytest_twisted.ensureDeferred

@@ -83,6 +83,7 @@ class TunTransport:
         self._taken: set[int] = set()
         self._logged: set[int] = set()
         self._ended = perf_counter()  # of the last turn
+        self._was_single = False
         protocol.makeConnection(self)
         self.resumeProducing()
 
@@ -121,7 +122,9 @@ class TunTransport:
     def doRead(self) -> None:
         began = perf_counter()
         deadline = began + self.MAX_TURN
-        most = 1 if began - self._ended > self.CALM else self.MAX_FRAMES
+        # Never twice in a row: the pause may be the reactor's other work, during which the queue grows.
+        most = self.MAX_FRAMES if self._was_single or began - self._ended <= self.CALM else 1
+        self._was_single = most == 1
         fd = self._fd
         if fd == -1:
             return

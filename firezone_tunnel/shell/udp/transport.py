@@ -114,6 +114,7 @@ class UdpTransport:
         self._queue: deque[tuple[Transmit, int]] = deque()  # and the byte from which on it has yet to leave
         self._logged: set[int] = set()
         self._ended = perf_counter()  # of the last turn
+        self._was_single = False
         reactor.addReader(self)
         protocol.makeConnection(self)
 
@@ -146,7 +147,9 @@ class UdpTransport:
     def doRead(self) -> None:
         began = perf_counter()
         deadline = began + self.MAX_TURN
-        most = 1 if began - self._ended > self.CALM else self.MAX_BATCHES
+        # Never twice in a row: the pause may be the reactor's other work, during which the queue grows.
+        most = self.MAX_BATCHES if self._was_single or began - self._ended <= self.CALM else 1
+        self._was_single = most == 1
         into = (self._buffer,)
         batch_received = self._protocol.batchReceived
         for _ in range(most):

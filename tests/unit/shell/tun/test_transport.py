@@ -56,6 +56,19 @@ def test_a_turn_reads_no_more_than_its_frames(end: End, monkeypatch: pytest.Monk
     assert [len(packets) for packets in end.turns] == [3, 2]
 
 
+def test_of_the_turns_after_pauses_only_every_second_takes_a_single_frame(
+    end: End, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(end.transport, "CALM", -1.0)  # every turn comes after a pause, such as the reactor's other work
+    for number in range(5):
+        end.host.send(NO_OFFLOAD + datagram(1000 + number, b"x"))
+
+    end.transport.doRead()
+    end.transport.doRead()
+
+    assert [len(packets) for packets in end.turns] == [1, 4]
+
+
 def test_a_turn_ends_once_its_time_is_used_up(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TunTransport, "MAX_TURN", 0.0)
     for number in range(2):
@@ -186,6 +199,7 @@ class End:
         self.turns: list[list[SuperPacket]] = []
         self.lost: Failure | None = None
         self.transport = TunTransport(self, self, TunDevice(ours.detach(), "tun-firezone", offload))
+        self.transport.CALM = float("inf")  # however slow the machine: as in the middle of traffic
 
     def close(self) -> None:
         self.transport.close()
