@@ -82,6 +82,7 @@ class GatewayService(TunnelEndpoint):
         super().__init__(reactor, config, self._gateway, role=messages.TOPIC, peer_field="cid", parse=messages.parse)
         self.ready: Deferred[None] = Deferred()
         self.failed: Deferred[FirezoneError] = Deferred()
+        self._interface: InterfaceChanged | None = None
         self._firewall = GatewayFirewall(
             self.worker, interface=config.interface, state_directory=config.state_directory
         )
@@ -110,7 +111,8 @@ class GatewayService(TunnelEndpoint):
             case ToPortal(message):
                 self.say(message)
             case InterfaceChanged():
-                self.run(lambda: self._configure(event))
+                self._interface = event
+                self.run(self._configure)
             case FlowAuthorized(cid, rid, expires_at):
                 log.info("gateway:flow_authorized", cid=cid, rid=rid, expires_at=expires_at)
             case FlowIgnored(cid, rid, reason):
@@ -122,10 +124,14 @@ class GatewayService(TunnelEndpoint):
         if error is not None:
             self.failed.callback(error)
 
-    async def _configure(self, interface: InterfaceChanged) -> None:
-        """
+    async def _configure(self) -> None:
+        """Give the interface its newest addresses.
+
         Raises: PlatformError.
         """
+        interface = self._interface
+        if interface is None:
+            return
         families = await self.configure(str(interface.ipv4), str(interface.ipv6))
         routes = [str(TUNNEL_IPV4)] * families.ipv4 + [str(TUNNEL_IPV6)] * families.ipv6
         await self.netlink.set_routes(self._config.interface, routes)

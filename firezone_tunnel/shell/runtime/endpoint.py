@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import attrs
-from twisted.internet.defer import Deferred, DeferredLock, maybeDeferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.python.failure import Failure
 
 from firezone_tunnel.core.messages.common import Generation, PortalMessage, write
@@ -31,6 +31,7 @@ from firezone_tunnel.shell.portal_link.service import Notice, PortalLink
 from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.reactor.clock import boottime, utc
 from firezone_tunnel.shell.reactor.queues import BoundedQueue
+from firezone_tunnel.shell.reactor.serial import SerialRunner, Work
 from firezone_tunnel.shell.reactor.service import MultiService
 from firezone_tunnel.shell.runtime.tunnel import TunnelCore, TunnelService
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME, open_tun
@@ -120,8 +121,8 @@ class TunnelEndpoint(MultiService):
         for child in (self._tunnel, self._portal_link):
             child.setServiceParent(self)
         self._instance: Instance | None = None
-        self._lock = DeferredLock()  # one change of the host at a time, and none after the end
-        self._stopped: Deferred[None] | None = None
+        self._changes = SerialRunner(self._failed)  # of the host
+        self._stopped: Deferred[None] = Deferred()
         self._error: FirezoneError | None = None
 
     def startService(self) -> None:
@@ -130,22 +131,15 @@ class TunnelEndpoint(MultiService):
 
     def stopService(self) -> Deferred[None]:
         """Fires when the host is as it was before. May be called more than once."""
-        if self._stopped is None:
-            self.running = 0
-            self._stopped = self._lock.run(lambda: Deferred.fromCoroutine(self._stop()))
+        self.running = 0
+        self._changes.close(self._stop)
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
 
-    def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def run(self, work: Work) -> None:
         """Change the host, one change at a time and none after the end. A failure ends the service."""
-
-        async def work_unless_stopped() -> None:
-            if self.running:
-                await work()
-
-        done: Deferred[None] = self._lock.run(lambda: Deferred.fromCoroutine(work_unless_stopped()))
-        done.addErrback(self._failed)
+        self._changes.request(work)
 
     async def configure(self, ipv4: str, ipv6: str) -> Families:
         """Give the interface its addresses, and route unmarked packets into it. Returns which families work.
@@ -193,6 +187,7 @@ class TunnelEndpoint(MultiService):
             steps += [self.netlink.remove_everything, self.restore_host, self.netlink.close, self._instance.close]
         for step in (*steps, self.worker.stop, lambda: self.ended(self._error)):
             await maybeDeferred(step).addErrback(self._not_stopped)
+        self._stopped.callback(None)
 
     def _not_stopped(self, failure: Failure) -> None:
         error: Any = failure.value
