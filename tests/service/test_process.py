@@ -340,3 +340,23 @@ def _fill(pipe: int) -> None:
         except BlockingIOError:
             time.sleep(0)
     os.set_blocking(pipe, True)
+
+
+def test_a_wall_clock_that_steps_back_delays_no_timer() -> None:
+    script = """
+import time
+real, shift = time.time, 0
+time.time = lambda: real() + shift
+from twisted.internet import reactor
+from firezone_tunnel.shell.process.process import Process
+
+def step() -> None:
+    global shift
+    reactor.callLater(0.1, reactor.stop)
+    shift = -3600
+
+Process(reactor, "example").install()
+reactor.callWhenRunning(step)
+reactor.run()
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=_ROOT, check=True, timeout=30)

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from firezone_tunnel.errors import FirezoneError, one_line
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.writer import LogWriter
+from firezone_tunnel.shell.reactor.clock import boottime
 
 STDERR_PATIENCE = 1.0  # seconds that the end of a process waits for a pipe to be read
 
@@ -41,6 +42,8 @@ class Process:
     def install(self, *logs: LogWriter) -> None:
         """Call it before the reactor runs. The logs are closed at the end."""
         _forbid_core_dumps()
+        # Its timers run on the wall clock otherwise: an hour's step back would delay whatever is due by an hour.
+        self._reactor.seconds = boottime
         atexit.register(self._exit, *logs)
         self._reactor.callWhenRunning(self._handle_signals)
 
