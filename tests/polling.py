@@ -11,7 +11,11 @@ _INTERVAL = 0.02  # seconds
 _T = TypeVar("_T")
 
 
-def until(ask: Callable[[], _T | None], what: str = "the expected event", timeout: float = 10.0) -> _T:
+PATIENCE = 60.0
+"""Seconds to wait for what should take one: only a failure takes that long, however busy the machine is."""
+
+
+def until(ask: Callable[[], _T | None], what: str = "the expected event", timeout: float = PATIENCE) -> _T:
     """Wait until `ask` returns a true value. Returns the value.
 
     Raises: TimeoutError.

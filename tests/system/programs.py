@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.polling import until
+from tests.polling import PATIENCE, until
 
 _T = TypeVar("_T")
 
@@ -64,14 +64,14 @@ class Program:
     def is_running(self) -> bool:
         return self.process.poll() is None
 
-    def wait_ready(self, timeout: float = 20.0) -> None:
+    def wait_ready(self, timeout: float = PATIENCE) -> None:
         """Wait until the program sends READY=1.
 
         Raises: NotReady.
         """
         self.wait_until(self._said_ready, "being ready", timeout)
 
-    def wait_for(self, message_type: str, timeout: float = 10.0, **fields: Any) -> dict[str, Any]:
+    def wait_for(self, message_type: str, timeout: float = PATIENCE, **fields: Any) -> dict[str, Any]:
         """Wait until the program has logged a message of this type with these fields. Returns the message.
 
         Raises: NotReady.
@@ -79,7 +79,7 @@ class Program:
         event = f"logging {message_type} {fields or ''}"
         return self.wait_until(lambda: next(self.events(message_type, **fields), None), event, timeout)
 
-    def wait_exit(self, timeout: float = 10.0) -> int:
+    def wait_exit(self, timeout: float = PATIENCE) -> int:
         """Wait until the program ends by itself. Returns its exit code.
 
         Raises: NotReady.
@@ -88,7 +88,7 @@ class Program:
         self._close()
         return self.process.wait()
 
-    def wait_until(self, ask: Callable[[], _T | None], what: str, timeout: float = 10.0) -> _T:
+    def wait_until(self, ask: Callable[[], _T | None], what: str, timeout: float = PATIENCE) -> _T:
         """Wait until `ask` returns a true value before the program ends. Returns the value.
 
         Raises: NotReady.
@@ -135,7 +135,7 @@ class Program:
         self.process.wait()
         self._close()
 
-    def stop(self, timeout: float = 10.0) -> int:
+    def stop(self, timeout: float = PATIENCE) -> int:
         """Send SIGTERM, and after the timeout SIGKILL. Returns the exit code."""
         self.terminate()
         try:

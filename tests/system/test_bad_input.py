@@ -350,7 +350,7 @@ def test_a_download_goes_on_while_the_portal_is_killed_and_comes_back(network: N
     product.client.wait_for("portal:connection_lost")
     product.start_portal()
 
-    assert curl.wait_exit(timeout=30) == 0
+    assert curl.wait_exit() == 0
     assert curl.output() == str(8 * _MEGABYTE)
     product.client.wait_for("portal:joined")
     assert len(list(product.client.events("tunnel:connection_established"))) == 1

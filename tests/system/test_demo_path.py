@@ -159,11 +159,11 @@ def test_a_wrong_token_ends_the_client_with_one_clear_line_and_no_retry(network:
 def test_a_client_waits_for_a_portal_that_is_not_there_yet(network: Network) -> None:
     product = Product(network)
     client = product.spawn_client()
-    client.wait_for("portal:retry_scheduled", timeout=15)
+    client.wait_for("portal:retry_scheduled")
 
     product.start_portal()
 
-    client.wait_ready(timeout=30)
+    client.wait_ready()
     assert product.stop()["client"] == 0
 
 
