@@ -1,4 +1,4 @@
-"""A client's data plane: when it asks for flows, where packets go, what comes back, and what it tells."""
+"""A client's data plane: when it asks for flows, where packets go, which packets come back, and its events."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.core.snownet.world import LATENCY
 from tests.unit.core.tunnel.world import (
     Access,
     Client,
-    World,
+    announced_candidates,
     answer,
     answers,
     arrives,
@@ -53,7 +53,7 @@ FLOW_TIME = 1.0  # more than portal, ICE and WireGuard take for a flow
 # Asking for flows
 
 
-def test_the_first_packet_asks_for_a_flow_and_those_that_follow_do_not() -> None:
+def test_only_the_first_packet_asks_for_a_flow() -> None:
     world, client, _ = joined()
     world.portal.mute = True
 
@@ -86,7 +86,7 @@ def test_without_traffic_nothing_is_asked_again() -> None:
     assert client.ask_count() == 1
 
 
-def test_packets_that_waited_for_the_flow_arrive_in_order_once() -> None:
+def test_packets_that_waited_for_the_flow_arrive_once_and_in_order() -> None:
     world, client, gateway = joined()
     texts = [str(number) for number in range(CAPACITY)]
     for text in texts:
@@ -108,7 +108,7 @@ def test_of_too_many_waiting_packets_the_newest_arrive() -> None:
     assert client.tunnel.counters.waiting_overwritten == 10
 
 
-def test_packets_keep_their_order_across_the_moment_the_flow_is_there() -> None:
+def test_packets_keep_their_order_while_the_flow_is_created() -> None:
     world, client, gateway = joined()
 
     for number in range(100):
@@ -129,7 +129,7 @@ def test_a_packet_for_no_resource_is_dropped_counted_and_asks_for_nothing() -> N
     assert (client.ask_count(), client.tunnel.counters.without_resource) == (0, 5)
 
 
-def test_the_portal_is_told_which_gateways_are_connected_the_latest_first() -> None:
+def test_a_request_lists_the_connected_gateways_the_latest_first() -> None:
     world, client, _ = joined(NET, Access("other", "10.30.0.0/24", "second"), Access("third", "10.40.0.0/24", "second"))
     second = world.add_gateway("second", 201)
     second.join()
@@ -140,7 +140,7 @@ def test_the_portal_is_told_which_gateways_are_connected_the_latest_first() -> N
     client.packets_in(datagram("hello", "10.40.0.5"))
     world.run(1)
 
-    asked = [one.message for one in world.portal.heard if isinstance(one.message, messages.CreateFlow)]
+    asked = [heard.message for heard in world.portal.heard if isinstance(heard.message, messages.CreateFlow)]
     assert [message.connected_gateway_ids for message in asked] == [[], ["gateway"], ["second", "gateway"]]
 
 
@@ -156,7 +156,7 @@ def test_two_resources_behind_one_gateway_share_its_connection() -> None:
     assert passes(world, client, gateway)
 
 
-def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
+def test_an_unexpected_answer_is_ignored() -> None:
     world, client, gateway = connected(NET, OTHER_NET)
     _, created = world.portal.flow(client, "other")
     again = msgspec.structs.replace(world.portal.flow(client, "net")[1], gateway_id="somewhere else")
@@ -164,11 +164,11 @@ def test_an_answer_that_nobody_waits_for_is_ignored() -> None:
     client.hear(created)
     client.hear(again)
 
-    assert client.told == []
+    assert client.reported == []
     assert passes(world, client, gateway)
 
 
-def test_an_answer_for_a_resource_that_went_away_meanwhile_is_ignored() -> None:
+def test_an_answer_for_a_resource_that_was_deleted_meanwhile_is_ignored() -> None:
     world, client, _ = joined()
     client.packets_in(datagram("hello"))
     _, created = world.portal.flow(client, "net")
@@ -195,7 +195,7 @@ def test_a_refusal_because_all_gateways_are_offline_shows_for_five_minutes() -> 
     assert statuses(client) == {"net": Status.UNKNOWN}
 
 
-def test_after_a_refusal_the_next_packet_asks_again_and_what_waited_is_not_delivered_late() -> None:
+def test_after_a_refusal_the_next_packet_asks_again_and_waiting_packets_are_dropped() -> None:
     world, client, gateway = joined()
     world.portal.refusals["net"] = "offline"
     client.packets_in(datagram("too early"))
@@ -210,7 +210,7 @@ def test_after_a_refusal_the_next_packet_asks_again_and_what_waited_is_not_deliv
 
 
 @pytest.mark.parametrize("reason", ["forbidden", "not_found", "version_mismatch", "something new"])
-def test_other_refusals_are_told_and_asked_about_again_only_after_two_seconds_of_traffic(reason: str) -> None:
+def test_after_other_refusals_traffic_asks_again_only_after_two_seconds(reason: str) -> None:
     world, client, _ = joined()
     world.portal.refusals["net"] = reason
     for _ in range(19):
@@ -246,7 +246,7 @@ def test_a_refusal_of_an_unknown_resource_is_harmless() -> None:
         {"gateway_ipv6": "fd00:2021:1111::1%"},
     ],
 )
-def test_a_gateway_that_can_not_be_connected_to_is_told_and_leaves_nothing(changes: dict[str, Any]) -> None:
+def test_a_flow_to_an_invalid_gateway_is_reported_and_leaves_nothing(changes: dict[str, Any]) -> None:
     world, client, gateway = joined()
     world.portal.mute = True
     client.packets_in(datagram("hello"))
@@ -263,7 +263,7 @@ def test_a_gateway_that_can_not_be_connected_to_is_told_and_leaves_nothing(chang
     assert gateway.texts() == ["hello", "try again"]
 
 
-def test_a_connection_survives_a_worthless_answer_for_another_resource() -> None:
+def test_a_connection_survives_an_invalid_answer_for_another_resource() -> None:
     world, client, gateway = connected(NET, OTHER_NET)
     world.portal.mute = True
     client.packets_in(datagram("hello", "10.30.0.5"))
@@ -304,7 +304,7 @@ def test_a_deleted_resource_is_cut_off_in_the_same_turn_in_both_directions() -> 
     assert passes(world, client, gateway, "10.30.0.5")
 
 
-def test_with_its_last_resource_a_gateway_is_told_goodbye() -> None:
+def test_a_gateway_without_resources_gets_a_goodbye() -> None:
     world, client, gateway = connected()
 
     client.hear(messages.ResourceDeleted(id="net"))
@@ -315,7 +315,7 @@ def test_with_its_last_resource_a_gateway_is_told_goodbye() -> None:
     assert statuses(client) == {}
 
 
-def test_a_resource_that_is_elsewhere_now_is_asked_for_anew() -> None:
+def test_a_resource_that_has_moved_is_asked_for_again() -> None:
     world, client, gateway = connected()
     moved = world.portal.add(attrs.evolve(NET, address="10.99.0.0/24"))
 
@@ -328,7 +328,7 @@ def test_a_resource_that_is_elsewhere_now_is_asked_for_anew() -> None:
     assert not passes(world, client, gateway, "10.20.0.5")
 
 
-def test_a_resource_that_only_gets_another_name_keeps_its_flow() -> None:
+def test_a_renamed_resource_keeps_its_flow() -> None:
     world, client, gateway = connected()
     renamed = msgspec.structs.replace(NET.for_client(), name="Something else")
 
@@ -350,7 +350,7 @@ def test_filters_change_live() -> None:
 
 
 def test_a_moved_resource_does_not_take_the_addresses_of_one_in_use() -> None:
-    """Its own flow led elsewhere, so it is not in use at the new place."""
+    """Its flow leads to its former place, so it is not in use at the new one."""
     used, moving = Access("z used", "10.20.0.0/24", "gateway"), Access("a moving", "10.30.0.0/24", "gateway")
     world, client, gateway = connected(used, moving)
     client.packets_in(datagram("hello", "10.30.0.5"))
@@ -392,7 +392,7 @@ def test_another_resource_of_the_same_network_does_not_displace_one_in_use() -> 
     assert passes(world, client, gateway)
 
 
-def test_an_init_that_lists_fewer_resources_cuts_the_others_off() -> None:
+def test_an_init_cuts_off_resources_that_it_does_not_list() -> None:
     world, client, gateway = connected(NET, OTHER_NET)
     del world.portal.resources["net"]
 
@@ -409,24 +409,24 @@ def test_an_init_that_changes_nothing_disturbs_nothing() -> None:
     client.join()
     world.run(LATENCY)
 
-    assert client.told == []
+    assert client.reported == []
     assert passes(world, client, gateway)
     assert client.ask_count() == 0
 
 
-def test_of_several_changes_in_a_row_only_the_newest_is_told() -> None:
+def test_of_several_changes_in_a_row_only_the_newest_is_reported() -> None:
     _, client, _ = joined()
 
     for number in (1, 2, 3):
         address = ipaddress.IPv4Address(f"100.64.0.{number}")
         interface = Interface(ipv4=address, ipv6=ipaddress.IPv6Address("fd00:2021:1111::1"))
         client.tunnel.handle_message(messages.ConfigChanged(interface=interface), 0.0, 0.0)
-    told = list(client.tunnel.events())
+    events = list(client.tunnel.events())
 
-    assert [str(event.config.ipv4) for event in told if isinstance(event, TunConfigChanged)] == ["100.64.0.3"]
+    assert [str(event.config.ipv4) for event in events if isinstance(event, TunConfigChanged)] == ["100.64.0.3"]
 
 
-def test_packets_must_leave_with_the_address_that_the_portal_gave_last() -> None:
+def test_packets_must_have_the_address_that_the_portal_assigned_last() -> None:
     _, client, _ = connected()
     interface = Interface(ipv4=ipaddress.IPv4Address("100.64.0.9"), ipv6=ipaddress.IPv6Address("fd00:2021:1111::9"))
 
@@ -436,11 +436,11 @@ def test_packets_must_leave_with_the_address_that_the_portal_gave_last() -> None
     assert client.tunnel.counters.foreign_source == 1
 
 
-# What does not pass
+# Dropped and refused packets
 
 
 @pytest.mark.parametrize(("destination", "expected"), [("10.20.0.5", PROHIBITED), ("fd00:20::5", PROHIBITED_IPV6)])
-def test_what_the_filters_leave_out_is_refused_at_once_even_before_there_is_a_flow(
+def test_filters_refuse_packets_at_once_even_before_there_is_a_flow(
     destination: str, expected: list[tuple[int, int]]
 ) -> None:
     allowed = Filter(protocol="tcp", port_range_start=80, port_range_end=80)
@@ -463,7 +463,7 @@ def test_a_fragment_passes_only_where_everything_does() -> None:
     assert not arrives(world, client, gateway, fragment())
     assert not arrives(world, client, gateway, fragment(first=False))
 
-    assert client.errors() == PROHIBITED  # about the first; nobody is told of a later one
+    assert client.errors() == PROHIBITED  # about the first fragment; a later one is never answered
 
 
 def test_packets_from_a_foreign_source_are_dropped_and_counted() -> None:
@@ -476,7 +476,7 @@ def test_packets_from_a_foreign_source_are_dropped_and_counted() -> None:
     assert client.received == []
 
 
-def test_a_gateway_may_send_only_from_what_it_serves() -> None:
+def test_a_gateway_may_send_only_from_the_networks_that_it_serves() -> None:
     world, client, gateway = connected(NET, Access("second", "10.30.0.0/24", "second"))
 
     for source in ("10.30.0.5", "8.8.8.8", "fd00:20::1", "100.64.0.1", "100.64.0.201"):
@@ -486,7 +486,7 @@ def test_a_gateway_may_send_only_from_what_it_serves() -> None:
     assert client.tunnel.counters.unexpected_source == 5
 
 
-def test_a_packet_for_somebody_else_is_not_delivered() -> None:
+def test_a_packet_for_another_client_is_not_delivered() -> None:
     world, client, gateway = connected()
 
     inject(world, gateway, client, answer("for a neighbour", to="100.64.0.2"))
@@ -545,7 +545,7 @@ def test_a_repeated_goodbye_is_harmless() -> None:
     assert client.of(ConnectionClosed) == [ConnectionClosed("gateway")]
 
 
-def test_a_gateway_that_vanishes_is_given_up_and_asked_for_again_by_traffic() -> None:
+def test_traffic_asks_for_a_vanished_gateway_again_after_its_connection_failed() -> None:
     world, client, gateway = connected()
     gateway.is_gone = True
     gateway.leave()
@@ -563,8 +563,8 @@ def test_a_gateway_that_vanishes_is_given_up_and_asked_for_again_by_traffic() ->
     assert "again 9" in gateway.texts()
 
 
-def test_a_gateway_that_began_anew_serves_only_what_it_is_asked_for() -> None:
-    """It knows nothing of what it served before, so whatever else went through it has to be asked for again."""
+def test_a_restarted_gateway_serves_only_resources_that_are_asked_for_again() -> None:
+    """It has forgotten the resources that it served, so each of them has to be asked for again."""
     world, client, gateway = connected(NET, OTHER_NET)
     gateway.restart()
     world.portal.forget_authorizations()
@@ -608,7 +608,7 @@ def test_close_says_goodbye_to_every_gateway() -> None:
 # Roaming, and the portal's absence
 
 
-def test_a_reset_has_another_key_and_asks_again_for_what_was_in_use() -> None:
+def test_a_reset_changes_the_key_and_asks_again_for_flows_in_use() -> None:
     world, client, gateway = connected(NET, OTHER_NET)
     key = client.tunnel.public_key
     client.addresses = (SocketAddress("10.7.7.7", 52625),)
@@ -624,7 +624,7 @@ def test_a_reset_has_another_key_and_asks_again_for_what_was_in_use() -> None:
     assert passes(world, client, gateway)
 
 
-def test_a_reset_does_not_ask_for_what_was_used_long_ago() -> None:
+def test_a_reset_does_not_ask_for_flows_used_long_ago() -> None:
     world, client, _ = connected()
     world.run(RECENT_TRAFFIC + 1)
 
@@ -635,7 +635,7 @@ def test_a_reset_does_not_ask_for_what_was_used_long_ago() -> None:
     assert client.ask_count() == 0
 
 
-def test_a_packet_between_reset_and_rejoin_does_not_make_it_ask_twice() -> None:
+def test_a_packet_between_reset_and_rejoin_does_not_ask_twice() -> None:
     world, client, gateway = connected()
     client.reset()
 
@@ -648,14 +648,14 @@ def test_a_packet_between_reset_and_rejoin_does_not_make_it_ask_twice() -> None:
     assert gateway.texts() == ["impatient"]
 
 
-def test_after_a_reset_no_gateway_is_named_as_connected() -> None:
+def test_after_a_reset_no_gateway_is_listed_as_connected() -> None:
     world, client, _ = connected()
 
     client.reset()
     client.join()
     world.run(1)
 
-    asked = [one.message for one in world.portal.heard if isinstance(one.message, messages.CreateFlow)]
+    asked = [heard.message for heard in world.portal.heard if isinstance(heard.message, messages.CreateFlow)]
     assert [message.connected_gateway_ids for message in asked] == [[]]
 
 
@@ -668,7 +668,7 @@ def test_a_reset_keeps_the_configuration_and_the_resources() -> None:
     assert statuses(client) == {"net": Status.UNKNOWN}
 
 
-def test_while_the_portal_is_away_flows_go_on_and_nothing_is_asked() -> None:
+def test_while_the_portal_is_away_flows_go_on_and_nothing_is_requested() -> None:
     world, client, gateway = connected(NET, OTHER_NET)
     client.leave()
     gateway.leave()
@@ -681,7 +681,7 @@ def test_while_the_portal_is_away_flows_go_on_and_nothing_is_asked() -> None:
     assert client.ask_count() == 0
 
 
-def test_what_waited_for_the_portal_is_asked_for_once_when_it_is_back() -> None:
+def test_a_flow_wanted_while_the_portal_was_away_is_asked_for_once_it_is_back() -> None:
     world, client, gateway = connected(NET, OTHER_NET)
     client.leave()
     client.packets_in(datagram("waits", "10.30.0.5"))
@@ -694,7 +694,7 @@ def test_what_waited_for_the_portal_is_asked_for_once_when_it_is_back() -> None:
     assert gateway.texts() == ["waits"]
 
 
-def test_a_question_that_was_lost_with_the_portals_connection_is_asked_again() -> None:
+def test_a_request_lost_with_the_portals_connection_is_repeated() -> None:
     world, client, gateway = joined()
     client.packets_in(datagram("hello"))
     client.leave()
@@ -714,41 +714,30 @@ def test_candidates_found_while_the_portal_was_away_are_announced_after_the_rejo
     client.tunnel.set_local_addresses(client.addresses, world.now)
     client.drain()
     world.run(1)
-    assert told_candidates(world, "client") == []
+    assert announced_candidates(world, "client") == []
 
     client.join()
     world.run(1)
 
-    assert any("10.0.1.77" in candidate for candidate in told_candidates(world, "client"))
+    assert any("10.0.1.77" in candidate for candidate in announced_candidates(world, "client"))
     assert passes(world, client, gateway)
 
 
 def statuses(client: Client) -> dict[str, Status]:
-    """What a front end shows of the resources, by id."""
+    """The status of each resource as a front end shows it."""
     return {view.id: view.status for view in views(client)}
 
 
 def views(client: Client) -> tuple[ResourceView, ...]:
-    told: ResourcesChanged = client.latest[ResourcesChanged]
-    return told.resources
+    latest: ResourcesChanged = client.latest[ResourcesChanged]
+    return latest.resources
 
 
 def routes(client: Client) -> list[Network]:
-    """What the host is to route into the tunnel."""
-    told: TunConfigChanged = client.latest[TunConfigChanged]
-    return list(told.config.routes)
+    """The networks for the host to route into the tunnel."""
+    latest: TunConfigChanged = client.latest[TunConfigChanged]
+    return list(latest.config.routes)
 
 
 def network(text: str) -> Network:
     return ipaddress.ip_network(text)
-
-
-def told_candidates(world: World, name: str) -> list[str]:
-    """The candidates that the portal heard of one side."""
-    kinds = (messages.BroadcastIceCandidates,)
-    return [
-        candidate
-        for one in world.portal.heard
-        if one.sender == name and isinstance(one.message, kinds)
-        for candidate in one.message.candidates
-    ]

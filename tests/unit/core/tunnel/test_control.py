@@ -23,12 +23,12 @@ _STATUS = DomainStatus(_ID, "example.com", active=True)
 _PROXIES = tuple([f"100.96.0.{n}" for n in range(1, 5)] + [f"fd00:2021:1111:8000::{n}" for n in range(4)])
 
 
-def test_a_domain_status_is_written_as_upstream_writes_it() -> None:
+def test_a_domain_status_is_encoded_as_upstream_encodes_it() -> None:
     assert encode(_STATUS) == _VECTOR
     assert len(_VECTOR) == 140
 
 
-def test_the_vector_is_recognized_and_read() -> None:
+def test_the_vector_is_recognized_and_decoded() -> None:
     packet = _packet(_VECTOR)
 
     assert is_control(packet)
@@ -42,7 +42,7 @@ def test_the_vector_is_recognized_and_read() -> None:
         st.just(Goodbye()),
     )
 )
-def test_what_we_write_is_read_back(event: Event) -> None:
+def test_an_encoded_event_is_decoded_again(event: Event) -> None:
     packet = parse(bytearray(encode(event)))
     if packet is None:  # longer than a packet may be
         assert len(encode(event)) > 1280
@@ -71,14 +71,14 @@ def test_any_status_but_active_means_inactive(status: str) -> None:
     assert decode(_control(1, body)) == DomainStatus(_ID, "example.com", active=False)
 
 
-def test_reserved_bytes_are_not_looked_at() -> None:
+def test_reserved_bytes_are_ignored() -> None:
     changed = bytearray(_VECTOR)
     changed[41:48] = b"\xff" * 7
 
     assert decode(_packet(changed)) == _STATUS
 
 
-def test_a_goodbye_may_have_a_payload_some_day() -> None:
+def test_the_payload_of_a_goodbye_is_ignored() -> None:
     assert decode(_control(2, b"")) == decode(_control(2, b'{"reason":"roamed"}')) == Goodbye()
 
 
@@ -103,7 +103,7 @@ def test_unknown_and_malformed_events_are_none_but_still_control_packets(code: i
     assert decode(packet) is None
 
 
-def test_a_payload_too_short_for_the_header_is_no_event() -> None:
+def test_a_payload_too_short_for_the_header_is_not_an_event() -> None:
     for length in range(8):
         raw = bytearray(_VECTOR[: 40 + length])
         raw[4:6] = length.to_bytes(2, "big")

@@ -13,7 +13,7 @@ from firezone_tunnel.core.packet.superpacket import ICMP, ICMPV6, TCP, UDP, Supe
 from firezone_tunnel.core.tunnel.filter import PERMIT_ALL, PERMIT_NOTHING, FilterTable, Rules
 
 _GRE = 47
-_PORT = 100  # ports close to it, so that ranges meet them
+_PORT = 100  # tests draw ports close to it, so that they hit the ranges
 
 _filters = st.lists(
     st.builds(
@@ -37,12 +37,14 @@ _resources = st.lists(st.tuples(_networks, _filters), max_size=6)
 
 
 @given(_filters, _protocols, _ports)
-def test_a_resource_lets_pass_what_one_of_its_filters_lists(filters: list[Filter], protocol: int, port: int) -> None:
+def test_a_resource_permits_packets_that_match_one_of_its_filters(
+    filters: list[Filter], protocol: int, port: int
+) -> None:
     assert Rules.of(filters).permits(_packet(protocol), port) == _passes(filters, protocol, port)
 
 
 @given(st.lists(_filters, max_size=4), _protocols, _ports)
-def test_several_resources_let_pass_what_one_of_them_does(
+def test_the_union_permits_packets_that_one_of_the_resources_permits(
     several: list[list[Filter]], protocol: int, port: int
 ) -> None:
     union = Rules.union(Rules.of(filters) for filters in several)
@@ -67,7 +69,7 @@ def test_an_address_has_the_rules_of_all_resources_that_contain_its_longest_pref
         assert table.of(longest) == table.lookup(address.packed)
 
 
-def test_an_empty_list_lets_every_protocol_pass() -> None:
+def test_an_empty_list_permits_every_protocol() -> None:
     assert Rules.of([]) == PERMIT_ALL
     assert Rules.of([]).permits(_packet(_GRE), 0)
 
@@ -80,7 +82,7 @@ def test_missing_bounds_are_the_whole_range() -> None:
     assert not rules.permits(_packet(UDP), 80)
 
 
-def test_icmp_passes_of_any_type_and_both_versions_if_listed() -> None:
+def test_icmp_of_any_type_and_both_versions_passes_if_listed() -> None:
     rules = Rules.of([Filter(protocol="icmp")])
 
     assert rules.permits(_packet(ICMP), 0)
@@ -98,7 +100,7 @@ def test_a_fragment_passes_only_where_everything_does() -> None:
     )
 
 
-def test_no_resource_no_passage() -> None:
+def test_without_a_resource_nothing_passes() -> None:
     assert FilterTable().lookup(bytes((10, 0, 0, 1))) == PERMIT_NOTHING
     assert FilterTable().lookup(bytes(16)) == PERMIT_NOTHING
     assert FilterTable().of(ipaddress.ip_network("10.0.0.0/8")) == PERMIT_NOTHING
@@ -106,14 +108,14 @@ def test_no_resource_no_passage() -> None:
 
 
 @pytest.mark.parametrize("everything", ["0.0.0.0/0", "100.64.0.0/10", "100.64.0.0/16"])
-def test_no_resource_opens_the_way_from_one_client_to_another(everything: str) -> None:
+def test_no_resource_permits_packets_from_one_client_to_another(everything: str) -> None:
     table = FilterTable([(ipaddress.ip_network(everything), PERMIT_ALL), (ipaddress.ip_network("::/0"), PERMIT_ALL)])
 
     assert table.lookup(ipaddress.ip_address("100.64.0.7").packed) == PERMIT_NOTHING
     assert table.lookup(ipaddress.ip_address("fd00:2021:1111::7").packed) == PERMIT_NOTHING
 
 
-def test_the_internet_opens_every_more_specific_resource() -> None:
+def test_the_internet_resource_permits_everything_in_more_specific_resources_too() -> None:
     lab = ipaddress.ip_network("172.20.0.0/16")
     web_only = Rules.of([Filter(protocol="tcp", port_range_start=443, port_range_end=443)])
     alone = FilterTable([(lab, web_only)])
@@ -125,7 +127,7 @@ def test_the_internet_opens_every_more_specific_resource() -> None:
 
 
 def _packet(protocol: int, *, fragment: bool = False) -> SuperPacket:
-    """Only what rules look at."""
+    """A packet with only the fields that rules check."""
     packet = SuperPacket()
     packet.protocol = protocol
     packet.fragment = fragment
@@ -135,7 +137,7 @@ def _packet(protocol: int, *, fragment: bool = False) -> SuperPacket:
 def _passes(filters: list[Filter], protocol: int, port: int) -> bool:
     names = {TCP: "tcp", UDP: "udp", ICMP: "icmp", ICMPV6: "icmp"}
     return not filters or any(
-        one.protocol == names.get(protocol)
-        and (one.protocol == "icmp" or one.port_range_start <= port <= one.port_range_end)
-        for one in filters
+        entry.protocol == names.get(protocol)
+        and (entry.protocol == "icmp" or entry.port_range_start <= port <= entry.port_range_end)
+        for entry in filters
     )

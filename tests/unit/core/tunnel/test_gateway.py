@@ -1,4 +1,4 @@
-"""A gateway's data plane: who may reach what, until when, and what everybody else gets to hear."""
+"""A gateway's data plane: which client may reach which resource, until when, and how others are refused."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tests.unit.core.tunnel.world import (
     Client,
     Gateway,
     World,
+    announced_candidates,
     answer,
     answers,
     arrives,
@@ -47,7 +48,7 @@ EXPIRY_CHECK_INTERVAL = 60.0
 # Authorization
 
 
-def test_an_authorized_flow_is_told_to_the_portal_with_its_own_reference() -> None:
+def test_an_authorized_flow_is_acknowledged_with_its_reference() -> None:
     world, client, gateway = joined()
     authorize, _ = world.portal.flow(client, "net")
 
@@ -65,7 +66,7 @@ def test_without_an_authorization_nothing_passes() -> None:
 
     assert gateway.received == []
     assert gateway.tunnel.counters.filtered == 1
-    assert client.tunnel.counters.unexpected_source == 1  # the gateway's answer; the client never asked for that flow
+    assert client.tunnel.counters.unexpected_source == 1  # the ICMP error; the client has no such flow
 
 
 def test_a_rejected_resource_is_cut_off_in_the_same_turn_in_both_directions() -> None:
@@ -86,7 +87,7 @@ def test_a_rejected_resource_is_cut_off_in_the_same_turn_in_both_directions() ->
     assert passes(world, client, gateway, "10.30.0.5")
 
 
-def test_with_its_last_resource_a_client_is_told_goodbye_and_forgotten() -> None:
+def test_a_client_without_resources_gets_a_goodbye_and_is_forgotten() -> None:
     world, client, gateway = connected()
 
     gateway.hear(messages.RejectAccess(client_id="client", resource_id="net"))
@@ -98,7 +99,7 @@ def test_with_its_last_resource_a_client_is_told_goodbye_and_forgotten() -> None
     assert gateway.tunnel.counters.unknown_client == 1
 
 
-def test_a_policy_that_is_withdrawn_ends_the_flow_on_both_sides() -> None:
+def test_a_revoked_policy_ends_the_flow_on_both_sides() -> None:
     world, client, gateway = connected()
 
     world.portal.revoke(client, "net")
@@ -138,7 +139,7 @@ def test_a_second_client_is_served_beside_the_first_and_neither_loses_the_others
         {"ipv6": ""},
     ],
 )
-def test_a_client_that_can_not_be_admitted_is_told_and_gets_nothing(changes: dict[str, Any]) -> None:
+def test_an_invalid_client_is_reported_and_not_admitted(changes: dict[str, Any]) -> None:
     world, client, gateway = joined()
     authorize, _ = world.portal.flow(client, "net")
 
@@ -151,7 +152,7 @@ def test_a_client_that_can_not_be_admitted_is_told_and_gets_nothing(changes: dic
     assert not gateway.node.has_connection("client")
 
 
-def test_a_worthless_authorization_for_a_second_resource_grants_nothing_and_disturbs_nothing() -> None:
+def test_an_invalid_authorization_for_a_second_resource_changes_nothing() -> None:
     world, client, gateway = connected(NET, OTHER_NET)
     authorize, _ = world.portal.flow(client, "other")
 
@@ -174,7 +175,7 @@ def test_a_worthless_authorization_for_a_second_resource_grants_nothing_and_dist
         messages.CidrResource(id="net", name="", address="nonsense", filters=[]),
     ],
 )
-def test_a_resource_of_a_kind_that_it_can_not_serve_is_told_and_not_admitted(resource: messages.Resource) -> None:
+def test_a_resource_of_an_unsupported_kind_is_reported_and_not_served(resource: messages.Resource) -> None:
     world, client, gateway = joined()
     authorize, _ = world.portal.flow(client, "net")
 
@@ -194,7 +195,7 @@ def test_authorizing_again_on_the_same_terms_keeps_the_connection() -> None:
     assert passes(world, client, gateway)
 
 
-def test_what_is_authorized_outlives_the_connection() -> None:
+def test_grants_outlive_the_connection() -> None:
     world, client, gateway = connected()
     client.is_gone = True
     world.run(60)
@@ -209,7 +210,7 @@ def test_what_is_authorized_outlives_the_connection() -> None:
     assert gateway.of(FlowEnded) == []
 
 
-def test_a_client_that_began_anew_replaces_its_former_connection() -> None:
+def test_a_restarted_client_replaces_its_former_connection() -> None:
     world, client, gateway = connected()
     client.restart()
     world.run(2 * LATENCY)
@@ -221,7 +222,7 @@ def test_a_client_that_began_anew_replaces_its_former_connection() -> None:
     assert answers(world, client, gateway)
 
 
-def test_a_client_with_other_addresses_is_no_longer_reached_at_the_old_ones() -> None:
+def test_a_client_with_new_addresses_is_no_longer_reached_at_its_former_addresses() -> None:
     world, client, gateway = connected()
     client.ipv4, client.ipv6 = "100.64.0.9", "fd00:2021:1111::9"
     client.join()
@@ -230,12 +231,12 @@ def test_a_client_with_other_addresses_is_no_longer_reached_at_the_old_ones() ->
 
     gateway.hear(authorize)
 
-    assert arrives(world, gateway, client, answer("to the new one", to="100.64.0.9"))
-    assert not arrives(world, gateway, client, answer("to the old one"))
+    assert arrives(world, gateway, client, answer("to the new address", to="100.64.0.9"))
+    assert not arrives(world, gateway, client, answer("to the old address"))
     assert gateway.tunnel.counters.unknown_client == 1
 
 
-def test_a_clients_goodbye_ends_what_it_was_authorized_for() -> None:
+def test_a_clients_goodbye_ends_its_grants() -> None:
     world, client, gateway = connected()
 
     client.stop()
@@ -266,15 +267,15 @@ def test_close_says_goodbye_to_every_client() -> None:
 # Init
 
 
-def test_the_first_init_gives_the_gateway_its_addresses_and_the_same_again_changes_nothing() -> None:
+def test_the_first_init_brings_the_gateways_addresses_and_a_repeated_init_changes_nothing() -> None:
     world = World()
     gateway = world.add_gateway()
     for _ in range(3):
         gateway.join()
         world.run(1)
 
-    told = gateway.of(InterfaceChanged)
-    assert [(str(event.ipv4), str(event.ipv6)) for event in told] == [(gateway.ipv4, gateway.ipv6)]
+    changes = gateway.of(InterfaceChanged)
+    assert [(str(event.ipv4), str(event.ipv6)) for event in changes] == [(gateway.ipv4, gateway.ipv6)]
 
 
 def test_an_init_that_lists_everything_disturbs_nothing() -> None:
@@ -283,11 +284,11 @@ def test_an_init_that_lists_everything_disturbs_nothing() -> None:
     gateway.join()
     world.run(LATENCY)
 
-    assert gateway.told == []
+    assert gateway.reported == []
     assert passes(world, client, gateway)
 
 
-def test_an_init_revokes_whatever_it_does_not_list_and_keeps_the_rest() -> None:
+def test_an_init_revokes_grants_that_it_does_not_list_and_keeps_the_rest() -> None:
     world, client, gateway = connected(NET, OTHER_NET)
     client.packets_in(datagram("hello", "10.30.0.5"))
     world.run(1)
@@ -310,7 +311,7 @@ def test_an_init_that_lists_nobody_revokes_everything() -> None:
     assert client.of(ConnectionClosed) == [ConnectionClosed("gateway")]
 
 
-def test_an_init_that_lists_strangers_is_harmless() -> None:
+def test_an_init_that_lists_unknown_clients_is_harmless() -> None:
     world, client, gateway = connected()
 
     gateway.hear(
@@ -364,7 +365,7 @@ def test_only_the_resource_that_expires_is_cut_off() -> None:
 
 
 @pytest.mark.parametrize("new", [1000, None])
-def test_an_expiry_that_is_put_off_holds(new: int | None) -> None:
+def test_a_later_expiry_replaces_the_earlier_one(new: int | None) -> None:
     world, client, gateway = expiring(after=20)
 
     gateway.hear(expiry("net", None if new is None else world.utc + new))
@@ -393,7 +394,7 @@ def test_an_expiry_in_the_past_ends_the_flow_at_once() -> None:
     assert gateway.of(FlowEnded) == [FlowEnded("client", "net", "expired")]
 
 
-def test_a_wall_clock_that_is_set_forward_ends_what_is_over_then_within_a_minute() -> None:
+def test_a_wall_clock_that_is_set_forward_ends_expired_flows_within_a_minute() -> None:
     world, client, gateway = expiring(after=3600)
 
     world.wall_clock_step = 3600.0
@@ -403,7 +404,7 @@ def test_a_wall_clock_that_is_set_forward_ends_what_is_over_then_within_a_minute
     assert client.of(ConnectionClosed) == [ConnectionClosed("gateway")]
 
 
-def test_a_wall_clock_that_is_set_back_leaves_the_flow_for_as_long() -> None:
+def test_a_wall_clock_that_is_set_back_prolongs_the_flow() -> None:
     world, client, gateway = expiring(after=100)
     world.run(50)
 
@@ -416,7 +417,7 @@ def test_a_wall_clock_that_is_set_back_leaves_the_flow_for_as_long() -> None:
     assert gateway.of(FlowEnded) == [FlowEnded("client", "net", "expired")]
 
 
-def test_without_expiries_an_idle_gateway_is_not_woken_for_them() -> None:
+def test_without_expiries_an_idle_gateway_is_not_woken_to_check_them() -> None:
     world, _, gateway = connected()
     assert "expire" not in reason(gateway)
 
@@ -449,7 +450,7 @@ def test_an_update_changes_filters_but_not_the_address() -> None:
     assert passes(world, client, gateway)
 
 
-def test_resources_that_cover_an_address_let_pass_what_one_of_them_does() -> None:
+def test_a_packet_passes_if_one_of_the_resources_that_cover_its_address_permits_it() -> None:
     world, client, gateway = connected(
         attrs.evolve(NET, filters=[UDP_5000]), Access("wide", "10.0.0.0/8", "gateway", filters=[ICMP_ONLY])
     )
@@ -458,7 +459,7 @@ def test_resources_that_cover_an_address_let_pass_what_one_of_them_does() -> Non
 
     assert passes(world, client, gateway)
     assert arrives(world, client, gateway, ping("10.20.0.5"))
-    inject(world, client, gateway, datagram("udp to the wide one", "10.1.1.1"))
+    inject(world, client, gateway, datagram("udp to the wide network", "10.1.1.1"))
     assert client.errors() == PROHIBITED
 
 
@@ -472,7 +473,7 @@ def test_fragments_pass_only_under_a_rule_set_that_permits_everything() -> None:
     inject(world, client, gateway, fragment(), fragment(first=False))
 
     assert gateway.received == []
-    assert client.errors() == PROHIBITED  # about the first; nobody is told of a later one
+    assert client.errors() == PROHIBITED  # about the first fragment; a later one is never answered
 
 
 def test_answers_in_fragments_come_back_only_under_a_rule_set_that_permits_everything() -> None:
@@ -505,7 +506,7 @@ def test_other_protocols_pass_only_under_a_rule_set_that_permits_everything(prot
 
 
 @pytest.mark.parametrize("source", ["100.64.0.2", "10.20.0.1", "192.0.2.1", "100.64.0.200"])
-def test_a_packet_from_somebody_elses_address_is_answered_and_goes_nowhere(source: str) -> None:
+def test_a_packet_from_a_foreign_address_is_answered_and_dropped(source: str) -> None:
     world, client, gateway = connected()
     # The answer goes to the address that the packet claims to be from: the client's host must not get it.
     inject(world, client, gateway, datagram("spoofed", source=source))
@@ -521,7 +522,7 @@ def test_the_refusal_of_a_spoofed_packet_travels_to_the_client_that_sent_it() ->
 
     inject(world, client, gateway, datagram("spoofed", source="192.0.2.1"))
 
-    assert client.tunnel.counters.unexpected_source == 1  # it arrived, and was not for the client's host
+    assert client.tunnel.counters.unexpected_source == 1  # it arrived, but was not for the client's host
 
 
 def test_an_ipv6_packet_that_is_not_allowed_is_refused_with_icmpv6() -> None:
@@ -529,7 +530,7 @@ def test_an_ipv6_packet_that_is_not_allowed_is_refused_with_icmpv6() -> None:
 
     inject(world, client, gateway, datagram("not mine", "fd00:20::5"))
 
-    assert client.received == []  # the gateway serves none of these to this client, so they may not answer either
+    assert client.received == []  # the client does not accept this ICMP error: it has no flow to that network
     client.packets_in(datagram("ask for it", "fd00:20::5"))
     world.run(1)
     inject(world, client, gateway, datagram("spoofed", "fd00:20::5", source="fd00:2021:1111::77"))
@@ -569,7 +570,7 @@ def test_one_client_does_not_reach_another_through_the_gateway() -> None:
 
 
 @pytest.mark.parametrize("address", ["100.64.0.200", "fd00:2021:1111::c8"])
-def test_the_gateway_itself_is_reached_and_may_answer(address: str) -> None:
+def test_the_gateway_itself_can_be_reached_and_may_answer(address: str) -> None:
     world, client, gateway = connected(attrs.evolve(NET, filters=[UDP_5000]))
     own = "100.64.0.1" if "." in address else "fd00:2021:1111::1"
 
@@ -577,7 +578,7 @@ def test_the_gateway_itself_is_reached_and_may_answer(address: str) -> None:
     assert arrives(world, gateway, client, ping(own, source=address))
 
 
-def test_answers_from_what_the_client_may_not_use_are_dropped_silently() -> None:
+def test_answers_from_resources_that_the_client_may_not_use_are_dropped_silently() -> None:
     world, client, gateway = connected()
 
     for source in ("10.30.0.5", "8.8.8.8", "fd00:20::5"):
@@ -587,7 +588,7 @@ def test_answers_from_what_the_client_may_not_use_are_dropped_silently() -> None
     assert gateway.received == []
 
 
-def test_an_icmp_error_passes_whatever_the_filters_leave_out() -> None:
+def test_an_icmp_error_passes_any_filters() -> None:
     world, client, gateway = connected(attrs.evolve(NET, filters=[UDP_5000]))
     about = bytes(IP(src="100.64.0.1", dst="10.20.0.5") / UDP(sport=40000, dport=5000))
     error = packet_of(built(IP(src="10.20.0.1", dst="100.64.0.1"), ICMP(type=3, code=4), about))
@@ -597,7 +598,7 @@ def test_an_icmp_error_passes_whatever_the_filters_leave_out() -> None:
     assert not arrives(world, gateway, client, reply)
 
 
-def test_packets_for_nobody_are_dropped_and_counted() -> None:
+def test_packets_for_unknown_clients_are_dropped_and_counted() -> None:
     world, _, gateway = connected()
 
     gateway.packets_in(answer("to nobody", to="100.64.0.99"), answer("outside", to="192.0.2.1"))
@@ -607,7 +608,7 @@ def test_packets_for_nobody_are_dropped_and_counted() -> None:
 
 
 def test_tcp_runs_are_carried_whole() -> None:
-    """The filters look at a run once; its segments all arrive."""
+    """The filters check a run once; all its segments arrive."""
     world, client, gateway = connected(attrs.evolve(NET, filters=[UDP_5000, Filter(protocol="tcp")]))
     segments = [
         packet_of(
@@ -666,12 +667,12 @@ def test_candidates_found_while_the_portal_was_away_are_announced_after_the_rejo
     gateway.tunnel.set_local_addresses(gateway.addresses, world.now)
     gateway.drain()
     world.run(1)
-    assert told_candidates(world) == []
+    assert announced_candidates(world, "gateway") == []
 
     gateway.join()
     world.run(1)
 
-    assert any("10.0.2.77" in candidate for candidate in told_candidates(world))
+    assert any("10.0.2.77" in candidate for candidate in announced_candidates(world, "gateway"))
     assert passes(world, client, gateway)
 
 
@@ -684,24 +685,14 @@ def expiry(rid: str, at: float | None) -> messages.ExpiryUpdated:
 
 
 def expiring(*, after: int) -> tuple[World, Client, Gateway]:
-    """A connected pair; the flow ends in so many seconds."""
+    """A connected pair whose flow ends after so many seconds."""
     world, client, gateway = connected()
     gateway.hear(expiry("net", world.utc + after))
     return world, client, gateway
 
 
 def reason(gateway: Gateway) -> str:
-    """What the gateway waits for next."""
+    """The reason of the gateway's next timeout."""
     timeout = gateway.tunnel.next_timeout()
     assert timeout is not None
     return timeout.reason
-
-
-def told_candidates(world: World) -> list[str]:
-    """The candidates that the portal heard of the gateway."""
-    return [
-        candidate
-        for one in world.portal.heard
-        if isinstance(one.message, messages.BroadcastIceCandidates)
-        for candidate in one.message.candidates
-    ]

@@ -1,4 +1,4 @@
-"""Which gateway an address belongs to, however the portal gives addresses away."""
+"""Addresses of gateways that the portal reassigns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import ipaddress
 from firezone_tunnel.core.tunnel.gateways import Gateways
 
 
-def test_a_gateway_that_gets_another_address_does_not_take_its_old_one_from_who_has_it_now() -> None:
+def test_a_gateway_that_changes_its_address_leaves_its_former_address_to_the_new_owner() -> None:
     gateways = Gateways()
     gateways.upsert("first", "site", "100.64.0.1", "fd00:2021:1111::1")
     second = gateways.upsert("second", "site", "100.64.0.1", "fd00:2021:1111::1")

@@ -1,4 +1,4 @@
-"""Whatever arrives from the network, the host, the other side or the portal: nothing raises, and flows go on."""
+"""Malformed input from the network, the host, the peer or the portal: nothing raises, and flows go on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.unit.core.tunnel.world import (
     passes,
 )
 
-MAX_CONTROL = 1240  # what of a packet of 1280 bytes its IPv6 header leaves
+MAX_CONTROL = 1240  # a packet of 1280 bytes without its IPv6 header
 NAMES = st.sampled_from(["client", "gateway"])
 BOTH = pytest.mark.parametrize("name", ["client", "gateway"])
 NOWHERE = SocketAddress("10.9.9.9", 1)
@@ -57,18 +57,18 @@ def test_garbage_that_looks_like_wireguard_is_only_counted(name: str, kind: int,
 
 @settings(max_examples=60, deadline=None)
 @given(name=NAMES, data=st.data())
-def test_changed_datagrams_of_the_peer_deliver_nothing_false(name: str, data: st.DataObject) -> None:
+def test_corrupted_datagrams_of_the_peer_deliver_no_corrupted_packet(name: str, data: st.DataObject) -> None:
     world, client, gateway = connected()
     device, peer = (client, gateway) if name == "client" else (gateway, client)
     world.lose = lambda sender, _: sender is peer
     peer.sent.clear()
     inject(world, peer, device, *(datagram(f"packet {number}") for number in range(3)))
     changed = [bytearray(sent) for _, sent in peer.sent]
-    for one in changed:
-        one[data.draw(st.integers(0, len(one) - 1))] ^= data.draw(st.integers(1, 255))
+    for raw in changed:
+        raw[data.draw(st.integers(0, len(raw) - 1))] ^= data.draw(st.integers(1, 255))
     world.lose = lambda sender, _: False
 
-    device.handle([bytes(one) for one in changed], peer.addresses[0], device.addresses[0])
+    device.handle([bytes(raw) for raw in changed], peer.addresses[0], device.addresses[0])
 
     assert set(device.texts()) <= {"packet 0", "packet 1", "packet 2"}
     device.received.clear()
@@ -78,7 +78,7 @@ def test_changed_datagrams_of_the_peer_deliver_nothing_false(name: str, data: st
 @settings(max_examples=200, deadline=None)
 @given(name=NAMES, data=st.data())
 def test_odd_packets_inside_the_tunnel_never_raise(name: str, data: st.DataObject) -> None:
-    """From the other side, which holds the keys but is not to be trusted for that."""
+    """The peer holds the keys but is not trusted."""
     world, client, gateway = shared()
     device, peer = (client, gateway) if name == "client" else (gateway, client)
     packets = data.draw(_lists)
@@ -163,7 +163,7 @@ def test_a_control_packet_that_is_too_short_is_harmless(name: str, size: int) ->
         to_client.FlowCreationFailed(resource_id="net", reason=""),
     ],
 )
-def test_what_makes_no_sense_of_the_portal_is_harmless_to_a_client(message: to_client.FromPortal) -> None:
+def test_a_senseless_message_of_the_portal_is_harmless_to_a_client(message: to_client.FromPortal) -> None:
     world, client, gateway = connected()
 
     client.hear(message)
@@ -190,7 +190,7 @@ def test_what_makes_no_sense_of_the_portal_is_harmless_to_a_client(message: to_c
         RelaysPresence(disconnected_ids=["no such"], connected=[]),
     ],
 )
-def test_what_makes_no_sense_of_the_portal_is_harmless_to_a_gateway(message: to_gateway.FromPortal) -> None:
+def test_a_senseless_message_of_the_portal_is_harmless_to_a_gateway(message: to_gateway.FromPortal) -> None:
     world, client, gateway = connected()
 
     gateway.hear(message)
@@ -199,7 +199,7 @@ def test_what_makes_no_sense_of_the_portal_is_harmless_to_a_gateway(message: to_
     assert_traffic_flows(world, client, gateway)
 
 
-def test_before_the_portal_has_said_anything_packets_and_datagrams_are_dropped() -> None:
+def test_before_the_first_init_packets_and_datagrams_are_dropped() -> None:
     world = World()
     devices: list[Device] = [world.add_client(), world.add_gateway()]
 
@@ -214,7 +214,7 @@ def test_before_the_portal_has_said_anything_packets_and_datagrams_are_dropped()
 
 @st.composite
 def _packets(draw: st.DrawFn) -> SuperPacket:
-    """Anything that passes for a packet, often from and to addresses that mean something."""
+    """Any parsable packet, often with addresses that are in use."""
     version = draw(st.sampled_from([4, 6]))
     size = {4: 4, 6: 16}[version]
     addresses = st.one_of(st.sampled_from(_ADDRESSES[version]), st.binary(min_size=size, max_size=size))
@@ -250,7 +250,7 @@ _shared: list[tuple[World, Client, Gateway]] = []
 
 
 def shared() -> tuple[World, Client, Gateway]:
-    """One connected pair for many examples, as they leave it."""
+    """One connected pair for many examples; each leaves it to the next."""
     if not _shared:
         _shared.append(connected())
     return _shared[0]

@@ -1,4 +1,4 @@
-"""Longest prefixes against a scan of all networks, and the tunnel's own ranges."""
+"""Longest prefixes, compared with a scan of all networks, and the tunnel's own ranges."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from firezone_tunnel.core.tunnel.prefixes import (
     parse_network,
 )
 
-# Few distinct bits, so that networks overlap and addresses lie in them.
+# Few distinct bits, so that networks overlap and contain the addresses.
 _ipv4 = st.integers(0, 2**32 - 1).map(lambda number: number & 0xC0C0_0303)
 _ipv6 = st.integers(0, 2**128 - 1).map(lambda number: number & 0xC0C0 << 112 | number & 3)
 _networks: st.SearchStrategy[Network] = st.one_of(
@@ -51,8 +51,8 @@ def test_a_network_finds_itself_and_all_that_contain_it(entries: list[tuple[Netw
 
     for network in [wanted, *latest]:
         containing = [other for other in latest if other.version == network.version and network.subnet_of(other)]
-        containing.sort(key=lambda one: -one.prefixlen)
-        assert table.covering(network) == [latest[one] for one in containing]
+        containing.sort(key=lambda other: -other.prefixlen)
+        assert table.covering(network) == [latest[other] for other in containing]
         assert table.get(network) == latest.get(network)
 
 
@@ -78,7 +78,7 @@ def test_the_value_0_is_a_value() -> None:
         ("2001:db8::1", False),
     ],
 )
-def test_clients_and_gateways_have_addresses_of_the_tunnel(address: str, is_own: bool) -> None:
+def test_the_ranges_of_clients_and_gateways_are_tunnel_addresses(address: str, is_own: bool) -> None:
     assert is_tunnel_address(ipaddress.ip_address(address).packed) == is_own
 
 
@@ -95,17 +95,17 @@ def test_clients_and_gateways_have_addresses_of_the_tunnel(address: str, is_own:
         ("::/0", False),
     ],
 )
-def test_a_network_lies_in_the_tunnel_if_all_of_it_does(network: str, lies: bool) -> None:
+def test_a_network_lies_in_the_tunnel_if_all_its_addresses_do(network: str, lies: bool) -> None:
     assert lies_in_tunnel(ipaddress.ip_network(network)) == lies
 
 
 @given(st.ip_addresses())
-def test_multicast_and_broadcast_are_told_from_the_rest(address: ipaddress.IPv4Address) -> None:
+def test_multicast_and_broadcast_are_recognized(address: ipaddress.IPv4Address) -> None:
     assert is_multicast(address.packed) == (address.is_multicast or str(address) == "255.255.255.255")
 
 
 @pytest.mark.parametrize("address", ["224.0.0.22", "ff02::2", "239.255.255.250", "255.255.255.255"])
-def test_what_goes_to_many_is_multicast(address: str) -> None:
+def test_examples_of_multicast(address: str) -> None:
     assert is_multicast(ipaddress.ip_address(address).packed)
 
 

@@ -1,4 +1,4 @@
-"""Which resource an address belongs to, what a change voids, and what a person sees."""
+"""The resource of an address, connections that a change voids, and the resources as a front end shows them."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_tunnels_own_addresses_and_multicast_belong_to_no_resource(address: 
     assert _found(table, "2001:db8::1") == "b"
 
 
-def test_an_answer_is_forgotten_when_resources_change() -> None:
+def test_a_cached_result_is_dropped_when_resources_change() -> None:
     table = ResourceTable(is_connected=lambda _: False)
     table.add(_cidr("a", "10.0.0.0/8"))
     assert _found(table, "10.0.0.1") == "a"
@@ -120,7 +120,7 @@ def test_the_cache_of_destinations_is_bounded() -> None:
     assert table.lookup.cache_info().currsize == MAX_CACHED_DESTINATIONS
 
 
-def test_a_network_with_host_bits_or_no_network_at_all_routes_nothing_but_is_shown() -> None:
+def test_a_resource_without_a_valid_network_is_not_routed_but_shown() -> None:
     table = ResourceTable(is_connected=lambda _: False)
     table.set([_cidr("a", "10.0.0.1/8"), _dns("b", "*.example.com"), _internet("c")])
 
@@ -128,10 +128,10 @@ def test_a_network_with_host_bits_or_no_network_at_all_routes_nothing_but_is_sho
     assert len(table.views(SiteStatuses())) == 3
 
 
-# What a change voids
+# Void connections
 
 
-def test_a_list_is_authoritative_and_voids_only_what_is_gone_or_moved() -> None:
+def test_a_list_replaces_all_resources_and_voids_only_those_gone_or_moved() -> None:
     table = ResourceTable(is_connected=lambda _: False)
     table.set([_cidr("a", "10.0.0.0/8"), _cidr("b", "10.1.0.0/16"), _cidr("c", "10.2.0.0/16")])
 
@@ -175,7 +175,7 @@ def test_another_ip_stack_or_type_voids_a_connection() -> None:
     assert table.add(_cidr("a", "10.0.0.0/8"))
 
 
-def test_what_is_told_again_stays_as_recently_used_as_it_was() -> None:
+def test_an_updated_resource_keeps_the_time_of_its_last_use() -> None:
     table = ResourceTable(is_connected=lambda _: False)
     table.add(_cidr("a", "10.0.0.0/8"))
     entry = table.get("a")
@@ -189,7 +189,7 @@ def test_what_is_told_again_stays_as_recently_used_as_it_was() -> None:
     assert again.used_at == 42.0
 
 
-def test_removing_tells_whether_it_was_there() -> None:
+def test_remove_returns_whether_the_resource_was_present() -> None:
     table = ResourceTable(is_connected=lambda _: False)
     table.add(_cidr("a", "10.0.0.0/8"))
 
@@ -198,7 +198,7 @@ def test_removing_tells_whether_it_was_there() -> None:
     assert table.get("a") is None
 
 
-def test_routes_are_sorted_and_each_told_once() -> None:
+def test_routes_are_sorted_and_distinct() -> None:
     table = ResourceTable(is_connected=lambda _: False)
     table.set(
         _cidr(str(number), network)
@@ -216,7 +216,7 @@ def test_routes_are_sorted_and_each_told_once() -> None:
     ]
 
 
-def test_a_resource_has_the_rules_of_all_that_contain_it() -> None:
+def test_a_resource_has_the_rules_of_all_resources_that_contain_it() -> None:
     table = ResourceTable(is_connected=lambda _: False)
     web, icmp = Filter(protocol="tcp", port_range_start=80, port_range_end=80), Filter(protocol="icmp")
     table.set([_cidr("inner", "10.1.0.0/16", filters=[web]), _cidr("outer", "10.0.0.0/8", filters=[icmp])])
@@ -229,7 +229,7 @@ def test_a_resource_has_the_rules_of_all_that_contain_it() -> None:
     assert inner.rules == PERMIT_ALL
 
 
-# What a person sees
+# Views
 
 
 def test_resources_are_sorted_as_upstream_sorts_them() -> None:
@@ -271,7 +271,7 @@ def test_resources_are_sorted_as_upstream_sorts_them() -> None:
     assert [view.id for view in views if view.name == "Metabase"] == ["3", "7"]
 
 
-def test_a_view_has_what_its_kind_has() -> None:
+def test_a_view_has_the_fields_of_its_kind() -> None:
     table = ResourceTable(is_connected=lambda _: False)
     table.set([_cidr("a", "10.0.0.0/8", address_description="text"), _dns("b", "*.example.com"), _internet("c")])
     internet, cidr, dns = table.views(SiteStatuses())

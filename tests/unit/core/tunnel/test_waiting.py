@@ -1,4 +1,4 @@
-"""Packets that wait: bounded, in order, each once, and only the latest attempt of a TCP connection."""
+"""Waiting packets: bounded, in order, without duplicates, and with only the latest attempt of a TCP connection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from firezone_tunnel.core.tunnel.waiting import CAPACITY, WaitingPackets
 from tests.unit.core.packet.packets import IP, TCP, IPv6, built, udp
 
 
-def test_they_come_out_once_in_the_order_they_went_in() -> None:
+def test_packets_are_taken_once_in_their_order() -> None:
     waiting = WaitingPackets()
     for number in range(10):
         waiting.add(_datagram(number))
@@ -24,7 +24,7 @@ def test_they_come_out_once_in_the_order_they_went_in() -> None:
     assert len(waiting) == 0
 
 
-def test_of_more_than_128_the_oldest_are_given_back() -> None:
+def test_of_more_than_128_packets_the_oldest_are_dropped() -> None:
     waiting = WaitingPackets()
     gone = [waiting.add(_datagram(number)) for number in range(CAPACITY + 5)]
 
@@ -33,7 +33,7 @@ def test_of_more_than_128_the_oldest_are_given_back() -> None:
     assert [_number(packet) for packet in waiting.take()] == list(range(5, CAPACITY + 5))
 
 
-def test_a_packet_that_waits_already_is_not_stored_again() -> None:
+def test_a_duplicate_is_not_stored() -> None:
     waiting = WaitingPackets()
     for number in (1, 2, 1, 1, 3, 2):
         waiting.add(_datagram(number))
@@ -41,7 +41,7 @@ def test_a_packet_that_waits_already_is_not_stored_again() -> None:
     assert [_number(packet) for packet in waiting.take()] == [1, 2, 3]
 
 
-def test_duplicates_of_what_waits_drop_nothing_when_it_is_full() -> None:
+def test_duplicates_drop_nothing_when_the_queue_is_full() -> None:
     waiting = WaitingPackets()
     gone = [waiting.add(_datagram(number)) for number in [*range(CAPACITY), *range(CAPACITY)]]
 
@@ -49,7 +49,7 @@ def test_duplicates_of_what_waits_drop_nothing_when_it_is_full() -> None:
     assert len(waiting) == CAPACITY
 
 
-def test_what_was_taken_may_wait_again() -> None:
+def test_a_taken_packet_may_wait_again() -> None:
     waiting = WaitingPackets()
     waiting.add(_datagram(1))
     waiting.take()
@@ -58,7 +58,7 @@ def test_what_was_taken_may_wait_again() -> None:
     assert len(waiting) == 1
 
 
-def test_a_packet_is_kept_though_its_memory_is_used_again() -> None:
+def test_a_packet_is_kept_although_its_memory_is_reused() -> None:
     waiting = WaitingPackets()
     packet = _datagram(7)
     waiting.add(packet)
@@ -68,7 +68,7 @@ def test_a_packet_is_kept_though_its_memory_is_used_again() -> None:
 
 
 @pytest.mark.parametrize("version", [4, 6])
-def test_a_repeated_syn_takes_the_place_of_the_earlier_one(version: int) -> None:
+def test_a_repeated_syn_replaces_the_earlier_one(version: int) -> None:
     waiting = WaitingPackets()
     waiting.add(_tcp(version, timestamp=1))
     waiting.add(_datagram(1))
@@ -83,7 +83,7 @@ def test_a_repeated_syn_takes_the_place_of_the_earlier_one(version: int) -> None
     "other",
     [{"seq": 2}, {"sport": 40001}, {"dport": 81}, {"flags": "SA"}, {"flags": "A"}, {"last": 9}],
 )
-def test_what_is_not_the_same_attempt_waits_beside_it(other: dict[str, Any]) -> None:
+def test_another_packet_of_the_connection_waits_beside_the_syn(other: dict[str, Any]) -> None:
     waiting = WaitingPackets()
     waiting.add(_tcp(timestamp=1))
     waiting.add(_tcp(timestamp=2, **other))
@@ -91,7 +91,7 @@ def test_what_is_not_the_same_attempt_waits_beside_it(other: dict[str, Any]) -> 
     assert len(waiting) == 2
 
 
-def test_acknowledgements_are_not_taken_for_attempts() -> None:
+def test_acknowledgements_do_not_replace_each_other() -> None:
     waiting = WaitingPackets()
     waiting.add(_tcp(flags="SA", timestamp=1))
     waiting.add(_tcp(flags="SA", timestamp=2))
@@ -102,7 +102,7 @@ def test_acknowledgements_are_not_taken_for_attempts() -> None:
 
 
 @given(st.lists(st.integers(0, 200), max_size=400))
-def test_it_keeps_the_latest_distinct_ones(numbers: list[int]) -> None:
+def test_the_latest_distinct_packets_are_kept(numbers: list[int]) -> None:
     waiting = WaitingPackets()
     expected: list[int] = []
     for number in numbers:
@@ -137,7 +137,7 @@ def _tcp(
     timestamp: int = 1,
     last: int = 2,
 ) -> SuperPacket:
-    """An attempt; repetitions differ in their timestamp option."""
+    """A TCP segment; retransmissions differ in their timestamp option."""
     header = IP(src="10.0.0.1", dst=f"10.0.0.{last}") if version == 4 else IPv6(src="fd00::1", dst=f"fd00::{last}")
     options = [("MSS", 1240), ("Timestamp", (timestamp, 0))]
     return _parsed(built(header, TCP(sport=sport, dport=dport, seq=seq, flags=flags, options=options)))

@@ -1,4 +1,4 @@
-"""Clients and gateways, whole but for their sockets and devices, the portal that they share, and a clock."""
+"""Complete clients and gateways without sockets and devices, the portal that they share, and a clock."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _D = TypeVar("_D", bound="Device")
 
 
 class Device(snownet.Host):
-    """What client and gateway have in common.
+    """The common half of client and gateway.
 
-    `received` are the packets that its host got out of the tunnel, `told` what its shell was told, less the messages
-    for the portal, and `latest` the newest of each kind.
+    `received` are the packets that its host got out of the tunnel, `reported` the events for its shell without the
+    messages to the portal, and `latest` the newest event of each kind.
     """
 
     tunnel: Any
@@ -44,7 +44,7 @@ class Device(snownet.Host):
         self.role = role
         self.ipv4, self.ipv6 = f"100.64.0.{number}", f"fd00:2021:1111::{number:x}"
         self.received: list[SuperPacket] = []
-        self.told: list[Any] = []
+        self.reported: list[Any] = []
         self.latest: dict[type, Any] = {}
         self.is_stopped = False
         self.begin()
@@ -58,7 +58,7 @@ class Device(snownet.Host):
         raise NotImplementedError
 
     def packets_in(self, *packets: SuperPacket) -> list[SuperPacket]:
-        """The host sends these; returns what it is answered at once."""
+        """Send packets from the host. Returns the immediate answers."""
         world = self.world
         answers = self.tunnel.handle_packets(packets, world.now, world.utc)
         answers = [answer.copy() for answer in answers]
@@ -67,20 +67,20 @@ class Device(snownet.Host):
         return answers
 
     def join(self) -> None:
-        """The portal takes us, and says so."""
+        """Join the portal, which answers with `init`."""
         self.world.portal.join(self)
 
     def leave(self) -> None:
         self.world.portal.leave(self)
 
     def hear(self, message: Any) -> None:
-        """The portal says this now."""
+        """Receive a message of the portal now."""
         self.tunnel.handle_message(message, self.world.now, self.world.utc)
         self.drain()
 
     def of(self, kind: Any) -> list[Any]:
-        """What it told its shell, less the messages for the portal."""
-        return [event for event in self.told if isinstance(event, kind)]
+        """The events of one kind for its shell."""
+        return [event for event in self.reported if isinstance(event, kind)]
 
     def texts(self, sender: snownet.Host | None = None) -> list[str]:
         """The payloads of `datagram`s that its host got, in order."""
@@ -94,7 +94,7 @@ class Device(snownet.Host):
     def errors(self) -> list[tuple[int, int]]:
         """Type and code of the ICMP errors that its host got."""
         found = [packet for packet in self.received if packet.protocol in {ICMP_PROTOCOL, ICMPV6}]
-        return [(one.data[one.transport_offset], one.data[one.transport_offset + 1]) for one in found]
+        return [(error.data[error.transport_offset], error.data[error.transport_offset + 1]) for error in found]
 
     def take_in(
         self, data: bytes, segment_size: int, source: SocketAddress, local: SocketAddress, ecn: int = 0
@@ -123,12 +123,12 @@ class Device(snownet.Host):
             if isinstance(event, ToPortal):
                 self.world.portal.hear(self, event.message)
             else:
-                self.told.append(event)
+                self.reported.append(event)
                 self.latest[type(event)] = event
                 self.events.append((self.world.now, event))
 
     def stop(self) -> None:
-        """End the program in good order."""
+        """Shut the program down."""
         self.tunnel.close(self.world.now)
         self.drain()
         self.is_stopped = self.is_gone = True
@@ -151,12 +151,12 @@ class Client(Device):
         self.tunnel.set_local_addresses(self.addresses, self.world.now)
 
     def ask_count(self, rid: str | None = None) -> int:
-        """How often it asked for a flow."""
-        asked = [one.message for one in self.world.portal.heard if isinstance(one.message, to_client.CreateFlow)]
-        return len([message for message in asked if rid in {None, message.resource_id}])
+        """The number of requests for a flow."""
+        messages = [heard.message for heard in self.world.portal.heard]
+        return sum(isinstance(each, to_client.CreateFlow) and rid in {None, each.resource_id} for each in messages)
 
     def reset(self) -> None:
-        """As when its network has changed: it says goodbye, and calls the portal with another key."""
+        """Its network has changed: say goodbye, and leave the portal to join it with a new key."""
         self.tunnel.reset(self.world.now)
         self.node = self.tunnel.node
         self.drain()
@@ -187,7 +187,7 @@ class Heard:
 
 @attrs.define
 class Access:
-    """A resource of a client as the portal has it, and who may serve it."""
+    """A resource of a client as the portal stores it, and the gateway that serves it."""
 
     rid: str
     address: str
@@ -206,9 +206,9 @@ class Access:
 
 
 class Portal:
-    """Introduces clients to gateways as `resources` say.
+    """Introduces clients to gateways according to `resources`.
 
-    `refusals` are reasons, by resource; while it is `mute` it answers nothing. `heard` is what has reached it.
+    `refusals` are reasons, by resource; while it is `mute` it answers nothing. `heard` are the messages it received.
     """
 
     def __init__(self, world: World) -> None:
@@ -218,7 +218,7 @@ class Portal:
         self.mute = False
         self.preshared_key = bytes(range(32))
         self._world = world
-        self._joined: dict[str, int] = {}  # which connection of a device is the current one
+        self._joined: dict[str, int] = {}  # the number of a device's current connection
         self._connections = 0
         self._authorized: dict[tuple[str, str], int | None] = {}
         self._waiting: dict[str, tuple[str, str, to_client.FlowCreated]] = {}
@@ -234,7 +234,7 @@ class Portal:
         self.send(device, self.init(device))
 
     def leave(self, device: Device) -> None:
-        """Nothing said so far arrives any more."""
+        """Messages under way are lost."""
         self._joined.pop(device.name, None)
         device.tunnel.handle_left()
         device.drain()
@@ -250,7 +250,7 @@ class Portal:
         return to_gateway.Init(interface=device.interface, authorizations=authorizations)
 
     def send(self, device: Device, message: Any) -> None:
-        """Have a message arrive, unless the device has left by then."""
+        """Deliver a message, unless the device has left by then."""
         connection = self._joined.get(device.name)
 
         def arrive() -> None:
@@ -270,7 +270,7 @@ class Portal:
         self._world.later(LATENCY, arrive)
 
     def revoke(self, client: Client, rid: str) -> None:
-        """A policy is gone, and gateway and client are told."""
+        """Delete a policy, and inform gateway and client."""
         access = self.resources.pop(rid)
         self._authorized.pop((client.name, rid), None)
         gateway = self._world.devices[access.gateway]
@@ -281,7 +281,7 @@ class Portal:
         self._authorized.clear()
 
     def flow(self, client: Client, rid: str, **changes: Any) -> tuple[to_gateway.AuthorizeFlow, to_client.FlowCreated]:
-        """What gateway and client are told of a flow."""
+        """The messages about a flow to gateway and client."""
         access = self.resources[rid]
         gateway = self._world.devices[access.gateway]
         client_side, gateway_side = _credentials(client, gateway), _credentials(gateway, client)
@@ -317,7 +317,7 @@ class Portal:
             case to_client.CreateFlow() if not self.mute:
                 self._introduce(sender, message.resource_id)
             case to_gateway.FlowAuthorized() if not self.mute:
-                if message.ref in self._waiting:  # else a test sent that authorization itself
+                if message.ref in self._waiting:  # otherwise a test sent the authorization itself
                     cid, rid, created = self._waiting.pop(message.ref)
                     self._authorized[cid, rid] = self.resources[rid].expires_at
                     self.send(self._world.devices[cid], created)
@@ -342,7 +342,7 @@ class Portal:
 
 
 class World(snownet.World):
-    """`devices` by name; they must `join` before they can do anything."""
+    """`devices` by name. They must `join` before they can do anything."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +369,7 @@ class World(snownet.World):
 
 
 def joined(*accesses: Access) -> tuple[World, Client, Gateway]:
-    """A client and a gateway that the portal has let in; by default there is one resource, 10.20.0.0/24."""
+    """A client and a gateway that have joined the portal; by default there is one resource, 10.20.0.0/24."""
     world = World()
     for access in accesses or (Access("net", "10.20.0.0/24", "gateway"),):
         world.portal.add(access)
@@ -377,13 +377,13 @@ def joined(*accesses: Access) -> tuple[World, Client, Gateway]:
     client.join()
     gateway.join()
     world.run(2 * LATENCY)
-    client.told.clear()
-    gateway.told.clear()
+    client.reported.clear()
+    gateway.reported.clear()
     return world, client, gateway
 
 
 def connected(*accesses: Access) -> tuple[World, Client, Gateway]:
-    """As `joined`, and a packet to 10.20.0.5 and its answer have passed."""
+    """As `joined`, after a packet to 10.20.0.5 and its answer have passed."""
     world, client, gateway = joined(*accesses)
     client.packets_in(datagram("hello"))
     world.run_until(lambda: gateway.texts() == ["hello"], within=3.0)
@@ -392,13 +392,13 @@ def connected(*accesses: Access) -> tuple[World, Client, Gateway]:
     assert client.texts() == ["welcome"]
     for device in (client, gateway):
         device.received.clear()
-        device.told.clear()
+        device.reported.clear()
     world.portal.heard.clear()
     return world, client, gateway
 
 
 def passes(world: World, client: Client, gateway: Gateway, destination: str = "10.20.0.5") -> bool:
-    """Whether a packet of the client reaches the gateway's host now, on a connection that there is."""
+    """Whether a packet of the client reaches the gateway's host now, over the existing connection."""
     return arrives(world, client, gateway, datagram("does it pass", destination))
 
 
@@ -408,12 +408,23 @@ def arrives(world: World, sender: Device, receiver: Device, packet: SuperPacket)
     data = bytes(packet.data)
     sender.packets_in(packet)
     world.run(2 * LATENCY)
-    return data in [bytes(one.data) for one in receiver.received[before:]]
+    return data in [bytes(arrived.data) for arrived in receiver.received[before:]]
 
 
 def answers(world: World, client: Client, gateway: Gateway, source: str = "10.20.0.5", *, port: int = 5000) -> bool:
     """Whether a packet from a resource reaches the client's host now."""
     return arrives(world, gateway, client, answer("does it come back", source, port=port))
+
+
+def announced_candidates(world: World, name: str) -> list[str]:
+    """The candidates that one side has sent to the portal."""
+    return [
+        candidate
+        for heard in world.portal.heard
+        if heard.sender == name
+        and isinstance(heard.message, to_client.BroadcastIceCandidates | to_gateway.BroadcastIceCandidates)
+        for candidate in heard.message.candidates
+    ]
 
 
 def datagram(
@@ -456,7 +467,7 @@ def fragment(destination: str = "10.20.0.5", *, first: bool = True) -> SuperPack
 
 
 def inject(world: World, sender: Device, receiver: Device, *packets: SuperPacket) -> None:
-    """Send packets through a connection past all that the sender would check, and let them arrive."""
+    """Send packets through a connection without the sender's checks, and let them arrive."""
     for packet in packets:
         sender.node.encapsulate(receiver.name, packet, world.now, world.utc)
     sender.node.flush(world.now)
@@ -465,7 +476,7 @@ def inject(world: World, sender: Device, receiver: Device, *packets: SuperPacket
 
 
 def control_packet(payload: bytes) -> SuperPacket:
-    """An IPv6 packet to the other side itself, whatever is in it."""
+    """A control packet with any payload."""
     header = (6 << 28).to_bytes(4, "big") + len(payload).to_bytes(2, "big") + bytes((control.NEXT_HEADER, 0))
     return packet_of(bytearray(header + bytes(32) + payload))
 
@@ -481,8 +492,8 @@ def packet_of(data: bytearray) -> SuperPacket:
 
 
 def _credentials(owner: Device, peer: Device) -> IceCredentials:
-    told = snownet.credentials(owner, peer)
-    return IceCredentials(username=told.ufrag, password=told.password)
+    generated = snownet.credentials(owner, peer)
+    return IceCredentials(username=generated.ufrag, password=generated.password)
 
 
 _PASSED_ON: dict[type, Any] = {
