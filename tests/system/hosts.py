@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -262,7 +263,7 @@ def sweep() -> None:
             _remove_namespace(name)
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*x*-*"):
         match = _LAB_NAME.match(path.name)
-        if match and path.is_dir() and path.stat().st_uid == os.getuid() and not _is_alive(int(match[1])):
+        if match and not _is_alive(int(match[1])) and _is_own_directory(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -284,6 +285,14 @@ def _remove_namespace(name: str) -> None:
 def _processes_in(name: str) -> Iterator[int]:
     answer = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
     return map(int, answer.stdout.split())
+
+
+def _is_own_directory(path: Path) -> bool:
+    """False as well if another process, which sweeps at the same time, has just removed it."""
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return False
 
 
 def _is_alive(pid: int) -> bool:

@@ -73,6 +73,7 @@ def test_closing_ends_every_process_on_the_hosts(lab: Lab) -> None:
     assert lab.leftovers() == []
 
 
+@pytest.mark.serial  # any lab of another worker would sweep it
 def test_the_next_lab_sweeps_what_a_killed_one_left() -> None:
     maker = subprocess.Popen(
         [sys.executable, "-c", _MAKE_AND_WAIT], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
