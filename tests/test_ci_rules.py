@@ -29,10 +29,13 @@ def project(pytester: pytest.Pytester) -> pytest.Pytester:
     return pytester
 
 
-def test_a_skipped_namespace_test_fails_in_ci(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_skipped_namespace_test_fails_in_ci(
+    project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     monkeypatch.setenv("CI", "true")
 
-    project.runpytest_subprocess().assert_outcomes(failed=1, skipped=1)
+    project.runpytest_subprocess(f"-n{workers}").assert_outcomes(failed=1, skipped=1)
 
 
 def test_it_is_a_visible_skip_elsewhere(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
