@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 from eliot import add_destinations, remove_destination
-from hypothesis import settings
 
 from firezone_tunnel.shell.logs import events as log
+from tests.hypothesis_profiles import load_profile
 from tests.system.hosts import Lab, MissingCapability, require_capabilities
 
-settings.register_profile("developer", deadline=None, max_examples=50)
-settings.register_profile("ci", deadline=None, print_blob=True)
-settings.register_profile("thorough", deadline=None, max_examples=2000)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") == "true" else "developer"))
+load_profile()  # before the tests are imported: `examples` depends on it
 
 _NEEDS_THE_MACHINE = {Path(__file__).parent / "interop", Path(__file__).parent / "system"}
 

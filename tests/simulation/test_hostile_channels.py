@@ -12,6 +12,7 @@ from firezone_tunnel.core.packet.superpacket import SuperPacket
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.snownet.events import ConnectionFailed, Role
 from firezone_tunnel.core.turn.channel_data import HEADER
+from tests.hypothesis_profiles import examples
 from tests.simulation.internet import Internet, exchange, way
 from tests.unit.core.snownet.world import Host, assert_no_slot_is_lost, datagram, run_of_segments
 
@@ -135,7 +136,7 @@ _DATAGRAMS = st.tuples(_HEADERS, _PAYLOADS).map(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(batches=st.lists(st.tuples(st.binary(max_size=400) | _DATAGRAMS, st.integers(1, 200)), max_size=8))
 def test_any_batch_from_a_relays_address_is_taken_in_without_error(
     shared: tuple[Internet, Host, Host], batches: list[tuple[bytes, int]]
@@ -151,7 +152,7 @@ def test_any_batch_from_a_relays_address_is_taken_in_without_error(
     assert client.of(ConnectionFailed) == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(data=st.data())
 def test_any_change_to_channel_data_yields_no_packet_but_those_that_were_sent(
     shared: tuple[Internet, Host, Host], data: st.DataObject

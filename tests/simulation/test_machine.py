@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.snownet.events import Role
+from tests.hypothesis_profiles import examples
 from tests.simulation.internet import Internet, exchange
 from tests.simulation.nat import KINDS
 from tests.unit.core.snownet.world import Host, assert_no_slot_is_lost, datagram, run_of_segments
@@ -158,5 +159,5 @@ class UnreliableInternet(RuleBasedStateMachine):
 
 TestUnreliableInternet = UnreliableInternet.TestCase
 TestUnreliableInternet.settings = settings(
-    max_examples=30, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=examples(30), stateful_step_count=12, suppress_health_check=list(HealthCheck)
 )

@@ -14,6 +14,7 @@ from firezone_tunnel.core.ice.candidate import Candidate
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.stun import message as stun
 from firezone_tunnel.core.stun.message import Kind, short_term_key
+from tests.hypothesis_profiles import examples
 from tests.unit.core.ice.world import (
     CLIENT,
     CLIENT_HOST,
@@ -342,7 +343,7 @@ def test_as_soon_as_the_peer_is_heard_it_is_checked_again() -> None:
     assert heard_at in [check.at for check in world.client.checks()]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(st.integers(0, 2**32), st.floats(0.0, 0.3))
 def test_with_loss_they_connect_and_after_an_outage_they_agree_on_a_path_again(seed: int, loss: float) -> None:
     world = World()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from firezone_tunnel.core.packet.coalesce import Arena, coalesce, coalesce_lone
 from firezone_tunnel.core.packet.layout import Rows
 from firezone_tunnel.core.packet.superpacket import SuperPacket, from_virtio, parse
+from tests.hypothesis_profiles import examples
 from tests.unit.core.packet.packets import (
     ICMP,
     IP,
@@ -361,7 +362,7 @@ def packet_lists(draw: st.DrawFn) -> list[bytes]:
     return [packet for packet in packets[:-1] if len(packet) == width] + packets[-1:]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(packet_lists().filter(lambda packets: all(len(packet) <= len(packets[0]) for packet in packets)))
 def test_cutting_what_was_merged_gives_back_each_flow(datagrams: list[bytes]) -> None:
     arena = Arena()
@@ -374,7 +375,7 @@ def test_cutting_what_was_merged_gives_back_each_flow(datagrams: list[bytes]) ->
             assert all(rebuilt(data) == data for data in cut(packet))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.lists(st.tuples(st.integers(0, 11), st.integers(0, 80), st.integers(0, 255)), max_size=8), st.booleans())
 def test_corrupted_packets_are_neither_lost_nor_repaired(changes: list[tuple[int, int, int]], short_last: bool) -> None:
     datagrams = [bytearray(data) for data in stream(12, size=30)]
@@ -389,7 +390,7 @@ def test_corrupted_packets_are_neither_lost_nor_repaired(changes: list[tuple[int
     assert sorted(segments_of(packets)) == sorted(valid)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(st.binary(max_size=2000), st.integers(0, 90), st.integers(1, 90), st.integers(0, 90))
 def test_arbitrary_bytes_never_fail(data: bytes, size: int, gap: int, last_size: int) -> None:
     memory = memoryview(bytearray(data + bytes(200)))

@@ -5,6 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from firezone_tunnel.core.packet.superpacket import SuperPacket, from_virtio, parse, virtio_header
+from tests.hypothesis_profiles import examples
 from tests.unit.core.packet.packets import (
     ICMP,
     IP,
@@ -286,7 +287,7 @@ VALID = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300))
 @given(
     st.sampled_from(VALID),
     st.lists(st.tuples(st.integers(0, 90), st.integers(0, 255)), max_size=6),

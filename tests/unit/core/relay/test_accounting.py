@@ -9,6 +9,7 @@ from firezone_tunnel.core.relay.port_range import QUARANTINE, PortRange
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.stun import message as stun
 from firezone_tunnel.core.stun.message import FAMILY_IPV4, FAMILY_IPV6
+from tests.hypothesis_profiles import examples
 from tests.unit.core.relay.world import Client, World, code_of
 
 _PEERS = [SocketAddress("8.8.8.8", 1), SocketAddress("8.8.8.8", 2), SocketAddress("2a02:2::2", 1)]
@@ -31,7 +32,7 @@ _STEPS = st.one_of(
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), _STEPS), max_size=40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 def test_allocations_channels_permissions_ports_and_sockets_come_and_go_together(
     steps: list[tuple[int, tuple[object, ...]]],
 ) -> None:

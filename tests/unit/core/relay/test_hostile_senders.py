@@ -14,6 +14,7 @@ from firezone_tunnel.core.relay.budget import MAX_CREDIT, MAX_RESPONSE, RESPONSE
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.stun import message as stun
 from firezone_tunnel.core.stun.message import Kind, Message, Method
+from tests.hypothesis_profiles import examples
 from tests.unit.core.relay.world import CLIENT4, CLIENT6, PEER4, Client, World, channel_data, code_of, parsed
 
 BINDING = Message(Method.BINDING, Kind.REQUEST, bytes(12)).encode()
@@ -205,7 +206,7 @@ def test_workers_share_what_strangers_may_be_answered() -> None:
 
 
 @given(st.binary(max_size=300), st.integers(0, 300))
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_no_bytes_from_a_client_raise(data: bytes, segment_size: int) -> None:
     world = _established()
 
@@ -220,7 +221,7 @@ _ATTRIBUTES = st.lists(st.tuples(st.sampled_from(sorted(stun.ATTRIBUTES)), st.bi
 @given(
     st.sampled_from([1, 3, 4, 6, 8, 9]), st.sampled_from([Kind.REQUEST, Kind.INDICATION]), _ATTRIBUTES, st.booleans()
 )
-@settings(max_examples=500)
+@settings(max_examples=examples(500))
 def test_no_attributes_of_an_authenticated_client_raise(
     method: int, kind: Kind, values: list[tuple[int, bytes]], authenticated: bool
 ) -> None:

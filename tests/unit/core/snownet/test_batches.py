@@ -15,6 +15,7 @@ from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.snownet.events import ConnectionFailed
 from firezone_tunnel.core.wireguard.seal import POOL_SIZE
 from firezone_tunnel.core.wireguard.session import PeerCounters
+from tests.hypothesis_profiles import examples
 from tests.unit.core.packet.packets import rebuilt
 from tests.unit.core.snownet.world import (
     DATA,
@@ -267,7 +268,7 @@ def test_a_keepalive_among_packets_is_no_packet() -> None:
 # Garbage
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(st.binary(max_size=3000), st.integers(0, 1500), st.sampled_from([0, 1, 2, 3]))
 def test_any_batch_of_any_bytes_is_taken_in_without_error(data: bytes, segment_size: int, ecn: int) -> None:
     client, gateway = _shared_pair()
@@ -278,7 +279,7 @@ def test_any_batch_of_any_bytes_is_taken_in_without_error(data: bytes, segment_s
     assert client.packets == gateway.packets == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(st.data())
 def test_any_change_to_what_was_sent_is_no_error_and_no_packet_but_what_was_sent(data: st.DataObject) -> None:
     client, gateway = _shared_pair()
@@ -298,7 +299,7 @@ def test_any_change_to_what_was_sent_is_no_error_and_no_packet_but_what_was_sent
 # Loss and disorder
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25))
 @given(st.integers(0, 2**32), st.floats(0.0, 0.4), st.floats(0.0, 0.3))
 def test_after_the_network_heals_packets_flow_again(seed: int, loss: float, jitter: float) -> None:
     world = World()

@@ -11,6 +11,7 @@ from firezone_tunnel.core.messages import gateway as to_gateway
 from firezone_tunnel.core.messages.common import RelaysPresence
 from firezone_tunnel.core.packet.superpacket import SuperPacket, parse
 from firezone_tunnel.core.sansio import SocketAddress
+from tests.hypothesis_profiles import examples
 from tests.unit.core.tunnel.world import (
     SITE,
     Client,
@@ -31,7 +32,7 @@ BOTH = pytest.mark.parametrize("name", ["client", "gateway"])
 NOWHERE = SocketAddress("10.9.9.9", 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(name=NAMES, data=st.binary(min_size=1, max_size=4000), size=st.integers(1, 1400), from_the_peer=st.booleans())
 def test_garbage_datagrams_are_only_counted(name: str, data: bytes, size: int, from_the_peer: bool) -> None:
     world, client, gateway = shared()
@@ -43,7 +44,7 @@ def test_garbage_datagrams_are_only_counted(name: str, data: bytes, size: int, f
     assert_traffic_flows(world, client, gateway)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(name=NAMES, kind=st.sampled_from([1, 2, 3, 4]), body=st.binary(max_size=1400))
 def test_garbage_that_looks_like_wireguard_is_only_counted(name: str, kind: int, body: bytes) -> None:
     world, client, gateway = shared()
@@ -55,7 +56,7 @@ def test_garbage_that_looks_like_wireguard_is_only_counted(name: str, kind: int,
     assert_traffic_flows(world, client, gateway)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(name=NAMES, data=st.data())
 def test_corrupted_datagrams_of_the_peer_deliver_no_corrupted_packet(name: str, data: st.DataObject) -> None:
     world, client, gateway = connected()
@@ -75,7 +76,7 @@ def test_corrupted_datagrams_of_the_peer_deliver_no_corrupted_packet(name: str, 
     assert_traffic_flows(world, client, gateway)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(name=NAMES, data=st.data())
 def test_odd_packets_inside_the_tunnel_never_raise(name: str, data: st.DataObject) -> None:
     """The peer holds the keys but is not trusted."""
@@ -92,7 +93,7 @@ def test_odd_packets_inside_the_tunnel_never_raise(name: str, data: st.DataObjec
     assert_traffic_flows(world, client, gateway)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(name=NAMES, packets=st.deferred(lambda: _lists))
 def test_odd_packets_from_the_host_never_raise(name: str, packets: list[SuperPacket]) -> None:
     world, client, gateway = shared()
@@ -105,7 +106,7 @@ def test_odd_packets_from_the_host_never_raise(name: str, packets: list[SuperPac
     assert_traffic_flows(world, client, gateway)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200))
 @given(name=NAMES, event=st.sampled_from([0, 1, 3, 255]), body=st.binary(max_size=MAX_CONTROL - 8))
 def test_garbage_control_packets_are_only_counted(name: str, event: int, body: bytes) -> None:
     world, client, gateway = shared()

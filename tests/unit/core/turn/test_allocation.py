@@ -16,6 +16,7 @@ from firezone_tunnel.core.stun.message import Kind, Message, Method, long_term_k
 from firezone_tunnel.core.turn.allocation import Allocation
 from firezone_tunnel.core.turn.events import CandidateFound, FailureReason
 from firezone_tunnel.core.turn.state import TRANSITIONS, State
+from tests.hypothesis_profiles import examples
 from tests.unit.core.turn.client import (
     KEY,
     LOCAL4,
@@ -790,7 +791,7 @@ def test_every_state_can_be_reached_and_closed() -> None:
     assert [state for state in State if State.CLOSED not in TRANSITIONS[state]] == [State.CLOSED]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.data())
 def test_no_sequence_of_answers_breaks_it(data: st.DataObject) -> None:
     """Any mix of answers, signed or not, time and calls: no exception, no deadline in the past, bounded sending."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from firezone_tunnel.core.wireguard.peer import Expired
 from firezone_tunnel.core.wireguard.session import REJECT_AFTER_MESSAGES, REKEY_AFTER_MESSAGES
+from tests.hypothesis_profiles import examples
 from tests.unit.core.wireguard.world import DATA, INITIATION, Host, World, everything, nothing
 
 
@@ -420,7 +421,7 @@ class TestGivingUp:
 
 
 class TestAnyNetwork:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=examples(60))
     @given(
         st.lists(
             st.tuples(

@@ -16,6 +16,7 @@ from firezone_tunnel.core.packet.superpacket import SuperPacket, parse
 from firezone_tunnel.core.wireguard.open import Opened, Opener, open_lone, receiver_of
 from firezone_tunnel.core.wireguard.seal import SealBuffer, plan, seal_pool
 from firezone_tunnel.core.wireguard.transport_data import seal_message
+from tests.hypothesis_profiles import examples
 from tests.unit.core.packet.packets import (
     IP,
     Packet,
@@ -106,7 +107,7 @@ def super_packets(draw: st.DrawFn) -> SuperPacket:
     return super_packet(outer, inner, payload, segment_size=size)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(super_packets(), st.sampled_from([0, 4]))
 def test_sealing_cuts_a_super_packet_into_correct_packets(packet: SuperPacket, headroom: int) -> None:
     original = bytes(packet.data)
@@ -146,7 +147,7 @@ def test_what_was_sealed_is_opened_and_merged_again(version: int, layer: str, la
     assert [bytes(part.segment(0).data) for part in parts] == [bytes(packet.segment(row).data) for row in (0, 27)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(super_packets())
 def test_opening_and_merging_undoes_sealing(packet: SuperPacket) -> None:
     arena = Arena()
@@ -356,7 +357,7 @@ def test_the_last_datagram_may_end_where_the_buffer_does() -> None:
     assert (opened.authentic.all(), opened.packets.count, opened.packets.last_size) == (True, 50, 1216)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(st.binary(min_size=64, max_size=300), st.integers(1, 90), st.sampled_from([0, 4]))
 def test_arbitrary_datagrams_are_never_authentic_and_never_fail(data: bytes, size: int, headroom: int) -> None:
     messages = received(data, size, headroom)
