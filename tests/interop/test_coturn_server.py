@@ -22,6 +22,7 @@ from firezone_tunnel.core.turn.allocation import Allocation
 from firezone_tunnel.core.turn.channel_data import encode_channel_data, parse_channel_data
 from firezone_tunnel.core.turn.events import CandidateFound, CandidateLost, Failed, FailureReason
 from tests.polling import until
+from tests.service.relay_process import free_port
 
 HOST = "127.0.0.1"
 USERNAME, PASSWORD, REALM = "alice", "secret", "firezone"
@@ -133,8 +134,7 @@ class Coturn:
     """A turnserver in the foreground with one user."""
 
     def __init__(self, directory: Path, *more: str) -> None:
-        with udp_socket() as free:
-            self.address = address_of(free)
+        self.address = SocketAddress(HOST, free_port())
         self._log = directory / "log"
         assert _TURNSERVER is not None
         self._command = [

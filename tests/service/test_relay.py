@@ -112,6 +112,7 @@ def test_send_and_data_indications_with_dont_fragment(relay: RelayProcess) -> No
     assert indication.get(stun.DATA) == b"pong"
 
 
+@pytest.mark.serial  # another test's socket could have one of the three ports
 def test_a_port_that_somebody_else_has_is_not_used_and_none_left_is_508(start: Start) -> None:
     relay = start("--lowest-port", "51000", "--highest-port", "51002")
     relay.wait_ready()
