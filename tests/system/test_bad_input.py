@@ -269,6 +269,7 @@ def test_an_expired_token_ends_it_with_one_sentence_and_no_retry(network: Networ
 # Hostile input
 
 
+@pytest.mark.serial
 def test_a_flood_of_garbage_datagrams_is_counted_and_the_tunnel_goes_on(network: Network, product: Product) -> None:
     assert download(network, 1) == 1
     flood = threading.Thread(target=flood_with_garbage, args=(network.portal,))

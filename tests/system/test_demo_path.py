@@ -53,6 +53,7 @@ def test_on_one_network_the_path_is_direct(network: Network, product: Product) -
     assert product.connection()["path"] == "direct"
 
 
+@pytest.mark.serial
 def test_client_and_gateway_stay_under_100_mb_before_and_after_a_load(network: Network, product: Product) -> None:
     both = (product.client, product.gateway)
     before = [program.resident_bytes() for program in both]

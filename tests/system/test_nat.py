@@ -46,6 +46,7 @@ def test_every_pair_comes_up_directly_where_that_is_possible_and_else_through_a_
     product.stop()
 
 
+@pytest.mark.serial
 def test_a_host_that_may_not_send_to_the_gateway_is_served_by_the_relay_until_it_may(lab: Lab) -> None:
     network, product = _start(lab, Pair("none", "none"), may_send=False)
 
