@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ _NEEDS_THE_MACHINE = {Path(__file__).parent / "interop", Path(__file__).parent /
 
 
 def pytest_configure() -> None:
-    """eliot keeps what is logged until there is a destination: the first test that has one must not get it all."""
+    """Make the process like one that a person started, and let no test see what was logged before it.
+
+    A shell starts its background jobs with SIGINT ignored, and programs that tests start and interrupt inherit that.
+    eliot keeps messages until it has a destination: the first test that adds one would get them all.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     add_destinations(lambda message: None)
 
 
