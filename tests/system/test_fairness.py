@@ -16,7 +16,7 @@ from tests.system.product import Product
 from tests.system.programs import Program
 from tests.system.test_demo_path import download
 
-pytestmark = [pytest.mark.namespaces, pytest.mark.serial]
+pytestmark = pytest.mark.namespaces
 
 _LATE_P999_MS = 100
 _HEARTBEAT_INTERVAL = 10.0  # firezone_tunnel.core.phoenix.channel
@@ -57,6 +57,7 @@ def product(network: Network) -> Iterator[Product]:
     product.stop()
 
 
+@pytest.mark.serial
 def test_under_full_load_timers_and_heartbeats_are_on_time(network: Network, product: Product) -> None:
     programs = (product.client, product.gateway)
 
@@ -74,6 +75,7 @@ def test_under_full_load_timers_and_heartbeats_are_on_time(network: Network, pro
         assert list(program.events("tunnel:connection_failed")) == []
 
 
+@pytest.mark.serial
 def test_full_collections_of_garbage_under_load_hold_nobody_up(network: Network) -> None:
     product = Product(network)
     product.start_portal()
