@@ -51,7 +51,7 @@ class _AgainstATable(RuleBasedStateMachine):
 TestAgainstATable = _AgainstATable.TestCase
 
 
-def test_a_deadline_that_is_moved_all_the_time_costs_no_memory() -> None:
+def test_a_deadline_that_is_moved_often_costs_no_memory() -> None:
     deadlines: Deadlines[int] = Deadlines()
     for number in range(10_000):
         deadlines.set(number % 3, Timeout(float(number), "moved"))
@@ -60,7 +60,7 @@ def test_a_deadline_that_is_moved_all_the_time_costs_no_memory() -> None:
     assert deadlines.due(20_000.0) == [1, 2, 0]
 
 
-def test_a_deadline_tells_the_reason_of_whoever_set_it() -> None:
+def test_a_deadline_carries_the_reason_for_which_it_was_set() -> None:
     deadlines: Deadlines[str] = Deadlines()
     deadlines.set("a", Timeout(5.0, "late"))
     deadlines.no_later_than("a", 7.0, "later")

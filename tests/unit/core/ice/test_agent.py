@@ -63,7 +63,7 @@ def test_checks_carry_what_upstream_expects_in_its_order() -> None:
     assert world.gateway.checks(nominating=True) == []
 
 
-def test_an_answer_tells_where_the_check_came_from_and_is_signed_with_our_own_password() -> None:
+def test_an_answer_names_the_source_of_the_check_and_is_signed_with_our_own_password() -> None:
     world = World()
     offer_hosts(world)
     world.run(1.0)
@@ -76,7 +76,7 @@ def test_an_answer_tells_where_the_check_came_from_and_is_signed_with_our_own_pa
         assert answer.source == GATEWAY_HOST
 
 
-def test_every_check_has_an_id_of_its_own_that_begins_with_the_agents() -> None:
+def test_every_check_has_its_own_id_with_the_agents_prefix() -> None:
     world = World()
     offer_hosts(world)
     world.run(30.0)
@@ -98,7 +98,7 @@ def test_all_working_pairs_are_checked_for_as_long_as_the_agents_live() -> None:
         assert max(after - before for before, after in pairwise(times)) <= 1.6
 
 
-def test_the_controlling_side_says_use_candidate_on_every_check_of_its_pair_and_on_no_other() -> None:
+def test_the_controlling_side_sends_use_candidate_only_on_checks_of_its_pair() -> None:
     world = World()
     offer_hosts(world)
     offer_relayed(world)
@@ -137,7 +137,7 @@ def test_a_better_pair_that_works_later_is_nominated_instead() -> None:
     assert [one[1:] for one in world.client.nominated][-1] == (CLIENT_HOST, GATEWAY_HOST)
 
 
-def test_a_nomination_is_told_once() -> None:
+def test_a_nomination_is_reported_once() -> None:
     world = World()
     offer_hosts(world)
     world.run(60.0)
@@ -145,7 +145,7 @@ def test_a_nomination_is_told_once() -> None:
     assert len(world.client.nominated) == len(world.gateway.nominated) == 1
 
 
-def test_states_say_whether_other_pairs_are_left() -> None:
+def test_states_show_whether_other_pairs_are_left() -> None:
     world = World()
     offer_hosts(world)
     offer_relayed(world)
@@ -161,7 +161,7 @@ def test_states_say_whether_other_pairs_are_left() -> None:
     assert world.gateway.agent.state is AgentState.COMPLETED
 
 
-def test_a_path_that_dies_is_left_for_one_that_answers_within_5_seconds_on_both_sides() -> None:
+def test_a_dead_path_is_replaced_by_a_working_path_within_5_seconds_on_both_sides() -> None:
     world = World()
     offer_hosts(world)
     offer_relayed(world)
@@ -174,7 +174,7 @@ def test_a_path_that_dies_is_left_for_one_that_answers_within_5_seconds_on_both_
     assert AgentState.DISCONNECTED not in [change.state for change in world.client.states]
 
 
-def test_a_path_that_dies_is_not_left_for_one_that_died_of_the_same_cause() -> None:
+def test_a_dead_path_is_not_replaced_by_a_path_that_died_of_the_same_cause() -> None:
     world = World()
     offer_hosts(world)
     offer_relayed(world)
@@ -222,7 +222,7 @@ def test_heavy_loss_alone_costs_no_path() -> None:
 
 
 @pytest.mark.parametrize("dead", ["client", "gateway"])
-def test_whoever_is_left_alone_notices_within_the_checks_of_a_pair(dead: str) -> None:
+def test_an_agent_notices_a_dead_peer_within_the_checks_of_a_pair(dead: str) -> None:
     world = World()
     offer_hosts(world)
     world.run(40.0)
@@ -279,7 +279,7 @@ def test_an_idle_agent_checks_every_25_seconds_and_stays_connected(idle: str) ->
     assert world.gateway.path == (GATEWAY_HOST, CLIENT_HOST)
 
 
-def test_an_idle_agent_that_is_left_alone_notices_within_its_checks_and_quickly_once_it_has_traffic() -> None:
+def test_an_idle_agent_notices_a_dead_peer_within_its_checks_and_quickly_once_it_has_traffic() -> None:
     world = World()
     offer_hosts(world)
     world.run(10.0)
@@ -293,7 +293,7 @@ def test_an_idle_agent_that_is_left_alone_notices_within_its_checks_and_quickly_
     world.run_until(lambda: world.client.agent.state is AgentState.DISCONNECTED, within=17.0)
 
 
-def test_after_being_idle_the_pace_is_the_old_one() -> None:
+def test_after_being_idle_an_agent_returns_to_its_former_pace() -> None:
     world = World()
     offer_hosts(world)
     world.run(10.0)
@@ -323,7 +323,7 @@ def test_a_new_candidate_leads_out_of_disconnected() -> None:
     assert world.client.agent.state is AgentState.COMPLETED
 
 
-def test_while_one_side_has_no_candidates_nobody_is_disconnected() -> None:
+def test_neither_side_disconnects_while_one_side_has_no_candidates() -> None:
     world = World()
     world.client.offer(Candidate.host(CLIENT_HOST))
     world.run(60.0)
@@ -366,7 +366,7 @@ def _without_hosts(sender: Side, source: SocketAddress, destination: SocketAddre
     return None if {source, destination} & {CLIENT_HOST, GATEWAY_HOST} else (source, destination)
 
 
-def test_a_nomination_is_told_at_once_though_another_checks_answer_comes_right_behind() -> None:
+def test_a_nomination_is_reported_at_once_although_the_answer_to_another_check_follows() -> None:
     world = World()
     world.route = lambda sender, source, destination: None
     world.client.offer(Candidate.host(CLIENT_HOST))

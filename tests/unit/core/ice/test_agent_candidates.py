@@ -43,7 +43,7 @@ def test_more_local_candidates_of_one_kind_have_lower_and_lower_priorities() -> 
     assert len({candidate.foundation for candidate in hosts}) == 3
 
 
-def test_a_reflexive_candidate_is_told_but_not_sent_from() -> None:
+def test_a_reflexive_candidate_is_signalled_but_not_sent_from() -> None:
     world = World()
     world.client.offer(Candidate.host(CLIENT_HOST))
     reflexive = world.client.offer(Candidate.server_reflexive(SocketAddress("203.0.113.1", 40000), CLIENT_HOST))
@@ -55,7 +55,7 @@ def test_a_reflexive_candidate_is_told_but_not_sent_from() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "169.254.1.1", "224.0.0.1", "255.255.255.255", "::", "ff02::1"])
-def test_an_address_that_nobody_can_reach_is_no_candidate(host: str) -> None:
+def test_an_unreachable_address_is_not_a_candidate(host: str) -> None:
     agent = World().client.agent
     address = SocketAddress(host, 1000)
 
@@ -63,7 +63,7 @@ def test_an_address_that_nobody_can_reach_is_no_candidate(host: str) -> None:
     assert not agent.add_remote_candidate(Candidate.host(address), 100.0)
 
 
-def test_another_sessions_candidate_is_refused_and_one_without_ufrag_accepted() -> None:
+def test_a_candidate_of_another_session_is_refused_and_a_candidate_without_ufrag_accepted() -> None:
     side = World().client
 
     assert not side.learn("candidate:1 1 udp 2130706175 10.0.2.1 52625 typ host ufrag othr")
@@ -71,7 +71,7 @@ def test_another_sessions_candidate_is_refused_and_one_without_ufrag_accepted() 
     assert side.learn(f"candidate:1 1 udp 2130706175 10.0.2.2 52625 typ host ufrag {GATEWAY.ufrag}")
 
 
-def test_a_candidate_that_is_told_again_changes_nothing() -> None:
+def test_a_repeated_candidate_changes_nothing() -> None:
     world = World()
     offer_hosts(world)
     world.run(5.0)
@@ -81,7 +81,7 @@ def test_a_candidate_that_is_told_again_changes_nothing() -> None:
     assert len(world.client.agent.remote_candidates) == pairs
 
 
-def test_the_forwarded_port_of_a_reflexive_address_is_tried_though_nobody_signalled_it() -> None:
+def test_the_forwarded_port_of_a_reflexive_address_is_tried_although_not_signalled() -> None:
     world = World()
     world.client.offer(Candidate.host(CLIENT_HOST))
     world.client.learn("candidate:1 1 udp 2130706175 10.0.2.1 52625 typ host")
@@ -91,7 +91,7 @@ def test_the_forwarded_port_of_a_reflexive_address_is_tried_though_nobody_signal
     assert SocketAddress("203.0.113.9", 52625) in {check.destination for check in world.client.checks()}
 
 
-def test_at_most_two_addresses_are_guessed_and_none_of_ipv6() -> None:
+def test_at_most_two_ipv4_addresses_are_guessed() -> None:
     world = World()
     for number in range(1, 6):
         world.client.learn(f"candidate:{number} 1 udp 2130706175 10.0.2.{number} 5000{number} typ host")
@@ -104,7 +104,7 @@ def test_at_most_two_addresses_are_guessed_and_none_of_ipv6() -> None:
     assert len(world.client.agent.remote_candidates) == 5 + 5 + 5 + 1 + 2
 
 
-def test_a_guess_goes_with_the_candidates_it_was_made_of_unless_it_is_signalled_itself() -> None:
+def test_a_guess_is_removed_with_its_candidates_unless_it_is_signalled_itself() -> None:
     world = World()
     host = "candidate:1 1 udp 2130706175 10.0.2.1 52625 typ host"
     reflexive = "candidate:2 1 udp 1686109951 203.0.113.9 {} typ srflx raddr 0.0.0.0 rport 0"
@@ -123,7 +123,7 @@ def test_a_guess_goes_with_the_candidates_it_was_made_of_unless_it_is_signalled_
     assert guessed in remote_addresses(world.client)
 
 
-def test_an_address_that_a_check_told_us_of_becomes_a_candidate_and_a_path() -> None:
+def test_an_address_learned_from_a_check_becomes_a_candidate_and_a_path() -> None:
     world = World()
     world.client.offer(Candidate.host(CLIENT_HOST), tell=False)
     world.gateway.offer(Candidate.host(GATEWAY_HOST))
@@ -135,7 +135,7 @@ def test_an_address_that_a_check_told_us_of_becomes_a_candidate_and_a_path() -> 
     assert world.gateway.path == (GATEWAY_HOST, CLIENT_HOST)
 
 
-def test_an_address_that_a_check_told_us_of_is_paired_only_with_where_the_check_arrived() -> None:
+def test_an_address_learned_from_a_check_is_paired_only_with_the_address_where_it_arrived() -> None:
     world = World()
     world.client.offer(Candidate.host(CLIENT_HOST), tell=False)
     world.gateway.offer(Candidate.host(GATEWAY_HOST))
@@ -147,7 +147,7 @@ def test_an_address_that_a_check_told_us_of_is_paired_only_with_where_the_check_
     assert {check.source for check in world.gateway.checks()} == {GATEWAY_HOST}
 
 
-def test_only_so_many_addresses_that_were_taken_back_are_remembered() -> None:
+def test_the_memory_of_withdrawn_addresses_is_bounded() -> None:
     side = World().client
     for number in range(3 * MAX_REMOTE_ADDRESSES):
         signalled = f"candidate:1 1 udp 1 10.0.{number // 250}.{number % 250 + 1} 1000 typ host"
@@ -157,7 +157,7 @@ def test_only_so_many_addresses_that_were_taken_back_are_remembered() -> None:
     assert len(side.agent._discarded) == MAX_REMOTE_ADDRESSES
 
 
-def test_a_signalled_candidate_takes_the_place_of_what_a_check_told() -> None:
+def test_a_signalled_candidate_replaces_the_address_learned_from_a_check() -> None:
     world = World()
     client = world.client.offer(Candidate.host(CLIENT_HOST), tell=False)
     world.gateway.offer(Candidate.host(GATEWAY_HOST))
@@ -171,7 +171,7 @@ def test_a_signalled_candidate_takes_the_place_of_what_a_check_told() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_a_client_behind_a_nat_reaches_a_gateway_that_is_not(symmetric: bool) -> None:
+def test_a_client_behind_a_nat_reaches_a_gateway_without_nat(symmetric: bool) -> None:
     world = World()
     nat = Nat("203.0.113.1", symmetric=symmetric)
     world.route = nat
@@ -185,7 +185,7 @@ def test_a_client_behind_a_nat_reaches_a_gateway_that_is_not(symmetric: bool) ->
     assert world.are_connected()
 
 
-def test_an_answer_from_another_address_than_was_asked_proves_nothing() -> None:
+def test_an_answer_from_another_address_proves_nothing() -> None:
     world = World()
     world.route = lambda sender, source, destination: (
         (STRANGER, destination) if sender.name == "gateway" else (source, destination)
@@ -198,7 +198,7 @@ def test_an_answer_from_another_address_than_was_asked_proves_nothing() -> None:
     assert (CLIENT_HOST, GATEWAY_HOST) not in [one[1:] for one in world.client.nominated]
 
 
-def test_what_is_taken_back_is_used_no_longer() -> None:
+def test_a_withdrawn_candidate_is_no_longer_used() -> None:
     world = World()
     offer_hosts(world)
     offer_relayed(world)
@@ -213,7 +213,7 @@ def test_what_is_taken_back_is_used_no_longer() -> None:
     assert world.run_until(lambda: world.gateway.path == (GATEWAY_RELAYED, CLIENT_HOST), within=3.0) < 3.0
 
 
-def test_taking_back_the_last_candidate_leaves_no_path_but_does_not_disconnect() -> None:
+def test_withdrawing_the_last_candidate_leaves_no_path_but_does_not_disconnect() -> None:
     world = World()
     offer_hosts(world)
     world.run(5.0)
@@ -225,7 +225,7 @@ def test_taking_back_the_last_candidate_leaves_no_path_but_does_not_disconnect()
     assert world.client.agent.state is AgentState.CHECKING  # it waits for others
 
 
-def test_a_taken_back_candidate_must_be_repeated_as_it_was_told() -> None:
+def test_a_candidate_is_withdrawn_only_as_it_was_signalled() -> None:
     world = World()
     signalled = f"candidate:2 1 udp 1 203.0.113.9 40000 typ srflx raddr 0.0.0.0 rport 0 ufrag {GATEWAY.ufrag}"
     world.client.learn(signalled)
@@ -239,7 +239,7 @@ def test_a_taken_back_candidate_must_be_repeated_as_it_was_told() -> None:
     assert forget(world.client, signalled.replace("candidate:2 1 udp 1", "candidate:3 1 udp 2"))
 
 
-def test_checks_from_an_address_that_was_taken_back_are_ignored_until_it_is_told_again() -> None:
+def test_checks_from_a_withdrawn_address_are_ignored_until_it_is_signalled_again() -> None:
     world = World()
     offer_hosts(world)
     world.run(5.0)

@@ -53,7 +53,7 @@ def test_a_check_with_a_wrong_password_is_counted_and_not_answered() -> None:
         Message(Method.BINDING, Kind.SUCCESS, bytes(12), ((stun.XOR_MAPPED_ADDRESS, GATEWAY_HOST),)),
     ],
 )
-def test_what_is_no_check_of_our_peers_and_no_answer_to_ours_is_not_ours(message: Message) -> None:
+def test_only_our_peers_checks_and_answers_to_our_checks_are_accepted(message: Message) -> None:
     agent = World().gateway.agent
     agent.add_local_candidate(Candidate.host(GATEWAY_HOST), 100.0)
     parsed = parse(message.encode(key=short_term_key(GATEWAY.password), fingerprint=True))

@@ -44,7 +44,7 @@ _addresses = st.builds(
         (Candidate.relayed(_RELAYED, other_family=True), 37492479),
     ],
 )
-def test_priorities_are_those_of_the_table(candidate: Candidate, priority: int) -> None:
+def test_priorities_match_the_table(candidate: Candidate, priority: int) -> None:
     assert candidate.priority == priority
 
 
@@ -57,7 +57,7 @@ def test_priorities_are_those_of_the_table(candidate: Candidate, priority: int) 
         (Candidate.relayed(_RELAYED), 1849687807),
     ],
 )
-def test_a_check_tells_the_local_preference_of_its_own_candidate(candidate: Candidate, priority: int) -> None:
+def test_a_check_carries_the_local_preference_of_its_own_candidate(candidate: Candidate, priority: int) -> None:
     assert candidate.reflexive_priority == priority
 
 
@@ -95,7 +95,7 @@ def test_recorded_candidates_are_of_all_kinds_that_upstream_signals() -> None:
     }
 
 
-def test_ours_is_written_as_upstream_writes_it_but_for_the_hash() -> None:
+def test_our_candidates_are_written_as_upstream_writes_them_except_for_the_hash() -> None:
     text = Candidate.host(_IPV4).to_sdp()
 
     assert text.startswith("candidate:fffeff7e")
@@ -103,7 +103,7 @@ def test_ours_is_written_as_upstream_writes_it_but_for_the_hash() -> None:
 
 
 @pytest.mark.parametrize("address", [_RELAYED, SocketAddress("2001:db8::9", 50000)])
-def test_a_relayed_or_reflexive_candidate_does_not_tell_its_base(address: SocketAddress) -> None:
+def test_a_relayed_or_reflexive_candidate_does_not_reveal_its_base(address: SocketAddress) -> None:
     unspecified = "raddr :: rport 0" if address.is_ipv6 else "raddr 0.0.0.0 rport 0"
     base = _IPV6 if address.is_ipv6 else _IPV4
 
@@ -171,12 +171,12 @@ def test_attributes_after_the_kind_are_read_in_any_order() -> None:
         _HOST_TEXT + " x" * 300,
     ],
 )
-def test_what_can_not_be_used_is_refused(text: str) -> None:
+def test_an_unusable_candidate_is_refused(text: str) -> None:
     assert parse_sdp(text) is None
 
 
 @given(_addresses, _addresses, st.integers(0, 0xFFFFFFFF), st.sampled_from([None, "abcd", "u/+9"]))
-def test_what_we_write_is_read_back(
+def test_our_own_output_is_read_back(
     address: SocketAddress, base: SocketAddress, priority: int, ufrag: str | None
 ) -> None:
     assume(address.is_ipv6 == base.is_ipv6)
@@ -211,7 +211,7 @@ def test_any_words_of_a_candidate_are_a_candidate_or_none(text: str) -> None:
 
 
 @given(st.lists(_words, max_size=6))
-def test_any_words_after_a_candidate_are_no_error(words: list[str]) -> None:
+def test_any_words_after_a_candidate_are_accepted(words: list[str]) -> None:
     _check(" ".join([_HOST_TEXT, *words]))
 
 

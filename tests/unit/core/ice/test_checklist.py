@@ -46,7 +46,7 @@ def test_a_pair_that_answers_goes_on_being_checked_at_the_slowest_pace() -> None
     assert pair in checklist
 
 
-def test_a_pair_that_stops_answering_is_probed_quickly_and_ends_a_check_later_than_one_that_never_did() -> None:
+def test_a_pair_that_stops_answering_is_probed_quickly_and_ends_a_check_later_than_a_silent_pair() -> None:
     checklist, pair = _one_pair(_ACTIVE)
     answered = _run_with_answers(checklist, pair, until=60.0)
 
@@ -58,7 +58,7 @@ def test_a_pair_that_stops_answering_is_probed_quickly_and_ends_a_check_later_th
     assert 15.25 <= ended_at - sent[0] <= 15.25 + 1.5
 
 
-def test_an_answer_to_an_older_check_counts_as_one() -> None:
+def test_an_answer_to_an_older_check_counts() -> None:
     checklist, pair = _one_pair(_ACTIVE)
     for number in range(3):
         checklist.sent(pair, bytes([number]), pair.due)
@@ -71,7 +71,7 @@ def test_an_answer_to_an_older_check_counts_as_one() -> None:
     assert checklist.waiting_for(bytes([0])) is pair
 
 
-def test_missed_counts_only_what_we_no_longer_wait_for() -> None:
+def test_missed_counts_only_checks_that_we_no_longer_wait_for() -> None:
     checklist, pair = _one_pair(_ACTIVE)
     checklist.sent(pair, b"a", 0.0)
 
@@ -114,7 +114,7 @@ def test_on_becoming_active_again_a_pair_is_checked_soon() -> None:
     assert pair.due == last + 1.5
 
 
-def test_the_nominated_pair_is_checked_before_what_is_due_longer() -> None:
+def test_the_nominated_pair_is_checked_before_pairs_that_were_due_earlier() -> None:
     checklist, pair = _one_pair(_ACTIVE)
     other = checklist.add(_LOCAL, Candidate.host(SocketAddress("10.0.0.3", 52625)), -1.0, spare=None)
 
@@ -122,7 +122,7 @@ def test_the_nominated_pair_is_checked_before_what_is_due_longer() -> None:
     assert checklist.next_check(0.0, pair) is pair
 
 
-def test_of_pairs_due_at_once_the_better_is_checked_first() -> None:
+def test_the_better_of_two_pairs_due_at_once_is_checked_first() -> None:
     checklist = Checklist(controlling=True, schedule=_ACTIVE)
     relayed = checklist.add(_LOCAL, Candidate.relayed(SocketAddress("10.9.0.1", 50000)), 0.0, spare=None)
     direct = checklist.add(_LOCAL, _REMOTE, 0.0, spare=None)
@@ -131,7 +131,7 @@ def test_of_pairs_due_at_once_the_better_is_checked_first() -> None:
     assert checklist.next_check(0.0, None) is direct
 
 
-def test_one_base_and_one_remote_address_are_one_pair() -> None:
+def test_a_base_and_a_remote_address_form_a_single_pair() -> None:
     checklist, pair = _one_pair(_ACTIVE)
 
     assert checklist.add(_LOCAL.lowered(), _REMOTE.lowered(), 5.0, spare=None) is pair
@@ -144,7 +144,7 @@ def test_addresses_of_different_families_make_no_pair() -> None:
     assert checklist.add(_LOCAL, Candidate.host(SocketAddress("2001:db8::1", 1)), 0.0, spare=None) is None
 
 
-def test_a_full_list_gives_up_its_worst_pair_for_a_better_one_and_for_no_worse_one() -> None:
+def test_a_full_list_replaces_its_worst_pair_only_by_a_better_pair() -> None:
     checklist = Checklist(controlling=True, schedule=_ACTIVE)
     pairs = [checklist.add(_LOCAL, _reflexive(number), 0.0, spare=None) for number in range(MAX_PAIRS)]
     worst = min((pair for pair in pairs if pair), key=lambda pair: pair.priority)
@@ -158,7 +158,7 @@ def test_a_full_list_gives_up_its_worst_pair_for_a_better_one_and_for_no_worse_o
     assert checklist.waiting_for(b"worst") is None
 
 
-def test_the_pair_in_use_is_not_given_up_for_a_better_one() -> None:
+def test_the_pair_in_use_is_not_replaced_by_a_better_pair() -> None:
     checklist = Checklist(controlling=True, schedule=_ACTIVE)
     pairs = [checklist.add(_LOCAL, _reflexive(number), 0.0, spare=None) for number in range(MAX_PAIRS)]
     worst = min((pair for pair in pairs if pair), key=lambda pair: pair.priority)
@@ -169,7 +169,7 @@ def test_the_pair_in_use_is_not_given_up_for_a_better_one() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 5.0), st.booleans()), max_size=60), st.sampled_from([_ACTIVE, _IDLE]))
-def test_whatever_is_answered_the_next_check_is_neither_immediate_nor_later_than_the_slowest_pace(
+def test_the_next_check_is_never_immediate_nor_later_than_the_slowest_pace(
     steps: list[tuple[float, bool]], schedule: Schedule
 ) -> None:
     checklist, pair = _one_pair(schedule)

@@ -46,7 +46,7 @@ def test_recorded_checks_are_accepted_and_answered_as_upstream_answered_them(ses
 
 
 @pytest.mark.parametrize(("session", "role"), _CASES)
-def test_our_checks_are_those_that_upstream_sent_and_its_answers_verify(session: Path, role: str) -> None:
+def test_our_checks_equal_upstreams_and_its_answers_verify(session: Path, role: str) -> None:
     mine, other = _credentials(session, role)
     answers = {one.message.transaction_id: one for one in _ice(session, role, "in", Kind.SUCCESS)}
     made = nominating = answered = 0
@@ -69,7 +69,7 @@ def test_our_checks_are_those_that_upstream_sent_and_its_answers_verify(session:
 
 
 @pytest.mark.parametrize("session", _WITH_ICE, ids=lambda path: path.stem)
-def test_we_would_have_told_the_same_candidates(session: Path) -> None:
+def test_we_would_have_signalled_the_same_candidates(session: Path) -> None:
     compared = 0
     for text in candidates(session):
         signalled = parse_sdp(text)

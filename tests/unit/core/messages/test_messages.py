@@ -194,7 +194,7 @@ _TO_PORTAL: list[tuple[PortalMessage, Generation, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("session", SESSIONS, ids=lambda path: path.stem)
-def test_what_upstream_understood_is_read_and_loses_nothing(session: Path) -> None:
+def test_messages_that_upstream_understood_are_read_without_loss(session: Path) -> None:
     read_as: set[str] = set()
     for frame in portal_frames(session):
         if not frame.sent_by_portal or frame.peer == "relay":
@@ -212,7 +212,7 @@ def test_what_upstream_understood_is_read_and_loses_nothing(session: Path) -> No
 
 
 @pytest.mark.parametrize("session", SESSIONS, ids=lambda path: path.stem)
-def test_what_upstream_said_is_what_we_would_say(session: Path) -> None:
+def test_our_messages_equal_upstreams(session: Path) -> None:
     kinds = {
         event: kind
         for kind in (
@@ -269,7 +269,7 @@ def test_a_documented_message_is_read_and_written_back(
 
 
 @pytest.mark.parametrize(("message", "generation", "event", "payload"), _TO_PORTAL)
-def test_what_we_say_has_the_names_of_the_generation(
+def test_our_messages_use_the_names_of_the_generation(
     message: PortalMessage, generation: Generation, event: str, payload: dict[str, Any]
 ) -> None:
     assert type(message).event(generation) == event
@@ -317,7 +317,7 @@ def test_v2_calls_groups_sites() -> None:
     assert client.parse("authorization_created", flow) == client.parse("flow_created", _FLOW_CREATED)
 
 
-def test_where_both_spellings_are_there_that_of_v1_counts() -> None:
+def test_the_v1_spelling_wins_if_both_are_present() -> None:
     assert rename({"old": 1, "new": 2}, {"new": "old"}) == {"old": 1, "new": 2}
     assert rename({"new": 2, "other": 3}, {"new": "old"}) == {"old": 2, "other": 3}
     assert rename([1], {"new": "old"}) == [1]
@@ -328,7 +328,7 @@ def test_where_both_spellings_are_there_that_of_v1_counts() -> None:
 
 @pytest.mark.parametrize("module", [client, gateway])
 @pytest.mark.parametrize("event", ["", "whatever", "phx_reply", "client_ice_candidates", "request_connection"])
-def test_an_unknown_event_is_no_error(module: Any, event: str) -> None:
+def test_an_unknown_event_is_accepted(module: Any, event: str) -> None:
     assert module.parse(event, {"any": "thing"}) is None
 
 

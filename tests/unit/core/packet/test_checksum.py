@@ -8,12 +8,12 @@ from tests.unit.core.packet.packets import slow_sum
 
 
 @given(st.binary(max_size=200))
-def test_a_checksum_is_that_of_rfc_1071(data: bytes) -> None:
+def test_a_checksum_matches_rfc_1071(data: bytes) -> None:
     assert checksum(data) == ~slow_sum(data) & 0xFFFF
 
 
 @given(st.binary(min_size=4, max_size=60).filter(any), st.integers(0, 20), st.integers(0, 0xFFFF))
-def test_an_update_is_equivalent_to_computing_anew(data: bytes, word: int, new: int) -> None:
+def test_an_update_is_equivalent_to_a_new_computation(data: bytes, word: int, new: int) -> None:
     at = 2 * (word % (len(data) // 2))
     changed = data[:at] + new.to_bytes(2, "big") + data[at + 2 :]
 
@@ -29,7 +29,7 @@ def test_an_update_is_equivalent_to_computing_anew(data: bytes, word: int, new: 
     st.integers(0, 40),
     st.integers(0, 7),
 )
-def test_row_sums_are_those_of_each_row(memory: bytes, rows: int, gap: int, length: int, offset: int) -> None:
+def test_row_sums_equal_the_sum_of_each_row(memory: bytes, rows: int, gap: int, length: int, offset: int) -> None:
     stride = length + gap
 
     sums = RowSums(bytearray(memory), rows=rows, stride=stride, offset=offset, length=length).of(rows)

@@ -61,7 +61,7 @@ def stream(count: int, *, size: int = 100, first: int = 1000, **fields: object) 
 @VERSIONS
 @pytest.mark.parametrize("layer", ["tcp", "udp"])
 @pytest.mark.parametrize("length", [40 * 100, 40 * 100 - 1, 39 * 100 + 1, 4 * 100, 200, 101])
-def test_the_segments_of_a_super_packet_become_it_again(version: int, layer: str, length: int) -> None:
+def test_the_segments_of_a_super_packet_are_merged_again(version: int, layer: str, length: int) -> None:
     original = super_packet(ip(version), LAYERS[layer](), pattern(length), segment_size=100)
 
     packets = merged(cut(original))
@@ -150,7 +150,7 @@ def test_sequence_numbers_wrap() -> None:
         "ip-options",
     ],
 )
-def test_what_the_kernel_would_not_merge_stays_apart(following: bytearray, rows: int) -> None:
+def test_packets_that_the_kernel_would_not_merge_stay_apart(following: bytearray, rows: int) -> None:
     before = stream(12)[12 - rows :]
 
     packets = merged([*before, following])
@@ -237,7 +237,7 @@ def test_ip_checksums_that_are_all_equally_wrong_are_not_repaired() -> None:
     assert [bytes(packet.data) for packet in merged(datagrams)] == datagrams
 
 
-def test_interleaved_flows_are_merged_each() -> None:
+def test_each_of_interleaved_flows_is_merged() -> None:
     one, other = stream(10), stream(10, port=443)
 
     packets = merged([data for pair in zip(one, other, strict=True) for data in pair])
@@ -283,7 +283,7 @@ def test_malformed_packets_between_others_are_counted_once() -> None:
     assert arena.rejected == 1
 
 
-def test_what_is_not_to_be_kept_is_left_out() -> None:
+def test_packets_outside_the_selection_are_left_out() -> None:
     keep = np.array([True] * 4 + [False] + [True] * 5)
 
     packets = merged(stream(10), keep=keep)
@@ -292,7 +292,7 @@ def test_what_is_not_to_be_kept_is_left_out() -> None:
     assert [packet.segments for packet in merged(stream(10), keep=np.ones(10, np.bool_))] == [10]
 
 
-def test_packets_stay_alone_when_there_is_no_memory_to_merge_them() -> None:
+def test_packets_stay_alone_without_memory_to_merge_them() -> None:
     arena = Arena(1000)
 
     assert [bytes(packet.data) for packet in merged(stream(10), arena)] == stream(10)
@@ -313,7 +313,7 @@ def test_batches_in_different_memory_do_not_get_mixed_up() -> None:
 
 @VERSIONS
 @pytest.mark.parametrize("layer", ["tcp", "udp"])
-def test_lone_frames_with_partial_checksums_become_one(version: int, layer: str) -> None:
+def test_lone_frames_with_partial_checksums_are_merged(version: int, layer: str) -> None:
     original = super_packet(ip(version), LAYERS[layer](), pattern(1950), segment_size=100)
     lone = [packet for data in cut(original) if (packet := from_virtio(frame(data, 0)))]
 
@@ -364,7 +364,7 @@ def packet_lists(draw: st.DrawFn) -> list[bytes]:
 
 @settings(max_examples=examples(60))
 @given(packet_lists().filter(lambda packets: all(len(packet) <= len(packets[0]) for packet in packets)))
-def test_cutting_what_was_merged_gives_back_each_flow(datagrams: list[bytes]) -> None:
+def test_cutting_merged_packets_gives_back_each_flow(datagrams: list[bytes]) -> None:
     arena = Arena()
 
     packets = merged(datagrams, arena)

@@ -39,7 +39,7 @@ def test_a_refused_ipv4_packet_is_answered_from_its_destination() -> None:
 
 
 @pytest.mark.parametrize("length", [50, 1200, 1232])
-def test_a_refused_ipv6_packet_is_answered_with_what_fits(length: int) -> None:
+def test_a_refused_ipv6_packet_is_answered_with_as_much_as_fits(length: int) -> None:
     original = built(ip(6), udp(), pattern(length))
     packet = parse(original)
     assert packet is not None
@@ -121,7 +121,7 @@ def test_queries_and_first_fragments_are_answered(data: bytearray) -> None:
 @pytest.mark.parametrize("version", [4, 6])
 @pytest.mark.parametrize(("inner", "expected"), [(0, 0), (1, 3), (2, 3), (3, 3)])
 @pytest.mark.parametrize("dscp", [0, 0xB8, 0xFC])
-def test_a_congestion_mark_reaches_those_who_understand_it(version: int, inner: int, expected: int, dscp: int) -> None:
+def test_a_congestion_mark_is_set_on_ecn_capable_packets(version: int, inner: int, expected: int, dscp: int) -> None:
     packet = parse(built(ip(version, traffic_class=dscp | inner), tcp(), b"data"))
     assert packet is not None
 

@@ -30,7 +30,7 @@ LAYERS = {"tcp": tcp, "udp": udp}
 
 
 @VERSIONS
-def test_a_tcp_packet_shows_what_routing_and_filters_need(version: int) -> None:
+def test_a_tcp_packet_shows_the_fields_for_routing_and_filters(version: int) -> None:
     packet = parse(built(ip(version, traffic_class=3), tcp(), b"hello"))
 
     assert packet is not None
@@ -221,7 +221,7 @@ def test_the_partial_checksum_of_a_packet_within_a_packet_is_completed() -> None
 @VERSIONS
 @pytest.mark.parametrize("layer", ["tcp", "udp"])
 @pytest.mark.parametrize("segment_size", [0, 400])
-def test_what_is_written_to_the_device_reads_back_the_same(version: int, layer: str, segment_size: int) -> None:
+def test_packets_written_to_the_device_read_back_the_same(version: int, layer: str, segment_size: int) -> None:
     packet = from_virtio(frame(built(ip(version), LAYERS[layer](), pattern(1000)), segment_size))
     assert packet is not None
 
@@ -231,7 +231,7 @@ def test_what_is_written_to_the_device_reads_back_the_same(version: int, layer: 
     assert fields(again) == fields(packet)
 
 
-def test_a_complete_packet_needs_nothing_of_the_device() -> None:
+def test_a_complete_packet_needs_no_work_by_the_device() -> None:
     packet = parse(built(ip(4), udp()))
 
     assert packet is not None

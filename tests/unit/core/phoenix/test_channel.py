@@ -130,7 +130,7 @@ def test_identical_messages_that_wait_are_sent_once(joined: _World) -> None:
     assert joined.channel.counters.duplicates == 3
 
 
-def test_what_was_sent_already_may_be_sent_again(joined: _World) -> None:
+def test_a_message_that_was_sent_may_be_sent_again(joined: _World) -> None:
     joined.channel.send("no_relays", {})
     joined.sent()
     joined.channel.send("no_relays", {})
@@ -190,7 +190,7 @@ def test_messages_of_the_portal_come_through(joined: _World) -> None:
 @pytest.mark.parametrize(
     ("topic", "event"), [("gateway", "init"), ("client", "phx_leave"), ("client", "phx_reply"), ("phoenix", "x")]
 )
-def test_what_means_nothing_is_counted(joined: _World, topic: str, event: str) -> None:
+def test_meaningless_messages_are_counted(joined: _World, topic: str, event: str) -> None:
     joined.hear(event, {}, topic=topic)
 
     assert joined.events() == []
@@ -524,7 +524,7 @@ def test_a_closed_channel_wants_nothing(joined: _World) -> None:
 
 
 @pytest.mark.parametrize("path", _VECTORS, ids=lambda path: path.stem)
-def test_a_recorded_portal_gets_from_us_what_upstreams_programs_said(path: Path) -> None:
+def test_we_send_a_recorded_portal_the_same_as_upstreams_programs(path: Path) -> None:
     """Each peer's frames, said by our channel in their order, are byte for byte the recorded ones."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for peer in ("client", "gateway", "relay"):
@@ -563,7 +563,7 @@ def test_any_text_leaves_a_channel_that_works(text: bytes | str, is_joined: bool
 
 
 @given(st.lists(st.integers(0, 9), max_size=60))
-def test_every_change_of_state_is_one_of_the_documented(steps: list[int]) -> None:
+def test_every_change_of_state_is_documented(steps: list[int]) -> None:
     world = _World(max_partition_time=3.0)
     seen = [world.channel.state]
     for step in steps:

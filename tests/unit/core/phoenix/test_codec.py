@@ -81,7 +81,7 @@ def test_ref_and_unknown_keys_may_be_absent_or_present() -> None:
         ('{"topic":"\ud800","event":"x","payload":{}}', Form.OBJECT),
     ],
 )
-def test_what_is_no_frame_is_malformed(text: str, form: Form) -> None:
+def test_text_that_is_not_a_frame_is_malformed(text: str, form: Form) -> None:
     with pytest.raises(MalformedFrame) as caught:
         decode(text, form)
 
@@ -89,7 +89,7 @@ def test_what_is_no_frame_is_malformed(text: str, form: Form) -> None:
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b'{"topic":"client","event":"x"', b'{"topic":"cli'])
-def test_what_ends_too_early_is_told_apart(text: bytes) -> None:
+def test_a_truncated_frame_is_distinguished_from_a_malformed_one(text: bytes) -> None:
     with pytest.raises(MalformedFrame) as caught:
         decode(text, Form.OBJECT)
 

@@ -71,7 +71,7 @@ def test_in_array_form_replies_and_pushes_name_the_join() -> None:
     assert peer.heard() == [["3", "3", "client", "phx_reply", _OK], ["3", None, "client", "init", {}]]
 
 
-def test_what_is_pushed_during_a_join_comes_after_the_first_push(peer: _Peer) -> None:
+def test_messages_pushed_during_a_join_come_after_the_first_push(peer: _Peer) -> None:
     peer.say("phx_join", ref=0)
     request = peer.socket.next_message()
     assert isinstance(request, JoinRequested)
@@ -128,7 +128,7 @@ def test_a_heartbeat_is_answered_while_the_handler_is_busy(peer: _Peer) -> None:
 
 
 @pytest.mark.parametrize(("topic", "event"), [("client", "x"), ("gateway", "phx_join"), ("phoenix", "x")])
-def test_what_is_not_joined_is_unmatched(peer: _Peer, topic: str, event: str) -> None:
+def test_a_topic_that_was_not_joined_is_unmatched(peer: _Peer, topic: str, event: str) -> None:
     peer.say(event, topic=topic)
 
     assert peer.socket.next_message() is None
@@ -179,7 +179,7 @@ def test_silence_is_noticed(peer: _Peer) -> None:
     assert peer.socket.is_idle(75.0)
 
 
-def test_a_mailbox_is_full_at_some_time(peer: _Peer) -> None:
+def test_a_mailbox_is_bounded(peer: _Peer) -> None:
     peer.join()
     for _ in range(300):
         assert not peer.socket.is_full or len(peer.heard()) == 0

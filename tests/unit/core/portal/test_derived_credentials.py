@@ -59,7 +59,7 @@ def test_a_reference_comes_back() -> None:
     assert open_reference(sign_reference(contents, _KEY), _KEY) == contents
 
 
-def test_a_reference_of_another_key_does_not() -> None:
+def test_a_reference_of_another_key_is_refused() -> None:
     assert open_reference(sign_reference({"flow": "1"}, _KEY), bytes([1] * 32)) is None
 
 

@@ -15,7 +15,7 @@ from tests.unit.core.portal.worlds import Heard, session
 _TOKEN = Token("relay", PeerRole.RELAY, "hash", "account", None)
 
 
-def test_a_burst_is_told_once_a_second_after_it_began() -> None:
+def test_a_burst_is_reported_once_a_second_after_it_began() -> None:
     registry = RelayRegistry()
     client = session(PeerRole.CLIENT, "c1")
     registry.join(_relay(0), 0.0)
@@ -34,7 +34,7 @@ def test_a_burst_is_told_once_a_second_after_it_began() -> None:
     assert registry.settled_updates([client], 100.0) == []
 
 
-def test_a_restart_is_told_together_with_what_else_is_gone() -> None:
+def test_a_restart_is_reported_together_with_other_lost_relays() -> None:
     registry, client = RelayRegistry(), session(PeerRole.CLIENT, "c1")
     one, two = _relay(1), _relay(2)
     registry.join(one, 0.0)
@@ -73,7 +73,7 @@ def test_a_clients_credentials_end_with_its_token_and_a_gateways_never() -> None
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3), st.sampled_from("ab")), max_size=30))
-def test_after_any_course_everybody_holds_exactly_relays_that_are_there(course: list[tuple[bool, int, str]]) -> None:
+def test_every_peer_always_ends_with_relays_that_are_connected(course: list[tuple[bool, int, str]]) -> None:
     registry, client = RelayRegistry(), session(PeerRole.CLIENT, "c1")
     connected: dict[int, RelaySession] = {}
     known: dict[str, str] = {}
@@ -93,7 +93,7 @@ def test_after_any_course_everybody_holds_exactly_relays_that_are_there(course: 
     assert {id_: there[id_] for id_ in known} == client.relays
 
 
-def test_three_swaps_a_minute_are_no_news_the_fourth_is() -> None:
+def test_the_fourth_swap_in_a_minute_is_reported() -> None:
     swaps = SwapCounter()
 
     assert [swaps.note("d1", now) for now in (0, 10, 20, 30, 40)] == [False, False, False, True, False]

@@ -53,7 +53,7 @@ def _error(text: str) -> str:
     return str(raised.value)
 
 
-def test_the_example_in_the_documentation_is_one() -> None:
+def test_the_example_in_the_documentation_is_a_valid_seed() -> None:
     account = _parse(_EXAMPLE.read_text())
 
     assert account.slug == "acme"

@@ -18,7 +18,7 @@ def _entropy(number: int) -> bytes:
 
 
 @given(st.integers(0, 2**64 - 1))
-def test_it_lies_in_the_network_and_is_neither_its_first_nor_its_last(number: int) -> None:
+def test_an_address_lies_in_the_network_and_is_neither_its_first_nor_its_last(number: int) -> None:
     for network in (TUNNEL_IPV4, TUNNEL_IPV6):
         address = allocate(network, (), lambda _: _entropy(number))
 
@@ -26,18 +26,18 @@ def test_it_lies_in_the_network_and_is_neither_its_first_nor_its_last(number: in
         assert network[2] <= address <= network[-2]
 
 
-def test_it_is_the_first_free_one_upward() -> None:
+def test_the_first_free_address_upward_is_assigned() -> None:
     assert str(allocate(_SMALL, {"192.0.2.5", "192.0.2.6"}, lambda _: _entropy(3))) == "192.0.2.7"
 
 
-def test_then_downward() -> None:
+def test_the_first_free_address_downward_is_assigned_if_none_is_free_upward() -> None:
     taken = {f"192.0.2.{number}" for number in range(5, 15)}
 
     assert str(allocate(_SMALL, taken, lambda _: _entropy(3))) == "192.0.2.4"
 
 
 @given(st.integers(0, 2**64 - 1))
-def test_all_are_assigned_once_and_then_there_is_none(number: int) -> None:
+def test_every_address_is_assigned_once_until_none_is_left(number: int) -> None:
     taken: set[str] = set()
     while (address := allocate(_SMALL, taken, lambda _: _entropy(number))) is not None:
         assert str(address) not in taken

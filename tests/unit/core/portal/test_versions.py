@@ -27,7 +27,7 @@ def test_the_first_known_component_counts(text: str, component: str, version: tu
     assert (agent.component, agent.version) == (component, Version(*version))
 
 
-def test_our_own_program_is_told_from_upstreams() -> None:
+def test_our_own_program_is_distinguished_from_upstreams() -> None:
     ours = parse_user_agent("Linux/6.8 connlib/1.5.12 (x86_64; firezone_tunnel/0.1.0)")
     theirs = parse_user_agent("Linux/6.8 connlib/1.5.12 (x86_64)")
 
@@ -36,7 +36,7 @@ def test_our_own_program_is_told_from_upstreams() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "Linux/6.8", "curl/8.0", "connlib", "xconnlib/1.0.0"])
-def test_an_agent_without_one_is_none(text: str) -> None:
+def test_an_agent_without_a_known_component_is_unknown(text: str) -> None:
     assert parse_user_agent(text) is None
 
 
@@ -88,7 +88,7 @@ def test_sites_are_read_from_a_version_on(agent: str, knows: bool) -> None:
         ((2, 5, 0), (1, 5, 0), True, False),
     ],
 )
-def test_who_may_meet(
+def test_which_versions_may_connect(
     client: tuple[int, int, int], gateway: tuple[int, int, int], minor_window: bool, expected: bool
 ) -> None:
     assert is_compatible(Version(*client), Version(*gateway), minor_window=minor_window) is expected

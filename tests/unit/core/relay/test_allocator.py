@@ -34,7 +34,7 @@ ONLY6 = (stun.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV6)
 
 
 @pytest.mark.parametrize("address", [CLIENT4, CLIENT6])
-def test_a_success_tells_relayed_address_own_address_and_lifetime(address: SocketAddress) -> None:
+def test_a_success_carries_relayed_address_own_address_and_lifetime(address: SocketAddress) -> None:
     world = World()
 
     answer = Client(world, address).allocate()
@@ -73,7 +73,7 @@ def test_a_dual_stack_allocation_has_the_same_port_in_both_families(asked: tuple
         ((stun.REQUESTED_ADDRESS_FAMILY, 3), 440, 440, 440),
     ],
 )
-def test_which_families_are_granted(
+def test_families_are_granted_as_requested_and_available(
     asked: tuple[stun.Attribute[int], int] | None, both: object, only4: object, only6: object
 ) -> None:
     worlds = [World(), World(public_ipv6=None), World(public_ipv4=None)]
@@ -196,7 +196,7 @@ def test_a_retransmitted_deletion_succeeds_again() -> None:
     assert code_of(client.refresh(0, transaction_id=b"deletes once")) == 437
 
 
-def test_a_retransmitted_allocate_gets_the_same_addresses_and_another_one_437() -> None:
+def test_a_retransmitted_allocate_gets_the_same_addresses_and_a_different_allocate_437() -> None:
     world = World()
     client = Client(world)
     client.request(Method.REFRESH)  # for the nonce
@@ -211,7 +211,7 @@ def test_a_retransmitted_allocate_gets_the_same_addresses_and_another_one_437() 
     assert world.server.allocations == 1
 
 
-def test_a_client_that_returns_under_another_name_frees_its_allocation_and_gets_a_new_one() -> None:
+def test_a_client_that_returns_under_another_name_gets_a_new_allocation_and_frees_the_old() -> None:
     world = World()
     Client(world).allocate()
     renamed = Client(world)
@@ -248,7 +248,7 @@ def test_a_refresh_of_one_family_leaves_the_other_alone() -> None:
     assert world.server.channels == 1
 
 
-def test_families_end_each_in_its_time() -> None:
+def test_each_family_ends_in_its_own_time() -> None:
     world = World()
     client = Client(world)
     port = client.allocate_dual()
@@ -280,7 +280,7 @@ def test_an_even_port_is_even() -> None:
     assert code_of(_client(world, 61).allocate()) == 0
 
 
-def test_the_next_port_is_reserved_for_whoever_has_the_token() -> None:
+def test_the_next_port_is_reserved_for_the_holder_of_the_token() -> None:
     world = World()
     answer = _client(world, 1).allocate((stun.EVEN_PORT, True))
     token = answer.get(stun.RESERVATION_TOKEN)
@@ -367,7 +367,7 @@ def test_a_port_rests_before_another_client_gets_it() -> None:
     assert relayed_port(_client(world, 64).allocate()) == port
 
 
-def test_a_port_that_another_process_has_is_replaced_by_one_that_it_has_not() -> None:
+def test_a_port_that_another_process_has_is_replaced_by_a_free_port() -> None:
     world = World()
     world.occupied = lambda port: len(world.commands) < 3
 
@@ -414,7 +414,7 @@ def test_quotas_are_486() -> None:
     assert code_of(Client(world, addresses[2], username=first.username, password=first.password).allocate()) == 0
 
 
-def test_a_draining_relay_makes_no_allocations_serves_those_it_has_and_says_when_the_last_is_gone() -> None:
+def test_a_draining_relay_refuses_new_allocations_and_reports_when_the_last_has_gone() -> None:
     world = World()
     client = Client(world)
     client.allocate()

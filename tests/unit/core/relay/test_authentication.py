@@ -47,13 +47,13 @@ OWN_VECTOR = bytes.fromhex(
         ),
     ],
 )
-def test_passwords_are_upstreams(expiry: int, secret: str, salt: str, password: str) -> None:
+def test_passwords_equal_upstreams(expiry: int, secret: str, salt: str, password: str) -> None:
     assert stamp_password(expiry, secret, salt) == password
     username = f"{expiry}:{salt}"
     assert StampSecret(secret).key(username) == long_term_key(username, "firezone", password)
 
 
-def test_what_the_portal_derives_is_what_the_relay_derives() -> None:
+def test_the_portal_and_the_relay_derive_the_same_credentials() -> None:
     relay = relay_credentials(
         "id",
         CLIENT4,
@@ -70,16 +70,16 @@ def test_what_the_portal_derives_is_what_the_relay_derives() -> None:
 @pytest.mark.parametrize(
     "username", ["", "1:2:3", "abc", "abc:salt", "-1:salt", "+1:salt", "1.5:salt", "²:salt", f"{2**64}:x"]
 )
-def test_what_is_no_stamp_name_has_no_key(username: str) -> None:
+def test_a_name_that_is_not_a_stamp_name_has_no_key(username: str) -> None:
     assert StampSecret(SECRET).key(username) is None
     assert not StampSecret(SECRET).is_current(username, 0)
 
 
-def test_the_owner_of_a_stamp_name_is_the_same_whenever_it_expires() -> None:
+def test_the_owner_of_a_stamp_name_does_not_depend_on_its_expiry() -> None:
     assert StampSecret(SECRET).owner("1:salt") == StampSecret(SECRET).owner("2:salt") == "salt"
 
 
-def test_a_request_without_credentials_is_told_realm_and_nonce() -> None:
+def test_the_answer_to_a_request_without_credentials_has_realm_and_nonce() -> None:
     answer = Client(World()).ask(_request(TRANSPORT))
 
     assert code_of(answer) == 401
@@ -88,7 +88,7 @@ def test_a_request_without_credentials_is_told_realm_and_nonce() -> None:
     assert not answer.has_integrity
 
 
-def test_firezones_first_allocate_has_no_nonce_and_gets_a_signed_401_with_one() -> None:
+def test_firezones_first_allocate_has_no_nonce_and_gets_a_signed_401_with_a_nonce() -> None:
     client = Client(World())
 
     answer = client.ask(client.encode(Method.ALLOCATE, TRANSPORT))
@@ -119,7 +119,7 @@ def test_an_integrity_without_a_name_or_realm_is_400() -> None:
     assert answer.is_authentic(client.key)
 
 
-def test_a_wrong_password_is_401_signed_with_the_right_one() -> None:
+def test_a_wrong_password_is_401_signed_with_the_right_password() -> None:
     world = World()
     client = Client(world)
     client.request(Method.REFRESH)
@@ -163,7 +163,7 @@ def test_every_error_is_signed_where_the_request_has_a_name() -> None:
     assert code_of(client.allocate()) == 438
 
 
-def test_a_name_that_is_none_gets_an_unsigned_401() -> None:
+def test_an_invalid_name_gets_an_unsigned_401() -> None:
     client = Client(World(), username="nobody")
 
     answer = client.ask(client.encode(Method.ALLOCATE, TRANSPORT))
@@ -173,7 +173,7 @@ def test_a_name_that_is_none_gets_an_unsigned_401() -> None:
 
 
 @pytest.mark.parametrize("nonce", ["", "x", "00000000-0000-0000-0000-000000000000", "A" * 24, "é" * 24, "A" * 700])
-def test_a_nonce_that_we_never_issued_is_438_with_a_good_one(nonce: str) -> None:
+def test_a_nonce_that_we_never_issued_is_438_with_a_valid_nonce(nonce: str) -> None:
     client = Client(World())
     client.nonce = nonce
 
@@ -250,7 +250,7 @@ def test_a_realm_that_is_empty_or_too_long_is_refused(realm: str) -> None:
         StaticUsers({}, realm=realm)
 
 
-def test_what_stands_behind_the_integrity_changes_nothing() -> None:
+def test_attributes_after_the_integrity_change_nothing() -> None:
     world = World()
     client = Client(world)
     client.allocate()

@@ -36,7 +36,7 @@ OTHER_PORT = SocketAddress(PEER4.host, 7001)
 
 
 @pytest.mark.parametrize(("client", "peer"), list(itertools.product([CLIENT4, CLIENT6], [PEER4, PEER6])))
-def test_ping_and_pong_pass_a_channel_whatever_the_families(client: SocketAddress, peer: SocketAddress) -> None:
+def test_ping_and_pong_pass_a_channel_of_any_families(client: SocketAddress, peer: SocketAddress) -> None:
     world = World()
     one = Client(world, client)
     port = one.allocate_dual()
@@ -51,7 +51,7 @@ def test_ping_and_pong_pass_a_channel_whatever_the_families(client: SocketAddres
 
 
 @pytest.mark.parametrize(("client", "peer"), list(itertools.product([CLIENT4, CLIENT6], [PEER4, PEER6])))
-def test_ping_and_pong_pass_as_indications_whatever_the_families(client: SocketAddress, peer: SocketAddress) -> None:
+def test_ping_and_pong_pass_as_indications_of_any_families(client: SocketAddress, peer: SocketAddress) -> None:
     world = World()
     one = Client(world, client)
     port = one.allocate_dual()
@@ -87,7 +87,7 @@ def test_other_numbers_are_400(number: int) -> None:
     assert code_of(client.bind(number, PEER4)) == 400
 
 
-def test_a_bind_without_peer_number_or_port_is_400_and_one_of_another_family_443() -> None:
+def test_a_bind_without_peer_number_or_port_is_400_and_a_bind_of_another_family_443() -> None:
     client = Client(World())
     client.allocate()
 
@@ -108,7 +108,7 @@ def test_a_channel_is_for_one_peer_and_a_peer_has_one_channel() -> None:
     assert code_of(client.bind(0x4001, OTHER_PORT)) == 0
 
 
-def test_a_channel_lasts_600_seconds_then_rests_and_is_free_after_another_300() -> None:
+def test_a_channel_lasts_600_seconds_then_rests_for_300_before_it_is_free() -> None:
     world = World()
     client = Client(world)
     client.allocate((stun.LIFETIME, 3600))
@@ -165,7 +165,7 @@ def test_a_channel_is_also_a_permission_for_the_host_for_300_seconds() -> None:
     assert client.indicate(OTHER_PORT, b"data") == []
 
 
-def test_a_permission_is_for_a_host_whatever_the_port_and_lasts_300_seconds() -> None:
+def test_a_permission_is_for_all_ports_of_a_host_and_lasts_300_seconds() -> None:
     world = World()
     client = Client(world)
     port = client.allocate_dual()
@@ -235,7 +235,7 @@ def test_a_client_that_never_asked_for_permissions_gets_no_indications() -> None
     assert world.server.counters.without_channel == 1
 
 
-def test_strangers_reach_nobody() -> None:
+def test_strangers_do_not_reach_any_client() -> None:
     world = World()
     client = Client(world)
     port = client.allocate_dual()
@@ -265,7 +265,7 @@ def test_freeing_an_allocation_ends_all_its_channels_and_the_next_owner_of_its_p
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 101, 1312])
-def test_channel_data_may_be_padded_and_answers_are_not(size: int) -> None:
+def test_channel_data_may_be_padded_but_answers_are_not(size: int) -> None:
     world = World()
     client = Client(world)
     port = client.allocate_dual()
@@ -278,7 +278,7 @@ def test_channel_data_may_be_padded_and_answers_are_not(size: int) -> None:
     assert back.datagrams == [channel_data(0x4000, b"y" * (size or 1))]
 
 
-def test_a_length_beyond_the_datagram_and_an_unknown_channel_are_dropped() -> None:
+def test_data_with_a_length_beyond_the_datagram_or_an_unknown_channel_is_dropped() -> None:
     world = World()
     client = Client(world)
     client.allocate()
@@ -415,7 +415,7 @@ def test_an_allocation_of_another_worker_is_reached_through_the_kernel() -> None
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_port_without_an_allocation_is_not_reached_whoever_has_it(workers: int) -> None:
+def test_a_port_without_an_allocation_is_never_reached(workers: int) -> None:
     world = World(workers=workers, worker=workers - 1)
     client = Client(world)
     port = client.allocate_dual()
@@ -471,7 +471,7 @@ def test_without_a_free_buffer_batches_are_dropped_and_counted_and_lone_datagram
     assert world.deliver_to_port(port, PEER4, b"z" * 2600, segment_size=1300)
 
 
-def test_what_is_relayed_is_counted() -> None:
+def test_relayed_data_is_counted() -> None:
     world = World()
     client = Client(world)
     port = client.allocate_dual()

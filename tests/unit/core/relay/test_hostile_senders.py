@@ -42,7 +42,7 @@ def test_a_fingerprint_is_checked_and_mirrored() -> None:
     assert client.allocate(fingerprint=True).is_intact()
 
 
-def test_what_one_must_understand_and_we_do_not_is_420_and_the_rest_is_ignored() -> None:
+def test_unknown_comprehension_required_attributes_are_420_and_optional_attributes_are_ignored() -> None:
     client = Client(World())
     required, optional = _unknown(0x7FFE), _unknown(0xBFFF)
 
@@ -122,7 +122,7 @@ def test_one_address_gets_at_most_100_answers_a_second(request_: bytes) -> None:
     assert answered() == RESPONSES_PER_SECOND
 
 
-def test_the_addresses_of_an_ipv6_network_count_as_one() -> None:
+def test_the_addresses_of_an_ipv6_network_share_a_budget() -> None:
     world = World()
 
     answered = sum(len(world.deliver(SocketAddress(f"2a03:3::{number:x}", 5000), BINDING)) for number in range(1, 301))
@@ -132,7 +132,7 @@ def test_the_addresses_of_an_ipv6_network_count_as_one() -> None:
 
 
 @pytest.mark.parametrize("source", ["5.5.{}.{}", "2a03:{}:{}::1"])
-def test_over_a_flood_from_forged_addresses_less_leaves_than_arrives(source: str) -> None:
+def test_a_flood_from_forged_addresses_is_not_amplified(source: str) -> None:
     world = World()
     requests = [
         BINDING,
@@ -194,7 +194,7 @@ def test_a_budget_is_of_a_fixed_size_and_recovers() -> None:
     assert budget.spend(CLIENT4, 100, 0.0, proven=True)
 
 
-def test_workers_share_what_strangers_may_be_answered() -> None:
+def test_workers_share_the_budget_of_answers_to_strangers() -> None:
     worlds = [World(workers=4, worker=worker) for worker in range(4)]
 
     one_address = [len(world.deliver(SocketAddress("5.5.5.5", n), BINDING)) for world in worlds for n in range(1, 200)]

@@ -169,7 +169,7 @@ def test_group_and_unspecified_addresses_and_our_own_are_denied_whatever_is_allo
         ("9.9.9.9", None),
     ],
 )
-def test_what_the_operator_could_allow_is_known_by_its_network(host: str, network: str | None) -> None:
+def test_peers_that_the_operator_could_allow_are_identified_by_their_network(host: str, network: str | None) -> None:
     policy = _policy(
         own_hosts=["192.168.7.7"],
         allow=[ipaddress.ip_network("172.17.0.0/16")],

@@ -56,7 +56,7 @@ def test_one_run_after_another_arrives_in_one_piece() -> None:
     assert [packet.segments for _, packet in gateway.packets] == [40] * 10
 
 
-def test_a_run_too_large_for_one_send_leaves_in_two_of_nearly_equal_size() -> None:
+def test_a_run_too_large_for_one_send_leaves_in_two_sends_of_nearly_equal_size() -> None:
     world, client, gateway = connected()
     client.sent.clear()
 
@@ -68,7 +68,7 @@ def test_a_run_too_large_for_one_send_leaves_in_two_of_nearly_equal_size() -> No
     assert len(gateway.packets) <= 2
 
 
-def test_when_no_buffer_is_free_a_run_is_dropped_and_counted_and_later_ones_pass() -> None:
+def test_a_run_without_a_free_buffer_is_dropped_and_counted_and_later_runs_pass() -> None:
     world, client, gateway = connected()
     borrowed = [client.slots.borrow() for _ in range(POOL_SIZE)]
 
@@ -108,7 +108,7 @@ def test_lone_packets_that_differ_in_ecn_leave_apart_and_each_with_its_own() -> 
         transmit.release()
 
 
-def test_congestion_met_on_the_way_is_marked_on_packets_that_can_say_so() -> None:
+def test_congestion_on_the_way_is_marked_on_ecn_capable_packets() -> None:
     world, client, gateway = connected()
     source, local = client.addresses[0], gateway.addresses[0]
 
@@ -147,7 +147,7 @@ def test_a_replay_is_dropped_and_counted_alone_or_between_others() -> None:
     assert _peer_counters(gateway, client).replayed == 3
 
 
-def test_a_forged_message_is_dropped_and_does_not_shut_out_the_real_one() -> None:
+def test_a_forged_message_is_dropped_and_does_not_shut_out_the_genuine_message() -> None:
     world, client, gateway = connected()
     sealed = _sealed_by(client, gateway, world, *[datagram(text) for text in "abcd"])
     forged = bytearray(sealed[1])
@@ -170,7 +170,7 @@ def test_messages_may_come_over_any_path() -> None:
     assert gateway.texts() == ["from elsewhere"]
 
 
-def test_a_session_that_nobody_has_is_counted_per_datagram() -> None:
+def test_an_unknown_session_is_counted_per_datagram() -> None:
     world, client, gateway = connected()
     unknown = b"\4\0\0\0" + b"\xff\xff\xff\xff" + bytes(8) + bytes(80)
 
@@ -256,7 +256,7 @@ def test_handshakes_checks_and_data_in_one_batch_each_do_their_work() -> None:
     assert _answers(gateway) == answered + 1
 
 
-def test_a_keepalive_among_packets_is_no_packet() -> None:
+def test_a_keepalive_among_packets_is_not_delivered() -> None:
     world, client, gateway = connected()
     world.run(11.0)  # the passive keepalive
     keepalives = [data for _, data in client.sent if data[0] == DATA and len(data) == 32]
@@ -281,7 +281,7 @@ def test_any_batch_of_any_bytes_is_taken_in_without_error(data: bytes, segment_s
 
 @settings(max_examples=examples(200))
 @given(st.data())
-def test_any_change_to_what_was_sent_is_no_error_and_no_packet_but_what_was_sent(data: st.DataObject) -> None:
+def test_changed_datagrams_raise_no_error_and_deliver_only_sent_packets(data: st.DataObject) -> None:
     client, gateway = _shared_pair()
     world = client.world
     gateway.packets.clear()

@@ -33,7 +33,7 @@ def test_a_connection_is_found_by_key_and_by_the_first_half_of_a_username() -> N
     assert directory.by_stun(Message(Method.BINDING, Kind.REQUEST, bytes(12))) is None
 
 
-def test_an_answer_finds_whose_check_it_answers_even_where_two_agents_share_a_prefix() -> None:
+def test_an_answer_finds_the_agent_of_its_check_even_if_two_agents_share_a_prefix() -> None:
     directory = Directory(stream("directory"))
     connections = [_connection(number, entropy=_numbers()) for number in (1, 2)]
     for connection in connections:
@@ -47,7 +47,7 @@ def test_an_answer_finds_whose_check_it_answers_even_where_two_agents_share_a_pr
     assert directory.by_stun(Message(Method.BINDING, Kind.SUCCESS, bytes(12))) is None
 
 
-def test_what_was_removed_is_found_no_longer_and_what_replaced_it_stays() -> None:
+def test_a_removed_connection_is_no_longer_found_and_its_replacement_stays() -> None:
     directory = Directory(stream("directory"))
     old, new = _connection(1), _connection(1)
     directory.add(old)

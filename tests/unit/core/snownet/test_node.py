@@ -49,7 +49,7 @@ def test_the_first_packet_arrives_within_a_few_round_trips() -> None:
     assert_no_slot_is_lost(world.hosts.values())
 
 
-def test_it_is_told_once_and_how_it_leads() -> None:
+def test_an_established_connection_is_reported_once_with_its_path() -> None:
     _world, client, gateway = connected(seconds=60.0)
 
     assert client.of(ConnectionEstablished) == [
@@ -59,7 +59,7 @@ def test_it_is_told_once_and_how_it_leads() -> None:
     assert client.of(PathChanged) == []
 
 
-def test_candidates_are_told_best_first_and_with_our_ufrag() -> None:
+def test_candidates_are_signalled_best_first_and_with_our_ufrag() -> None:
     world = World()
     client, gateway = world.client("client", "10.0.1.1", "10.0.1.2", "2001:db8::1"), world.gateway()
     world.introduce_one(client, gateway)
@@ -129,7 +129,7 @@ def test_a_handshake_that_overtakes_the_gateways_nomination_is_answered_once_the
     world.run_until(lambda: gateway.texts() == ["hello"], within=3.0)
 
 
-def test_packets_that_wait_are_sent_in_order_and_the_oldest_of_more_than_128_are_dropped() -> None:
+def test_waiting_packets_are_sent_in_order_and_the_oldest_of_more_than_128_are_dropped() -> None:
     world = World()
     client, gateway = world.client(), world.gateway()
     world.introduce(client, gateway)
@@ -164,7 +164,7 @@ def test_super_packets_and_lone_ones_keep_their_order() -> None:
     assert kinds == [17, 17, 6, 6, 6, 17]
 
 
-def test_a_public_key_that_is_worthless_is_refused_and_an_older_connection_goes_on() -> None:
+def test_a_worthless_public_key_is_refused_and_the_older_connection_goes_on() -> None:
     world, client, gateway = connected()
 
     with pytest.raises(ProtocolError):
@@ -223,7 +223,7 @@ def test_other_terms_replace_the_connection() -> None:
     assert client.of(ConnectionClosed) == client.of(ConnectionFailed) == []
 
 
-def test_other_terms_do_not_let_what_the_old_connection_sends_through() -> None:
+def test_other_terms_block_packets_of_the_old_connection() -> None:
     world, client, gateway = connected(seconds=3.0)
 
     world.introduce_one(gateway, client, generation="2")
@@ -485,7 +485,7 @@ def test_a_connection_that_is_gone_leaves_no_session_index_behind() -> None:
 # Closing
 
 
-def test_closing_is_told_and_leaves_nothing_to_do() -> None:
+def test_closing_is_reported_and_leaves_nothing_to_do() -> None:
     world, client, _gateway = connected()
 
     client.node.close_connection("gateway", world.now)
@@ -512,7 +512,7 @@ def test_a_goodbye_is_the_last_packet_that_arrives() -> None:
     assert control.decode(packet) == control.Goodbye()
 
 
-def test_a_goodbye_where_there_is_no_way_to_say_it_is_not_said() -> None:
+def test_a_goodbye_is_not_sent_without_a_path() -> None:
     world = World()
     client, gateway = world.client(), world.gateway()
     world.introduce(client, gateway)
@@ -562,7 +562,7 @@ def test_after_a_reset_it_connects_with_the_new_key() -> None:
     assert client.path(gateway)[0] == SocketAddress("10.0.7.1", 52625)
 
 
-def test_packets_for_nobody_are_counted() -> None:
+def test_packets_for_unknown_peers_are_counted() -> None:
     world, client, gateway = connected()
 
     client.node.encapsulate("nobody", run_of_segments(segments=4), world.now, world.utc)

@@ -27,7 +27,7 @@ _ELSEWHERE = SocketAddress("10.0.7.1", 52625)
 
 
 @pytest.mark.parametrize("roaming", ["client", "gateway"])
-def test_who_moves_to_another_address_is_reached_there_within_2_seconds(roaming: str) -> None:
+def test_a_peer_that_moves_is_reached_at_its_new_address_within_2_seconds(roaming: str) -> None:
     world, client, gateway = connected(seconds=10.0)
     client.send(gateway, datagram("busy"))
 
@@ -41,7 +41,7 @@ def test_who_moves_to_another_address_is_reached_there_within_2_seconds(roaming:
     assert_traffic_flows(world, client, gateway)
 
 
-def test_moving_while_idle_is_noticed_within_2_seconds_too() -> None:
+def test_a_move_while_idle_is_noticed_within_2_seconds() -> None:
     world, _client, gateway = connected(seconds=120.0)
 
     gateway.move("10.0.7.1")
@@ -49,7 +49,7 @@ def test_moving_while_idle_is_noticed_within_2_seconds_too() -> None:
     assert _run_until_packets_pass(world) < 2.0
 
 
-def test_the_old_address_is_taken_back_and_the_new_one_told() -> None:
+def test_the_old_address_is_withdrawn_and_the_new_address_signalled() -> None:
     _world, _client, gateway = connected(seconds=10.0)
     gateway.events.clear()
 
@@ -60,7 +60,7 @@ def test_the_old_address_is_taken_back_and_the_new_one_told() -> None:
     assert [_host(text) for text in new.candidates] == ["10.0.7.1"]
 
 
-def test_an_address_that_is_gone_before_it_was_told_is_taken_back_all_the_same() -> None:
+def test_an_address_that_was_never_signalled_is_withdrawn_too() -> None:
     world, client, gateway = connected(seconds=10.0)
     gateway.events.clear()
     addresses = (*gateway.addresses, _ELSEWHERE)
@@ -73,7 +73,7 @@ def test_an_address_that_is_gone_before_it_was_told_is_taken_back_all_the_same()
     assert_traffic_flows(world, client, gateway)
 
 
-def test_the_same_addresses_again_change_nothing() -> None:
+def test_repeated_addresses_change_nothing() -> None:
     world, _client, gateway = connected(seconds=10.0)
     gateway.events.clear()
 
@@ -101,7 +101,7 @@ def test_an_additional_address_that_is_better_is_used() -> None:
     assert_traffic_flows(world, client, gateway)
 
 
-def test_a_path_that_changes_is_no_reason_to_lose_packets_or_to_establish_again() -> None:
+def test_a_change_of_path_loses_no_packets_and_keeps_the_connection() -> None:
     world = World()
     client = world.client("client", "10.0.1.1", "2001:db8:1::1")
     gateway = world.gateway("gateway", "10.0.2.1", "2001:db8:2::1")
@@ -133,7 +133,7 @@ def test_a_new_path_makes_the_client_shake_hands_but_not_more_than_once_in_20_se
     assert gateway.messages(INITIATION) == []
 
 
-def test_without_any_address_for_a_while_the_connection_comes_back_with_one() -> None:
+def test_a_connection_recovers_from_a_while_without_any_address() -> None:
     world, client, gateway = connected(seconds=10.0)
     client.send(gateway, datagram("busy"))
     client.move()
@@ -144,7 +144,7 @@ def test_without_any_address_for_a_while_the_connection_comes_back_with_one() ->
     assert _run_until_packets_pass(world) < 2.0
 
 
-def test_what_the_portal_lost_is_told_again_on_demand() -> None:
+def test_candidates_that_the_portal_lost_are_signalled_again_on_demand() -> None:
     world = World()
     client, gateway = world.client(), world.gateway()
     world.portal_is_up = False
@@ -162,7 +162,7 @@ def test_what_the_portal_lost_is_told_again_on_demand() -> None:
     assert gateway.texts() == ["hello"]
 
 
-def test_an_address_that_was_taken_back_while_the_portal_was_away_is_taken_back_again_on_demand() -> None:
+def test_an_address_withdrawn_while_the_portal_was_away_is_withdrawn_again_on_demand() -> None:
     world, _client, gateway = connected(seconds=10.0)
     world.portal_is_up = False
     gateway.move("10.0.7.1")
@@ -173,7 +173,7 @@ def test_an_address_that_was_taken_back_while_the_portal_was_away_is_taken_back_
     assert _taken_back_on_demand(gateway) == ["10.0.7.1"]
 
 
-def test_a_new_connection_gets_the_addresses_of_now() -> None:
+def test_a_new_connection_gets_the_current_addresses() -> None:
     world = World()
     client, gateway = world.client(), world.gateway()
     client.move("10.0.7.1")

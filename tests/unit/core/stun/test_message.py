@@ -189,11 +189,11 @@ def test_method_and_class_share_the_message_type_bit_by_bit(method: int, kind: K
         "too many attributes",
     ],
 )
-def test_what_is_not_a_stun_message_is_rejected(datagram: bytes) -> None:
+def test_bytes_that_are_not_a_stun_message_are_rejected(datagram: bytes) -> None:
     assert parse(datagram) is None
 
 
-def test_what_stands_behind_the_integrity_is_ignored() -> None:
+def test_attributes_after_the_integrity_are_ignored() -> None:
     key = short_term_key(_PASSWORD)
     sealed = Message(Method.REFRESH, Kind.REQUEST, _ID, ((stun.LIFETIME, 600),)).encode(key=key)
     appended = sealed + bytes.fromhex("000d000400000000")
@@ -210,7 +210,7 @@ def test_a_changed_byte_breaks_integrity_and_fingerprint() -> None:
     assert not changed.is_intact()
 
 
-def test_the_first_of_equal_attributes_wins_and_all_can_be_had() -> None:
+def test_the_first_of_equal_attributes_wins_and_all_can_be_read() -> None:
     both = (SocketAddress("192.0.2.1", 50000), SocketAddress("2001:db8::1", 50000))
     message = Message(Method.ALLOCATE, Kind.SUCCESS, _ID, tuple((stun.XOR_RELAYED_ADDRESS, one) for one in both))
 

@@ -20,7 +20,7 @@ def test_four_transmissions_fill_eight_seconds() -> None:
     assert (sent_at, now) == ([0.0, 1.0, 2.5, 4.75], 8.125)
 
 
-def test_a_late_transmission_makes_the_next_one_as_much_later() -> None:
+def test_a_late_transmission_delays_the_next_by_as_much() -> None:
     transactions, request = Transactions[Transaction](), _request()
     transactions.sent(request, b"1", 0.0)
     transactions.sent(request, b"2", 100.0)

@@ -52,7 +52,7 @@ class TestSockets:
         ]
 
     @pytest.mark.parametrize("ipv6", [False, True])
-    def test_the_first_answer_decides_whom_we_talk_to(self, ipv6: bool) -> None:
+    def test_the_first_answer_selects_the_address_we_use(self, ipv6: bool) -> None:
         client = Client()
         client.answer_binding(ipv6=ipv6)
 
@@ -330,7 +330,7 @@ class TestStandardServers:
     """coturn signs no challenge, and wants a request without credentials first (docs/decisions.md, 4)."""
 
     @pytest.mark.parametrize("error", [400, 401, 438])
-    def test_an_unsigned_refusal_of_the_first_allocate_is_followed_by_one_without_credentials(self, error: int) -> None:
+    def test_after_an_unsigned_refusal_an_allocate_without_credentials_follows(self, error: int) -> None:
         client, request = reach_allocate()
         client.answer(request, error=error, key=None)
         (bare,) = client.take()
@@ -343,7 +343,7 @@ class TestStandardServers:
         assert signed.is_authentic(KEY)
         assert client.allocation.state is State.ALLOCATED
 
-    def test_there_is_only_one_without_credentials(self) -> None:
+    def test_only_one_allocate_is_sent_without_credentials(self) -> None:
         client, request = reach_allocate(ipv6=None)
         client.take_events()
         client.answer(request, error=400, key=None)
@@ -364,7 +364,7 @@ class TestStandardServers:
 
         assert client.changes()[-1] == ("failed", FailureReason.CREDENTIALS_REJECTED, None)
 
-    def test_firezones_realm_is_not_given_up_for_an_unsigned_one(self) -> None:
+    def test_firezones_realm_is_not_replaced_by_an_unsigned_realm(self) -> None:
         client, request = reach_allocate()
         client.answer(request, error=400, key=None)
         bare = client.take_one(Method.ALLOCATE)
@@ -443,7 +443,7 @@ class TestStandardServers:
         assert client.take() == []
 
     @pytest.mark.parametrize("error", [401, 403, 420, 437, 500])
-    def test_no_other_unsigned_error_touches_its_allocation(self, error: int) -> None:
+    def test_other_unsigned_errors_do_not_change_its_allocation(self, error: int) -> None:
         client = self._allocated()
         client.run_until(300.0)
         refresh = client.take(Method.REFRESH)[0].message
@@ -499,7 +499,7 @@ class TestStandardServers:
 
 
 class TestErrors:
-    def test_437_on_allocate_deletes_what_the_relay_remembers(self) -> None:
+    def test_437_on_allocate_deletes_the_old_allocation(self) -> None:
         client, request = reach_allocate(ipv6=None)
         client.challenge(request)
         client.answer(client.take_one(Method.ALLOCATE), error=437)
@@ -517,7 +517,7 @@ class TestErrors:
         assert deletion.get(stun.LIFETIME) == 0
         assert client.allocation.state is State.ALLOCATED
 
-    def test_437_on_that_deletion_means_that_it_is_gone(self) -> None:
+    def test_437_on_the_deletion_means_that_it_is_gone(self) -> None:
         client, request = reach_allocate()
         client.answer(request, error=437)
         client.answer(client.take_one(Method.REFRESH), error=437)
@@ -722,7 +722,7 @@ class TestRetransmission:
         assert client.allocation.state is State.ALLOCATED
         assert client.take(Method.ALLOCATE) == []
 
-    def test_a_late_error_does_not(self) -> None:
+    def test_a_late_error_does_not_count(self) -> None:
         client, request = reach_allocate(ipv6=None)
         client.challenge(request)
         first = client.take_one(Method.ALLOCATE)

@@ -29,7 +29,7 @@ class TestFraming:
         assert len(encode_channel_data(FIRST_CHANNEL, b"1")) == 5
 
     @given(st.integers(0x4000, 0x7FFF), st.binary(max_size=2000))
-    def test_what_was_encoded_is_read_again(self, channel: int, payload: bytes) -> None:
+    def test_encoded_data_is_read_back(self, channel: int, payload: bytes) -> None:
         for exact in (True, False):
             data = parse(encode_channel_data(channel, payload), exact=exact)
 
@@ -41,7 +41,7 @@ class TestFraming:
         assert parse(bytes.fromhex(datagram), exact=True) is None
 
     @pytest.mark.parametrize("channel", [0x0000, 0x0001, 0x3FFF, 0x8000, 0xFFFF])
-    def test_other_numbers_are_no_channels(self, channel: int) -> None:
+    def test_other_numbers_are_not_channels(self, channel: int) -> None:
         assert parse(encode_channel_data(channel, b"payload"), exact=True) is None
 
     @given(st.binary(max_size=64))
@@ -65,7 +65,7 @@ class TestFraming:
         st.integers(4, 20),
         st.booleans(),
     )
-    def test_the_data_of_a_batch_is_that_of_each_datagram(self, data: bytes, size: int, exact: bool) -> None:
+    def test_the_data_of_a_batch_equals_the_data_of_its_datagrams(self, data: bytes, size: int, exact: bool) -> None:
         rows = Rows.segments(memoryview(data), len(data), size)
 
         common = common_channel_data(rows, exact=exact)
@@ -109,7 +109,7 @@ class TestNumbers:
 
         assert bindings.bind(OTHER, 1.0) == 0x4001
 
-    def test_none_is_left_while_all_are_bound_or_cooling_down(self) -> None:
+    def test_numbers_run_out_while_all_are_bound_or_cooling_down(self) -> None:
         bindings = ChannelBindings()
         for number in range(4096):
             bind(bindings, peer(number), 0.0)
@@ -158,7 +158,7 @@ class TestLifetime:
 
         assert bindings.received(number, 1.0) == PEER
 
-    def test_an_unknown_number_is_nobodys(self) -> None:
+    def test_an_unknown_number_belongs_to_no_peer(self) -> None:
         bindings = ChannelBindings()
         bindings.confirm(0x4000, 0.0)
         bindings.remove(0x4000)

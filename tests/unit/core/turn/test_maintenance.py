@@ -104,7 +104,7 @@ class TestKeepalive:
             assert (sent.at, sent.destination, sent.names) == (at, RELAY4, ["SOFTWARE"])
             client.answer(sent.message, (stun.XOR_MAPPED_ADDRESS, MAPPED4))
 
-    def test_there_is_none_without_an_allocation(self) -> None:
+    def test_without_an_allocation_no_binding_is_sent(self) -> None:
         client, request = reach_allocate(ipv6=None)
         client.answer(request, error=486)
         client.run_until(100.0)
@@ -205,7 +205,7 @@ class TestProbe:
 
         client.take_one(Method.REFRESH)
 
-    def test_while_it_is_being_allocated_there_is_nothing_to_probe(self) -> None:
+    def test_nothing_is_probed_during_allocation(self) -> None:
         client = Client()
         client.take()
         client.refresh()

@@ -61,13 +61,13 @@ def test_under_load_a_sender_needs_a_cookie_to_be_admitted(checker: CookieChecke
     assert isinstance(checker.admit(again, SOURCE, 0.1), HandshakeInitiation)
 
 
-def test_a_cookie_is_worth_nothing_from_another_address(checker: CookieChecker, stamp: MacStamp) -> None:
+def test_a_cookie_is_invalid_from_another_address(checker: CookieChecker, stamp: MacStamp) -> None:
     take_cookie(checker, stamp, 0.0)
 
     assert isinstance(checker.admit(stamp.finish(BODY, 0.1), ELSEWHERE, 0.1), bytes)
 
 
-def test_the_load_is_over_with_the_second(checker: CookieChecker, stamp: MacStamp) -> None:
+def test_load_ends_with_the_second(checker: CookieChecker, stamp: MacStamp) -> None:
     raise_load(checker, stamp, 0.0)
 
     assert isinstance(checker.admit(stamp.finish(BODY, 0.0), SOURCE, 1.0), HandshakeInitiation)
@@ -83,7 +83,7 @@ def test_the_secret_changes_every_two_minutes(checker: CookieChecker, stamp: Mac
     assert isinstance(checker.admit(cookied, SOURCE, 120.0), bytes)
 
 
-def test_an_old_cookie_is_no_longer_presented(checker: CookieChecker, stamp: MacStamp) -> None:
+def test_an_old_cookie_is_not_presented(checker: CookieChecker, stamp: MacStamp) -> None:
     take_cookie(checker, stamp, 0.0)
 
     assert stamp.finish(BODY, 119.9)[-16:] != bytes(16)
@@ -109,7 +109,7 @@ def test_a_cookie_reply_is_taken_once_and_not_before_anything_was_sent(checker: 
     assert not stamp.handle_cookie_reply(reply, 0.0)
 
 
-def test_an_answer_is_smaller_than_what_asked_for_it(checker: CookieChecker, stamp: MacStamp) -> None:
+def test_an_answer_is_smaller_than_its_request(checker: CookieChecker, stamp: MacStamp) -> None:
     raise_load(checker, stamp, 0.0)
 
     assert len(answer(checker, stamp, 0.0)) == 64

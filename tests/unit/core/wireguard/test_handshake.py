@@ -44,7 +44,7 @@ class TestAgainstASecondDerivation:
     """The whitepaper's section 5.4 written down once more, over libsodium instead of OpenSSL."""
 
     @pytest.mark.parametrize("preshared_key", PRESHARED_KEYS)
-    def test_our_initiation_is_what_the_whitepaper_prescribes(self, preshared_key: bytes) -> None:
+    def test_our_initiation_follows_the_whitepaper(self, preshared_key: bytes) -> None:
         local, remote = key(1), key(2)
         body, _ = begin(local, remote.public, sender_index=0x01020304)
 
@@ -54,7 +54,7 @@ class TestAgainstASecondDerivation:
         assert body == message
 
     @pytest.mark.parametrize("preshared_key", PRESHARED_KEYS)
-    def test_our_response_is_what_the_whitepaper_prescribes(self, preshared_key: bytes) -> None:
+    def test_our_response_follows_the_whitepaper(self, preshared_key: bytes) -> None:
         local, remote = key(1), key(2)
         reference = Reference(remote.public, preshared_key)
         initiation = parse(reference.initiation(bytes(local.private), b"\5" * 32, 7) + bytes(32))
@@ -129,7 +129,7 @@ class TestHandshake:
         with pytest.raises(ProtocolError):
             open_initiation(remote, local.public, remote.exchange(local.public), message)
 
-    def test_a_forged_response_leaves_the_handshake_to_the_real_one(self) -> None:
+    def test_a_forged_response_does_not_end_the_handshake(self) -> None:
         local, remote = key(1), key(2)
         body, pending = begin(local, remote.public, sender_index=7)
         opened = open_initiation(remote, local.public, remote.exchange(local.public), parsed_initiation(body))

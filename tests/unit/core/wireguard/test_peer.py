@@ -153,7 +153,7 @@ class TestRejection:
         assert not world.client.peer.handle_response(late, 0.0)
         assert world.client.peer.counters.responses_rejected == 1
 
-    def test_a_forged_response_does_not_stop_the_real_one(self) -> None:
+    def test_a_forged_response_does_not_stop_the_genuine_response(self) -> None:
         world = World()
         world.client.initiate()
         initiation = parse(next(world.client.peer.transmits()))
@@ -249,7 +249,7 @@ class TestHygiene:
         assert not world.client.indices
         assert not world.gateway.indices
 
-    def test_an_unanswered_attempt_holds_one_index_and_then_none(self) -> None:
+    def test_an_unanswered_attempt_holds_one_index_until_it_ends(self) -> None:
         world = World()
         world.lose = everything
         world.client.initiate()
@@ -271,7 +271,7 @@ class TestHygiene:
         assert len(world.gateway.indices) == 8
         world.assert_traffic_flows()
 
-    def test_unconfirmed_sessions_never_push_out_the_one_in_use(self) -> None:
+    def test_unconfirmed_sessions_never_push_out_the_session_in_use(self) -> None:
         world = World()
         world.connect()
         current = world.gateway.peer.sending_session(0.0)
@@ -283,7 +283,7 @@ class TestHygiene:
         assert world.gateway.peer.sending_session(1.0) is current
         assert len(world.gateway.indices) == 8
 
-    def test_the_keys_of_a_dropped_session_are_let_go_of(self) -> None:
+    def test_the_keys_of_a_dropped_session_are_released(self) -> None:
         world = World()
         world.connect()
         watched = weakref.ref(world.client.only_session())

@@ -123,7 +123,7 @@ class TestRenewal:
         assert world.gateway.received == [b"delayed"]
         assert world.gateway.peer.sending_session(30.0) is second
 
-    def test_a_session_confirmed_late_does_not_replace_a_newer_one(self) -> None:
+    def test_a_session_confirmed_late_does_not_replace_a_newer_session(self) -> None:
         world = World()
         world.lose = lambda sender, kind: sender is world.client and kind == DATA
         world.connect()
@@ -314,7 +314,7 @@ class TestGivingUp:
         assert world.client.events == [Expired("no answer to a handshake for 15 s")]
         assert world.client.expired_at == [15.0]
 
-    def test_every_initiation_of_an_attempt_is_a_new_one(self) -> None:
+    def test_every_initiation_of_an_attempt_is_new(self) -> None:
         world = World()
         world.lose = everything
         world.client.initiate()
@@ -382,7 +382,7 @@ class TestGivingUp:
 
         world.assert_traffic_flows()
 
-    def test_ten_minutes_of_suspend_are_over_with_one_call(self) -> None:
+    def test_one_call_handles_ten_minutes_of_suspend(self) -> None:
         world = World()
         world.connect()
         world.client.send(b"unanswered")
@@ -397,7 +397,7 @@ class TestGivingUp:
         assert world.client.peer.next_timeout() is None
         assert not world.client.indices
 
-    def test_after_five_minutes_of_suspend_one_handshake_puts_all_right(self) -> None:
+    def test_after_five_minutes_of_suspend_one_handshake_restores_the_session(self) -> None:
         world = World()
         world.connect()
         world.exchange_every_second(until=3.0)

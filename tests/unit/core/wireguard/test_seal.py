@@ -128,7 +128,7 @@ def test_sealing_cuts_a_super_packet_into_correct_packets(packet: SuperPacket, h
 @pytest.mark.parametrize("layer", ["tcp", "udp"])
 @pytest.mark.parametrize("last", [1, 700, 1207])
 @pytest.mark.parametrize("headroom", [0, 4])
-def test_what_was_sealed_is_opened_and_merged_again(version: int, layer: str, last: int, headroom: int) -> None:
+def test_sealed_packets_are_opened_and_merged_again(version: int, layer: str, last: int, headroom: int) -> None:
     packet = super_packet(ip(version), LAYERS[layer](), pattern(52 * 1208 + last), segment_size=1208)
     arena = Arena()
     parts = []
@@ -160,7 +160,7 @@ def test_opening_and_merging_undoes_sealing(packet: SuperPacket) -> None:
 
 
 @pytest.mark.parametrize(("segments", "sends"), [(1, [1]), (2, [2]), (49, [49]), (50, [25, 25]), (53, [27, 26])])
-def test_a_read_too_large_for_one_send_leaves_as_nearly_equal_ones(segments: int, sends: list[int]) -> None:
+def test_a_read_too_large_for_one_send_leaves_as_nearly_equal_sends(segments: int, sends: list[int]) -> None:
     packet = parse(built(ip(), tcp(), bytes(1228 * segments)), segment_size=1228, max_size=1280)
     assert packet is not None
 
@@ -254,7 +254,7 @@ def test_a_pool_lends_eight_buffers_and_takes_each_back_once() -> None:
     assert pool.free == 0
 
 
-def test_forged_datagrams_are_told_from_authentic_ones() -> None:
+def test_forged_datagrams_are_distinguished_from_authentic_ones() -> None:
     packet = super_packet(ip(), tcp(), pattern(950), segment_size=100)
     ((datagrams, size),) = sealed(packet)
     forged = bytearray(datagrams)

@@ -40,7 +40,7 @@ class TestReplayWindow:
     @given(BATCHES, st.randoms(use_true_random=False), st.booleans())
     @example([[0], [WINDOW_SIZE], [0, 1]], None, True)
     @example([[5, 5], [4, 6, 6]], None, True)
-    def test_it_accepts_what_a_set_of_all_counters_would(
+    def test_it_accepts_the_same_counters_as_a_set_of_all_counters(
         self, batches: list[list[int]], random: object, honest: bool
     ) -> None:
         tested, model = session(), NaiveWindow()
@@ -52,13 +52,13 @@ class TestReplayWindow:
             mask = tested.accept(np.array(batch, np.uint64), np.array(authentic, np.bool_))
             assert mask.tolist() == expected
 
-    def test_plain_lists_will_do(self) -> None:
+    def test_plain_lists_are_accepted(self) -> None:
         assert session().accept([3, 1, 3], [True, True, True]).tolist() == [True, True, False]
 
-    def test_an_empty_batch_is_nothing(self) -> None:
+    def test_an_empty_batch_changes_nothing(self) -> None:
         assert session().accept([], []).tolist() == []
 
-    def test_a_forged_message_does_not_shut_out_the_real_one(self) -> None:
+    def test_a_forged_message_does_not_shut_out_the_genuine_message(self) -> None:
         tested = session()
 
         assert tested.accept([7, 2**63], [False, False]).tolist() == [False, False]
@@ -125,10 +125,10 @@ class TestLifetime:
 
 
 class TestKeys:
-    def test_no_representation_shows_them(self) -> None:
+    def test_no_representation_shows_the_keys(self) -> None:
         assert repr(session()) == "<Session 0x00000001 initiator since 0.000>"
 
-    def test_a_closed_session_has_none(self) -> None:
+    def test_a_closed_session_has_no_keys(self) -> None:
         tested = session()
         tested.close()
 
