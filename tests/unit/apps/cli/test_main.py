@@ -19,7 +19,7 @@ from firezone_tunnel.apps.cli.main import main
 _ROOT = Path(__file__).parents[4]
 
 
-def test_help_tells_the_commands_and_no_others() -> None:
+def test_help_lists_exactly_the_commands() -> None:
     done = CliRunner().invoke(main, ["--help"])
 
     commands = done.output.partition("Commands:")[2].split("\n")
@@ -64,7 +64,7 @@ def test_the_table_and_the_object_say_the_same(monkeypatch: pytest.MonkeyPatch) 
     assert table.output.endswith("This host can run a client.\nThis host can't run a gateway.\n")
 
 
-def test_a_limit_keeps_nothing_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_does_not_stop_other_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [Finding("udp offloads", CheckState.LIMIT, "without GSO", "a newer kernel")]
     monkeypatch.setattr("firezone_tunnel.apps.cli.main.look_at_host", lambda *_: findings)
 
@@ -72,7 +72,7 @@ def test_a_limit_keeps_nothing_from_running(monkeypatch: pytest.MonkeyPatch) -> 
     assert CliRunner().invoke(main, ["diagnose"]).exit_code == 0
 
 
-def test_the_portal_is_asked_only_where_it_is_named() -> None:
+def test_the_portal_is_checked_only_if_it_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         answers = _portal(f"ws://127.0.0.1:{port}")
@@ -86,7 +86,7 @@ def test_the_portal_is_asked_only_where_it_is_named() -> None:
     assert "portal" not in {one["check"] for one in unasked["checks"]}
 
 
-def test_a_portal_that_does_not_speak_tls_is_no_portal_by_wss() -> None:
+def test_a_portal_without_tls_fails_the_wss_check() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         script = (
             "import socket,sys; s=socket.socket(fileno=int(sys.argv[1])); c,_=s.accept(); c.sendall(b'no TLS\\r\\n')"

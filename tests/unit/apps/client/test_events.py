@@ -83,7 +83,7 @@ def test_waiting_can_be_given_up_and_taken_up_again() -> None:
     assert _result(stream.next()) == _offline(1)[0]
 
 
-def test_of_configurations_and_of_resources_only_the_newest_waits() -> None:
+def test_only_the_newest_configuration_and_resources_wait() -> None:
     buffer, stream = _stream()
     (offline,) = _offline(1)
     for number in range(5000):
@@ -97,7 +97,7 @@ def test_of_configurations_and_of_resources_only_the_newest_waits() -> None:
     assert stream.dropped == 0
 
 
-def test_beyond_its_capacity_the_oldest_are_dropped_and_counted() -> None:
+def test_the_oldest_events_beyond_the_capacity_are_dropped_and_counted() -> None:
     buffer, stream = _stream()
     for event in _offline(CAPACITY + 5):
         buffer.put(event)
@@ -147,14 +147,14 @@ def test_only_a_refused_token_requires_to_sign_in() -> None:
     assert not Disconnected(PlatformError("no TUN")).requires_sign_in
 
 
-def test_a_reader_sees_only_what_a_reader_needs() -> None:
+def test_a_reader_sees_only_public_names() -> None:
     names = [name for name in dir(EventStream) if not name.startswith("_")]
 
     assert names == ["dropped", "next"]
     assert names == [name for name in dir(aio.EventStream) if not name.startswith("_")]
 
 
-def test_its_repr_shows_how_it_stands() -> None:
+def test_its_repr_shows_its_state() -> None:
     buffer, stream = _stream()
     buffer.put(_offline(1)[0])
     assert repr(stream) == repr(aio.EventStream(buffer)) == "<EventStream: open, 1 unread, 0 dropped>"

@@ -45,7 +45,7 @@ def test_a_batch_whose_segmentation_is_refused_leaves_at_once_singly_and_so_do_o
     assert end.sent[5:] == [(20, True)]
 
 
-def test_a_refusal_of_everything_is_not_blamed_on_segmentation(end: End) -> None:
+def test_segmentation_stays_on_if_everything_is_refused(end: End) -> None:
     end.refuse_segments = end.refuse_all = errno.EINVAL
     end.send(20, segment_size=10)
     end.refuse_segments = end.refuse_all = None
@@ -79,7 +79,7 @@ def test_a_failed_send_is_counted_and_the_transmit_released(
     assert end.sent == []
 
 
-def test_what_is_for_a_closed_port_is_released(end: End) -> None:
+def test_transmits_for_a_closed_port_are_released(end: End) -> None:
     end.port.close()
 
     end.send(20)

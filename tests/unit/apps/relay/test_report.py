@@ -11,7 +11,7 @@ from firezone_tunnel.core.sansio import SocketAddress
 from tests.unit.core.relay.world import PEER4, Client, World, code_of
 
 
-def test_what_has_changed_is_told_every_ten_seconds_and_nothing_else(logged: list[dict[str, Any]]) -> None:
+def test_only_changes_are_logged_every_ten_seconds(logged: list[dict[str, Any]]) -> None:
     clock, client = Clock(), Client(World())
     report = Report(clock, client.world.server)
     report.start()

@@ -78,7 +78,7 @@ def test_reports_arrive_as_they_were_made(report: worker_messages.Report) -> Non
 
 
 @given(st.binary(max_size=50))
-def test_what_is_neither_is_refused(data: bytes) -> None:
+def test_lines_that_are_not_messages_are_refused(data: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):
         decode_report(b"x" + data)
 

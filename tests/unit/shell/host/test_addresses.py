@@ -49,7 +49,7 @@ def test_each_family_has_its_own_first_interface_and_ipv4_stands_before_ipv6() -
         Link(9, "eth9", is_up=False),
     ],
 )
-def test_addresses_of_tunnels_loopback_and_idle_interfaces_are_no_candidates(link: Link) -> None:
+def test_addresses_of_tunnels_loopback_and_idle_interfaces_are_not_candidates(link: Link) -> None:
     snapshot = HostSnapshot(links=(link, WIFI), addresses=(Address(9, "192.0.2.9"), Address(2, "192.0.2.2")))
 
     assert host_candidates(snapshot, own_link=OURS) == ["192.0.2.2"]
@@ -64,7 +64,7 @@ def test_addresses_of_tunnels_loopback_and_idle_interfaces_are_no_candidates(lin
         Address(2, "2001:db8::1", is_tentative=True),
     ],
 )
-def test_link_local_deprecated_and_tentative_addresses_are_no_candidates(address: Address) -> None:
+def test_link_local_deprecated_and_tentative_addresses_are_not_candidates(address: Address) -> None:
     snapshot = HostSnapshot(links=(WIFI,), addresses=(address,))
 
     assert host_candidates(snapshot, own_link=OURS) == []
@@ -129,6 +129,6 @@ def test_the_preferred_source_is_the_routes_own_or_else_a_lasting_address_of_its
     assert uplinks(chosen, own_link=OURS).ipv6 == Uplink("wlan0", None, "2001:db8::9")
 
 
-def test_a_host_without_network_has_neither() -> None:
+def test_a_host_without_network_has_neither_interface_nor_addresses() -> None:
     assert host_candidates(HostSnapshot(), own_link=OURS) == []
     assert uplinks(HostSnapshot(), own_link=OURS) == (None, None)

@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "state" / "originals.json"
 
 
-def test_what_was_changed_is_put_back(kernel: Path, file: Path) -> None:
+def test_changed_settings_are_restored(kernel: Path, file: Path) -> None:
     sysctls = Sysctls(file)
     sysctls.remember([FORWARD])
     sysctls.write(FORWARD, "1")
@@ -49,7 +49,7 @@ def test_originals_are_on_disk_before_anything_changes(kernel: Path, file: Path)
     assert json.loads(file.read_text())["originals"] == {FORWARD: "0"}
 
 
-def test_a_successor_puts_back_what_its_predecessor_had_found(kernel: Path, file: Path) -> None:
+def test_a_successor_restores_the_originals_of_its_predecessor(kernel: Path, file: Path) -> None:
     killed = Sysctls(file)
     killed.remember([FORWARD])
     killed.write(FORWARD, "1")
@@ -66,7 +66,7 @@ def test_without_a_predecessor_there_is_nothing_to_recover(kernel: Path, file: P
     assert not Sysctls(file).recover()
 
 
-def test_settings_that_are_forgotten_stay(kernel: Path, file: Path) -> None:
+def test_forgotten_settings_stay(kernel: Path, file: Path) -> None:
     sysctls = Sysctls(file)
     sysctls.remember([FORWARD])
     sysctls.write(FORWARD, "1")
@@ -89,7 +89,7 @@ def test_an_interface_that_is_gone_is_passed_over(kernel: Path, file: Path) -> N
     assert sysctls.read(FORWARD) == "0"
 
 
-def test_what_cant_be_put_back_is_told_and_keeps_nothing_else_from_it(
+def test_a_setting_that_cannot_be_restored_is_logged_and_the_others_are_restored(
     kernel: Path, file: Path, monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]]
 ) -> None:
     sysctls = Sysctls(file)

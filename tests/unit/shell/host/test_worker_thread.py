@@ -30,7 +30,7 @@ async def test_calls_run_in_one_thread_one_after_another() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_a_call_raises_arrives() -> None:
+async def test_exceptions_of_a_call_reach_the_caller() -> None:
     from twisted.internet import reactor
 
     worker = WorkerThread(reactor)
@@ -41,7 +41,7 @@ async def test_what_a_call_raises_arrives() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_stopping_waits_for_what_was_asked_for_and_ends_the_thread() -> None:
+async def test_stopping_waits_for_requested_calls_and_ends_the_thread() -> None:
     from twisted.internet import reactor
 
     worker = WorkerThread(reactor, name="fz-worker-test")

@@ -18,7 +18,7 @@ from firezone_tunnel.shell.logs import events as log
         (log.ERROR, ["error"]),
     ],
 )
-def test_what_is_below_the_threshold_is_not_written(
+def test_messages_below_the_threshold_are_not_written(
     logged: list[dict[str, Any]], threshold: int, levels: list[str]
 ) -> None:
     log.set_threshold(threshold)

@@ -17,7 +17,7 @@ from firezone_tunnel.shell.logs.file import LogFile
 _MOMENT = datetime(2026, 11, 25, 10, 2, 3, tzinfo=UTC)
 
 
-def test_its_name_says_who_and_when_and_latest_leads_to_it(tmp_path: Path) -> None:
+def test_its_name_has_role_and_time_and_latest_links_to_it(tmp_path: Path) -> None:
     directory = tmp_path / "new/logs"
 
     log = LogFile(directory, "firezone-client", _MOMENT)
@@ -29,7 +29,7 @@ def test_its_name_says_who_and_when_and_latest_leads_to_it(tmp_path: Path) -> No
     log.close()
 
 
-def test_without_a_time_it_is_now(tmp_path: Path) -> None:
+def test_the_time_defaults_to_now(tmp_path: Path) -> None:
     log = LogFile(tmp_path, "x")
 
     assert re.fullmatch(r"x\.\d{4}(-\d\d){5}\.log", log.path.name)
@@ -37,7 +37,7 @@ def test_without_a_time_it_is_now(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o077, 0o000])
-def test_group_may_read_it_and_others_not(tmp_path: Path, mask: int) -> None:
+def test_the_group_may_read_it_but_others_may_not(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
         log = LogFile(tmp_path / "logs", "x", _MOMENT)
@@ -49,7 +49,7 @@ def test_group_may_read_it_and_others_not(tmp_path: Path, mask: int) -> None:
     log.close()
 
 
-def test_each_start_has_its_own_and_a_second_one_in_the_same_second_appends(tmp_path: Path) -> None:
+def test_each_start_has_its_own_file_and_a_second_start_in_the_same_second_appends(tmp_path: Path) -> None:
     first, second = LogFile(tmp_path, "x", _MOMENT), LogFile(tmp_path, "x", _MOMENT)
     later = LogFile(tmp_path, "x", _MOMENT.replace(second=9))
     first.write("first\n")
@@ -62,7 +62,7 @@ def test_each_start_has_its_own_and_a_second_one_in_the_same_second_appends(tmp_
         log.close()
 
 
-def test_one_that_is_deleted_comes_back_with_the_next_line(tmp_path: Path) -> None:
+def test_a_deleted_file_comes_back_with_the_next_line(tmp_path: Path) -> None:
     directory = tmp_path / "logs"
     log = LogFile(directory, "x", _MOMENT)
     log.write("lost\n")
@@ -85,7 +85,7 @@ def test_a_directory_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_disk_that_is_full_is_told_to_the_writer_and_the_next_line_is_whole(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_to_the_writer_and_the_next_line_is_whole(tmp_path: Path) -> None:
     log = LogFile(tmp_path, "x", _MOMENT)
     log.write("before\n")
     file, full = log._descriptor, os.open("/dev/full", os.O_WRONLY)

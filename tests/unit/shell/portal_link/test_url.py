@@ -64,7 +64,7 @@ def test_a_base_url_that_cannot_work_is_refused_in_one_sentence(base: str) -> No
     assert "secret" not in str(caught.value)
 
 
-def test_a_client_says_who_it_is_in_upstreams_order() -> None:
+def test_a_client_identifies_itself_in_upstreams_order() -> None:
     url = LoginUrl.client(
         "wss://portal.example",
         "n.SFMyNTY.abc.def",
@@ -86,7 +86,7 @@ def test_a_dummy_serial_number_is_left_out() -> None:
     assert "device_serial" not in url.target()
 
 
-def test_a_gateway_says_who_it_is() -> None:
+def test_a_gateway_identifies_itself() -> None:
     url = LoginUrl.gateway("wss://h", "t", device_id="a", name="gw")
 
     assert url.target(bytes(32)) == (
@@ -94,7 +94,7 @@ def test_a_gateway_says_who_it_is() -> None:
     )
 
 
-def test_a_relay_says_where_it_is() -> None:
+def test_a_relay_names_its_addresses() -> None:
     both = LoginUrl.relay("wss://h", "t", ipv4="192.0.2.1", ipv6="2001:db8::1", name="r")
     one = LoginUrl.relay("wss://h", "relaytok", ipv4="10.99.0.1", ipv6=None)
 
@@ -153,7 +153,7 @@ def test_a_token_that_fits_no_header_is_refused_without_showing_it(token: str) -
 
 
 @pytest.mark.parametrize("show", [str, repr])
-def test_what_may_be_logged_holds_no_token(show: Any) -> None:
+def test_the_loggable_form_holds_no_token(show: Any) -> None:
     assert "sesame" not in show(_gateway(token="sesame"))
 
 

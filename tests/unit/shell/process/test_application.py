@@ -22,7 +22,7 @@ def test_parts_start_in_order() -> None:
     assert (first.running, second.running) == (1, 1)
 
 
-def test_where_a_part_cannot_start_the_process_ends_and_the_next_is_left_alone(
+def test_the_process_ends_if_a_part_cannot_start_and_the_next_part_is_not_started(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     first, second = parts = [Part(fails=InUseError("the port is in use")), Part()]
@@ -35,9 +35,7 @@ def test_where_a_part_cannot_start_the_process_ends_and_the_next_is_left_alone(
     assert (first.running, second.running, application.watches) == (1, 0, False)
 
 
-def test_what_goes_wrong_later_ends_the_process(
-    capfd: pytest.CaptureFixture[str], logged: list[dict[str, Any]]
-) -> None:
+def test_a_later_failure_ends_the_process(capfd: pytest.CaptureFixture[str], logged: list[dict[str, Any]]) -> None:
     application = Example(Part())
     application.startService()
     assert not application.reactor.hasStopped
@@ -50,7 +48,7 @@ def test_what_goes_wrong_later_ends_the_process(
     assert "in watch" in told["traceback"]
 
 
-def test_it_has_stopped_when_all_parts_have() -> None:
+def test_it_has_stopped_when_all_parts_have_stopped() -> None:
     first, second = parts = [Part(), Part()]
     application = Example(*parts)
     application.startService()

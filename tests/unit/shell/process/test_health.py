@@ -20,7 +20,7 @@ from firezone_tunnel.shell.process.health import HealthServer
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_lives_from_the_start_and_is_ready_when_it_is() -> None:
+async def test_it_is_alive_from_the_start_and_ready_when_the_process_is() -> None:
     is_ready = False
     server = HealthServer(reactor, SocketAddress("127.0.0.1", 0), lambda: is_ready)
     server.startService()

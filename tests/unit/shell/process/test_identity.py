@@ -14,7 +14,7 @@ from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.shell.process.identity import load_identity
 
 
-def test_the_first_one_is_random_and_the_same_from_then_on(tmp_path: Path) -> None:
+def test_the_first_identity_is_random_and_kept(tmp_path: Path) -> None:
     path = tmp_path / "new/directory/firezone-id.json"
 
     identity = load_identity(path)
@@ -50,7 +50,7 @@ def test_both_forms_of_upstream_are_understood_and_left_alone(tmp_path: Path, te
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"{}", b'{"id": 5}', b'{"id": ""}', b"two words", b"\x00", b"\xff", b'{"id":"abc"', b"a\nb"]
 )
-def test_what_holds_no_identity_is_never_overwritten(tmp_path: Path, content: bytes) -> None:
+def test_a_file_without_an_identity_is_never_overwritten(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "id"
     path.write_bytes(content)
 
@@ -61,6 +61,6 @@ def test_what_holds_no_identity_is_never_overwritten(tmp_path: Path, content: by
     assert path.read_bytes() == content
 
 
-def test_where_it_cannot_be_stored_the_way_out_is_named() -> None:
+def test_an_identity_that_cannot_be_stored_is_an_error_that_names_the_way_out() -> None:
     with pytest.raises(ConfigurationError, match="give a --firezone-id or --state-dir"):
         load_identity(Path("/proc/firezone/id.json"))  # where nobody may make a directory

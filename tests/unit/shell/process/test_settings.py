@@ -36,7 +36,7 @@ class Demanding(Options):
     settings = (Setting("seed", "a file", variables=("SEED",), is_required=True),)
 
 
-def test_without_anything_the_defaults_hold() -> None:
+def test_settings_have_defaults() -> None:
     options = _parse(Example)
 
     assert (options["name"], options["count"], options["quiet"]) == ("nobody", None, False)
@@ -69,7 +69,7 @@ def test_a_flag_by_variable_reads_as_people_write_it(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "false", "No", "OFF"])
-def test_a_flag_by_variable_can_say_no_and_the_command_line_still_yes(text: str) -> None:
+def test_the_command_line_overrides_a_flag_by_variable(text: str) -> None:
     assert _parse(Example, QUIET=text)["quiet"] is False
     assert _parse(Example, "--quiet", QUIET=text)["quiet"] is True
 
@@ -83,21 +83,21 @@ def test_a_flag_by_variable_can_say_no_and_the_command_line_still_yes(text: str)
         (("--colour", "red"), {}, "option --colour not recognized"),
     ],
 )
-def test_a_mistake_is_told_with_its_source(
+def test_an_invalid_value_is_reported_with_its_source(
     arguments: tuple[str, ...], environment: dict[str, str], complaint: str
 ) -> None:
     with pytest.raises(UsageError, match=complaint):
         _parse(Example, *arguments, **environment)
 
 
-def test_what_must_be_given_is_asked_for_with_its_meaning() -> None:
+def test_a_missing_required_setting_is_reported_with_its_meaning() -> None:
     with pytest.raises(UsageError, match="--seed is missing: a file"):
         _parse(Demanding)
     assert _parse(Demanding, SEED="a.toml")["seed"] == "a.toml"
 
 
 @pytest.mark.parametrize("options", [ClientOptions, GatewayOptions, PortalOptions])
-def test_a_token_is_no_option_and_is_not_repeated(options: type[Options]) -> None:
+def test_a_token_is_not_an_option_and_is_not_repeated(options: type[Options]) -> None:
     for arguments in (("--token=secret",), ("--token", "secret"), ("secret",)):
         with pytest.raises(UsageError) as raised:
             _parse(options, *arguments)
@@ -147,13 +147,13 @@ def test_a_duration_reads_as_people_write_it(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "5", "m", "-5m", "5 minutes", "1.5h", "5m x"])
-def test_what_is_no_duration_is_refused(text: str) -> None:
+def test_text_that_is_not_a_duration_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a duration"):
         parse_duration(text)
 
 
 @given(st.text(max_size=20))
-def test_no_text_makes_a_parser_fail_in_another_way(text: str) -> None:
+def test_parsers_raise_nothing_but_usage_errors(text: str) -> None:
     for parse in (parse_duration, parse_level, parse_address):
         try:
             parse(text)

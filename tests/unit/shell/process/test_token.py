@@ -39,7 +39,7 @@ def test_the_environment_comes_first_then_the_credential_then_the_file(file: Pat
     assert read_token(environment, file) == f"{_SECRET}-of-the-file"
 
 
-def test_it_is_gone_from_the_environment_once_it_was_read(file: Path) -> None:
+def test_a_token_is_removed_from_the_environment_once_read(file: Path) -> None:
     environment = {"FIREZONE_TOKEN": _SECRET, "OTHER": "stays"}
 
     read_token(environment, file)
@@ -47,7 +47,7 @@ def test_it_is_gone_from_the_environment_once_it_was_read(file: Path) -> None:
     assert environment == {"OTHER": "stays"}
 
 
-def test_an_empty_variable_or_credential_is_none(file: Path, credentials: str, tmp_path: Path) -> None:
+def test_an_empty_variable_or_credential_counts_as_absent(file: Path, credentials: str, tmp_path: Path) -> None:
     Path(credentials, "FIREZONE_TOKEN").write_text("\n")
 
     environment = {"FIREZONE_TOKEN": " ", "CREDENTIALS_DIRECTORY": credentials}
@@ -56,7 +56,7 @@ def test_an_empty_variable_or_credential_is_none(file: Path, credentials: str, t
 
 
 @pytest.mark.parametrize("text", [None, "", " \n"])
-def test_where_there_is_none_both_places_are_named(tmp_path: Path, text: str | None) -> None:
+def test_a_missing_token_is_an_error_that_names_both_places(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "token"
     if text is not None:
         path.write_text(text)
@@ -81,7 +81,7 @@ def test_a_file_that_others_could_read_is_refused(file: Path, mode: int) -> None
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
-def test_a_file_of_somebody_else_is_refused(file: Path) -> None:
+def test_a_file_of_another_user_is_refused(file: Path) -> None:
     os.chown(file, 65534, 65534)
 
     _fails(file, "must belong to the user")
@@ -97,7 +97,7 @@ def test_a_symlink_is_judged_by_what_it_points_to(file: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe" + _SECRET.encode(), _SECRET.encode() + b"\x80"])
-def test_a_file_that_is_no_text_is_refused_without_quoting_it(file: Path, content: bytes) -> None:
+def test_a_file_that_is_not_text_is_refused_without_quoting_it(file: Path, content: bytes) -> None:
     file.write_bytes(content)
 
     _fails(file, "does not hold a token: it is not UTF-8 text")

@@ -17,7 +17,7 @@ def test_nothing_is_delivered_in_the_turn_in_which_it_was_put() -> None:
     assert got == [1]
 
 
-def test_order_is_kept_and_each_turn_delivers_one() -> None:
+def test_order_is_kept_and_each_turn_delivers_one_item() -> None:
     clock, got, queue = _queue()
     for number in range(3):
         queue.put(number)
@@ -42,7 +42,7 @@ def test_a_full_queue_takes_nothing_more_and_says_so() -> None:
     assert got == [0, 1, 9]
 
 
-def test_what_is_put_while_one_is_delivered_comes_in_a_later_turn() -> None:
+def test_an_item_put_during_a_delivery_comes_in_a_later_turn() -> None:
     clock = Clock()
     got: list[int] = []
 
@@ -79,7 +79,7 @@ def test_an_item_that_its_consumer_fails_on_does_not_hold_up_the_next() -> None:
     assert got == [1]
 
 
-def test_closing_forgets_what_waits() -> None:
+def test_closing_drops_waiting_items() -> None:
     clock, got, queue = _queue()
     queue.put(1)
 

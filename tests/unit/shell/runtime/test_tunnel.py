@@ -95,7 +95,7 @@ def test_failures_do_not_fill_the_log(core: FailingCore, tunnel: TunnelService, 
     assert len([message for message in logged if message["message_type"] == "tunnel:callback_failed"]) == 10
 
 
-def test_at_the_end_all_that_was_not_carried_is_told(core: FailingCore, logged: list[dict[str, Any]]) -> None:
+def test_dropped_packets_are_logged_at_the_end(core: FailingCore, logged: list[dict[str, Any]]) -> None:
     core.node.counters.unrecognized = 3
     core.node.layers.wireguard.forged = 2
     _tunnel(core).stopService()

@@ -37,7 +37,7 @@ def test_a_device_that_is_busy_or_of_another_kind_is_in_use(kernel: Kernel, numb
     assert kernel.open_descriptors() == 0
 
 
-def test_a_process_without_the_capability_is_told_which(kernel: Kernel) -> None:
+def test_a_missing_capability_is_named(kernel: Kernel) -> None:
     kernel.failures[TUNSETIFF] = errno.EPERM
 
     with pytest.raises(PlatformError, match="CAP_NET_ADMIN"):
@@ -72,7 +72,7 @@ def test_a_name_that_no_interface_can_have_is_refused(kernel: Kernel, name: str)
     ("known", "offload"),
     [(0x67, Offload.UDP), (0x07, Offload.TCP), (0x01, Offload.CHECKSUM), (0, Offload.NONE)],
 )
-def test_the_most_that_the_kernel_knows_is_switched_on(kernel: Kernel, known: int, offload: Offload) -> None:
+def test_all_offloads_that_the_kernel_knows_are_switched_on(kernel: Kernel, known: int, offload: Offload) -> None:
     kernel.known_offloads = known
 
     opened = open_tun(node=kernel.node)
@@ -81,7 +81,7 @@ def test_the_most_that_the_kernel_knows_is_switched_on(kernel: Kernel, known: in
     opened.close()
 
 
-def test_less_may_be_asked_for(kernel: Kernel) -> None:
+def test_fewer_offloads_may_be_requested(kernel: Kernel) -> None:
     opened = open_tun(node=kernel.node, offload=Offload.CHECKSUM)
 
     assert (opened.offload, kernel.offloads) == (Offload.CHECKSUM, 1)

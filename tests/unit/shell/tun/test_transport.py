@@ -56,9 +56,7 @@ def test_a_turn_reads_no_more_than_its_frames(end: End, monkeypatch: pytest.Monk
     assert [len(packets) for packets in end.turns] == [3, 2]
 
 
-def test_of_the_turns_after_pauses_only_every_second_takes_a_single_frame(
-    end: End, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_every_second_turn_after_a_pause_takes_a_single_frame(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end.transport, "CALM", -1.0)  # every turn comes after a pause, such as the reactor's other work
     for number in range(5):
         end.host.send(NO_OFFLOAD + datagram(1000 + number, b"x"))
@@ -107,7 +105,7 @@ def test_a_run_the_kernel_would_not_take_is_written_segment_by_segment(offload: 
     end.close()
 
 
-def test_one_refused_run_does_not_make_small_ones_of_all(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_refused_run_does_not_split_later_runs(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel takes is shown by what it took: a later refusal is about that packet."""
     end.transport.write(run_of_datagrams(3))
     with monkeypatch.context() as patch:
@@ -128,9 +126,7 @@ def test_one_refused_run_does_not_make_small_ones_of_all(end: End, monkeypatch: 
         (errno.EINVAL, "write_errors"),
     ],
 )
-def test_a_write_that_fails_is_counted_and_nothing_more(
-    end: End, monkeypatch: pytest.MonkeyPatch, number: int, counter: str
-) -> None:
+def test_a_failed_write_is_only_counted(end: End, monkeypatch: pytest.MonkeyPatch, number: int, counter: str) -> None:
     with monkeypatch.context() as patch:
         refuse(patch, number)
         end.transport.write(packet(datagram(1000, b"x")))
@@ -150,7 +146,7 @@ def test_the_end_of_the_file_is_the_end_of_the_device(end: End) -> None:
     assert end.lost.check(ConnectionLost)
 
 
-def test_what_the_reactor_calls_done_is_lost(end: End) -> None:
+def test_a_closed_connection_is_reported_as_lost(end: End) -> None:
     """The reactor takes the error that a removed device shows for an orderly end."""
     end.transport.connectionLost(Failure(ConnectionDone()))
 

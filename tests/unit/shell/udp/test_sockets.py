@@ -39,7 +39,7 @@ def test_segment_size_and_ecn_are_sent_in_native_order() -> None:
         ([], None, 0, 0),
     ],
 )
-def test_what_comes_with_a_batch_is_understood(
+def test_the_control_messages_of_a_batch_are_parsed(
     messages: list[tuple[int, int, bytes]], host: str | None, segment_size: int, ecn: int
 ) -> None:
     arrival = received(messages)

@@ -41,7 +41,7 @@ def test_a_batch_whose_segmentation_is_refused_leaves_at_once_as_single_datagram
     assert (end.transport.counters.segmentation_refused, end.transport.counters.sent_datagrams) == (1, 3)
 
 
-def test_that_destination_and_no_other_keeps_to_single_datagrams(end: End) -> None:
+def test_only_that_destination_keeps_to_single_datagrams(end: End) -> None:
     end.socket.refuse_segments = errno.EINVAL
     end.send(PEER, datagrams=2)
     end.socket.refuse_segments = None
@@ -70,7 +70,7 @@ def test_segmentation_is_tried_again_after_a_while_or_a_network_change(end: End,
     assert end.socket.sent == [(2 * SIZE, SIZE)]
 
 
-def test_where_single_datagrams_fail_as_well_nothing_is_held_against_segmentation(end: End) -> None:
+def test_segmentation_stays_on_if_single_datagrams_fail_as_well(end: End) -> None:
     end.socket.failures.extend([errno.EINVAL, errno.EINVAL])
     end.send(PEER, datagrams=2)
 
@@ -185,7 +185,7 @@ def test_the_queue_is_bounded(end: End) -> None:
     assert end.released == 3
 
 
-def test_closing_releases_what_is_queued_and_what_comes_later(end: End) -> None:
+def test_closing_releases_queued_and_later_transmits(end: End) -> None:
     end.socket.full = True
     end.send(PEER)
     end.send(PEER)
