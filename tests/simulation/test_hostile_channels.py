@@ -50,7 +50,7 @@ def sealed(internet: Internet, host: Host, peer: Host, *packets: SuperPacket) ->
     return [HEADER.pack(number, len(one) - 4) + one[4:] for one in own]
 
 
-def test_channel_data_on_a_channel_that_stands_for_nobody_is_counted() -> None:
+def test_channel_data_on_an_unbound_channel_is_counted() -> None:
     internet, client, gateway = relayed()
     relay = internet.relays[0].listening[0]
     (one,) = sealed(internet, client, gateway, datagram("kept"))
@@ -65,7 +65,7 @@ def test_channel_data_on_a_channel_that_stands_for_nobody_is_counted() -> None:
     assert gateway.texts() == ["kept"]
 
 
-def test_a_wrong_length_is_no_channel_data_and_counted() -> None:
+def test_channel_data_with_a_wrong_length_is_dropped_and_counted() -> None:
     internet, client, gateway = relayed()
     relay = internet.relays[0].listening[0]
     (one,) = sealed(internet, client, gateway, datagram("kept"))
@@ -92,7 +92,7 @@ def test_one_wrong_header_in_a_batch_costs_that_datagram_alone() -> None:
     assert gateway.node.counters.unbound_channels == 1
 
 
-def test_what_comes_from_the_relays_address_but_is_not_the_relays_still_reaches_its_connection() -> None:
+def test_peer_datagrams_from_the_relays_address_still_reach_their_connection() -> None:
     internet, client, gateway = relayed()
     (one,) = sealed(internet, client, gateway, datagram("bare"))
 
@@ -101,7 +101,7 @@ def test_what_comes_from_the_relays_address_but_is_not_the_relays_still_reaches_
     assert gateway.texts() == ["bare"]
 
 
-def test_channel_data_from_elsewhere_is_no_channel_data() -> None:
+def test_channel_data_from_another_address_is_not_channel_data() -> None:
     internet, client, gateway = relayed()
     (one,) = sealed(internet, client, gateway, datagram("kept"))
 
@@ -154,7 +154,7 @@ def test_any_batch_from_a_relays_address_is_taken_in_without_error(
 
 @settings(max_examples=examples(150))
 @given(data=st.data())
-def test_any_change_to_channel_data_yields_no_packet_but_those_that_were_sent(
+def test_changed_channel_data_delivers_only_sent_packets(
     shared: tuple[Internet, Host, Host], data: st.DataObject
 ) -> None:
     internet, client, gateway = shared
@@ -171,7 +171,7 @@ def test_any_change_to_channel_data_yields_no_packet_but_those_that_were_sent(
     assert gateway.texts() == [one for one in ["0", "1", "2", "3"] if one in gateway.texts()]
 
 
-def test_after_all_of_that_the_connection_works_and_no_slot_is_lost(shared: tuple[Internet, Host, Host]) -> None:
+def test_the_connection_still_works_afterwards_and_no_slot_is_lost(shared: tuple[Internet, Host, Host]) -> None:
     internet, client, gateway = shared
     client.packets.clear()
     exchange(internet, client, gateway, within=20.0)

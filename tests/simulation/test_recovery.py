@@ -137,7 +137,7 @@ def test_a_relay_that_restarts_with_the_same_secret_is_used_again_once_it_is_ann
     _assert_healthy(internet, client, gateway)
 
 
-def test_a_relay_that_restarts_unnoticed_is_found_out_before_the_connection_fails() -> None:
+def test_an_unnoticed_restart_of_a_relay_is_detected_before_the_connection_fails() -> None:
     internet, client, gateway = relayed(relays=1)
     for _ in range(2):  # the second time no check asks for a channel, which would find it out by chance
         internet.relays[0].restart()
@@ -148,7 +148,7 @@ def test_a_relay_that_restarts_unnoticed_is_found_out_before_the_connection_fail
     _assert_healthy(internet, client, gateway)
 
 
-def test_relays_are_told_again_and_again_without_harm_to_traffic() -> None:
+def test_repeated_updates_of_relays_do_not_harm_traffic() -> None:
     internet, client, gateway = relayed()
     start = internet.now
     answers = []
@@ -162,7 +162,7 @@ def test_relays_are_told_again_and_again_without_harm_to_traffic() -> None:
     _assert_healthy(internet, client, gateway)
 
 
-def test_of_more_and_more_relays_the_newest_are_kept_and_the_oldest_get_their_allocations_back() -> None:
+def test_the_newest_of_many_relays_are_kept_and_allocations_at_the_oldest_are_deleted() -> None:
     internet, client, gateway = relayed()
     start = internet.now
     answers = []
@@ -189,7 +189,7 @@ def test_standard_turn_servers_carry_connections_too() -> None:
     _assert_healthy(internet, client, gateway)
 
 
-def test_relays_that_never_answer_are_told_and_do_not_hinder_a_direct_connection() -> None:
+def test_relays_that_never_answer_are_reported_and_do_not_hinder_a_direct_connection() -> None:
     internet = Internet()
     for _ in range(2):
         internet.relay().alive = False
@@ -207,7 +207,7 @@ def test_relays_that_never_answer_are_told_and_do_not_hinder_a_direct_connection
         assert "did not answer" in host.of(RelayFailed)[0].reason
 
 
-def test_without_any_relay_peers_behind_nats_fail_and_are_told_so() -> None:
+def test_without_any_relay_connections_between_nats_fail_and_report_it() -> None:
     internet = Internet()
     client, gateway = (internet.host_behind("cone", role) for role in (Role.CLIENT, Role.GATEWAY))
     internet.introduce(client, gateway)

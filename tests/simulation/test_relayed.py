@@ -76,7 +76,7 @@ def test_packets_sent_before_there_is_a_path_all_arrive_in_order(topology: str, 
 
 
 @pytest.mark.parametrize(("near", "far"), [(0.005, 0.06), (0.06, 0.005)])
-def test_a_relay_that_is_near_to_one_and_far_from_the_other_costs_no_extra_wait(near: float, far: float) -> None:
+def test_a_relay_near_to_one_side_and_far_from_the_other_costs_no_extra_wait(near: float, far: float) -> None:
     internet, client, gateway = _introduced()
     latency = {client.name: near, gateway.name: far}
     internet.delay = lambda sender: latency[sender.name]
