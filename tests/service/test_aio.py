@@ -226,12 +226,12 @@ def test_a_second_event_loop_is_an_error_that_says_so() -> None:
     assert "runs on another event loop, and a process has only one" in done.stdout
 
 
-def test_outside_an_event_loop_nothing_is_connected() -> None:
+def test_nothing_is_connected_outside_an_event_loop() -> None:
     with pytest.raises(RuntimeError, match="no running event loop"):
         aio.Session.connect(url="wss://portal.example/", token="x", device_id="x")
 
 
-def test_both_front_doors_take_the_same_arguments() -> None:
+def test_both_apis_take_the_same_arguments() -> None:
     ours, theirs = (inspect.signature(one.connect).parameters for one in (aio.Session, Session))
 
     assert [*ours, "reactor"] == list(theirs)
@@ -240,7 +240,7 @@ def test_both_front_doors_take_the_same_arguments() -> None:
     ]
 
 
-def test_both_front_doors_have_the_same_names() -> None:
+def test_both_apis_have_the_same_names() -> None:
     services = {"GatewayService", "PortalService", "RelayService", "__version__"}
     assert set(aio.__all__) - {"install_reactor"} == set(firezone_tunnel.__all__) - services
     assert [name for name in aio.__all__ if not hasattr(aio, name)] == []

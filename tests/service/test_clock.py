@@ -101,7 +101,7 @@ def test_a_closed_timer_holds_no_descriptor(timers: Timers) -> None:
     assert (timer.fileno(), timer.deadline) == (-1, None)
 
 
-def test_a_process_without_descriptors_is_told_so(timers: Timers) -> None:
+def test_running_out_of_descriptors_is_reported(timers: Timers) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
     try:
@@ -113,7 +113,7 @@ def test_a_process_without_descriptors_is_told_so(timers: Timers) -> None:
     assert failure.value.errno == errno.EMFILE
 
 
-def test_the_clocks_are_those_of_the_kernel() -> None:
+def test_the_clocks_match_the_kernels() -> None:
     assert abs(boottime() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 1
     assert abs(utc() - time.time()) < 1
 

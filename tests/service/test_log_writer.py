@@ -58,7 +58,7 @@ def test_json_is_an_object_a_line_with_its_fields(opened: Callable[..., LogWrite
     assert abs(message["timestamp"] - time.time()) < 60
 
 
-def test_lines_for_people_have_the_time_the_level_and_the_fields(opened: Callable[..., LogWriter]) -> None:
+def test_human_readable_lines_have_the_time_the_level_and_the_fields(opened: Callable[..., LogWriter]) -> None:
     stream = io.StringIO()
     writer = opened(stream, "human")
 
@@ -83,7 +83,7 @@ def test_lines_for_people_have_the_time_the_level_and_the_fields(opened: Callabl
     )
 
 
-def test_a_terminal_gets_colours_and_a_pipe_none(opened: Callable[..., LogWriter]) -> None:
+def test_only_a_terminal_gets_colours(opened: Callable[..., LogWriter]) -> None:
     terminal, pipe = io.StringIO(), io.StringIO()
     terminal.isatty = lambda: True
     writers = opened(terminal, "human"), opened(pipe, "human")
@@ -96,7 +96,7 @@ def test_a_terminal_gets_colours_and_a_pipe_none(opened: Callable[..., LogWriter
     assert "\x1b" not in pipe.getvalue()
 
 
-def test_a_pipe_that_nobody_reads_never_blocks_the_caller(opened: Callable[..., LogWriter]) -> None:
+def test_an_unread_pipe_never_blocks_the_caller(opened: Callable[..., LogWriter]) -> None:
     reading, writing = os.pipe()
     stream = os.fdopen(writing, "w")
     writer = opened(stream, "json", capacity=16)
@@ -120,7 +120,7 @@ def test_a_pipe_that_nobody_reads_never_blocks_the_caller(opened: Callable[..., 
     os.close(reading)
 
 
-def test_a_reader_that_is_gone_is_counted_and_nothing_else(opened: Callable[..., LogWriter]) -> None:
+def test_a_lost_reader_is_only_counted(opened: Callable[..., LogWriter]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     writer = opened(os.fdopen(writing, "w"), "json")
@@ -132,7 +132,7 @@ def test_a_reader_that_is_gone_is_counted_and_nothing_else(opened: Callable[...,
     assert writer.dropped >= 2
 
 
-def test_a_full_disk_is_counted_and_nothing_else(opened: Callable[..., LogWriter], tmp_path: Path) -> None:
+def test_a_full_disk_is_only_counted(opened: Callable[..., LogWriter], tmp_path: Path) -> None:
     file = LogFile(tmp_path, "x")
     real, file._descriptor = file._descriptor, os.open("/dev/full", os.O_WRONLY)
     writer = opened(file, "json")
@@ -155,7 +155,7 @@ def test_closing_twice_or_without_opening_is_fine() -> None:
     assert writer.close() is True
 
 
-def test_what_twisted_logs_is_among_ours_at_its_level(opened: Callable[..., LogWriter]) -> None:
+def test_twisteds_messages_are_logged_at_their_level(opened: Callable[..., LogWriter]) -> None:
     stream = io.StringIO()
     writer = opened(stream, "json")
     twisted = Logger(observer=TwistedMessages())

@@ -133,7 +133,7 @@ async def test_a_cancelled_connection_leaves_nothing_behind(full_backlog: int) -
     assert _descriptors_of(MarkedEndpoint) == []
 
 
-def test_a_name_is_no_address() -> None:
+def test_a_name_is_not_an_address() -> None:
     with pytest.raises(ValueError, match="localhost"):
         MarkedEndpoint(_reactor, "localhost", 1, None)
 
@@ -168,7 +168,7 @@ async def test_the_first_address_wins_without_the_second_being_tried(server: tup
 
 
 @pytest_twisted.ensureDeferred
-async def test_when_all_fail_every_reason_is_told() -> None:
+async def test_every_reason_is_reported_when_all_addresses_fail() -> None:
     ports = [_closed_port(), _closed_port()]
 
     with pytest.raises(ConnectError) as caught:
@@ -180,7 +180,7 @@ async def test_when_all_fail_every_reason_is_told() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_missing_capability_is_told_whatever_else_failed() -> None:
+async def test_a_missing_capability_takes_precedence_over_other_failures() -> None:
     endpoints = [
         MarkedEndpoint(_reactor, "127.0.0.1", _closed_port(), None),
         MarkedEndpoint(_reactor, "127.0.0.1", 9, _MARK),

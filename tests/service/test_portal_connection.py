@@ -66,7 +66,7 @@ async def test_it_joins_and_carries_messages_both_ways(world: World) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_upgrade_request_says_who_we_are_and_nothing_more(world: World) -> None:
+async def test_the_upgrade_request_only_identifies_us(world: World) -> None:
     world.start(bytes(range(32)))
     request = await world.portal.requests.next()
 
@@ -83,7 +83,7 @@ async def test_the_upgrade_request_says_who_we_are_and_nothing_more(world: World
 
 @pytest.mark.parametrize("split", [True, False])
 @pytest_twisted.ensureDeferred
-async def test_a_refused_token_is_final_and_its_code_says_what_to_do(world: World, split: bool) -> None:
+async def test_a_refused_token_is_final_and_its_code_names_the_remedy(world: World, split: bool) -> None:
     head, body = _refusal(401, {"code": "invalid_token", "detail": "no\nsuch token"}, kind=f"{_PROBLEM}; charset=utf-8")
     world.portal.answer(*([head, body] if split else [head + body]))
     world.start()
@@ -150,7 +150,7 @@ async def test_without_retry_after_the_backoff_counts(world: World) -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_refusal_is_told_however_its_body_ends(world: World, parts: list[bytes | None]) -> None:
+async def test_a_refusal_is_reported_however_its_body_ends(world: World, parts: list[bytes | None]) -> None:
     world.portal.answer(*parts)
     world.start()
 
@@ -182,7 +182,7 @@ async def test_a_refusals_body_that_never_comes_is_not_waited_for(
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_what_is_no_websocket_is_retried(world: World, parts: list[bytes | None]) -> None:
+async def test_an_answer_that_is_not_a_websocket_is_retried(world: World, parts: list[bytes | None]) -> None:
     world.portal.answer(*parts)
     world.start()
 
@@ -285,7 +285,7 @@ async def test_a_frame_that_ends_too_early_means_reconnecting(world: World) -> N
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_close_frame_is_answered_and_told(world: World) -> None:
+async def test_a_close_frame_is_answered_and_reported(world: World) -> None:
     world.start()
     peer = await _joined(world)
     peer.sendCloseFrame(code=1012, reasonUtf8=b"restart", isReply=False)
@@ -296,7 +296,7 @@ async def test_a_close_frame_is_answered_and_told(world: World) -> None:
 
 @pytest.mark.parametrize("payload", [b"", b"abc", b"\xff\xfe"])
 @pytest_twisted.ensureDeferred
-async def test_a_ping_is_answered_and_means_nothing_else(world: World, payload: bytes) -> None:
+async def test_a_ping_is_only_answered(world: World, payload: bytes) -> None:
     world.start()
     peer = await _joined(world)
     peer.sendPing(payload)
@@ -382,9 +382,7 @@ async def test_the_systems_resolver_knows_localhost() -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_losing_and_regaining_the_portal_is_told_to_the_operator(
-    world: World, logged: list[dict[str, Any]]
-) -> None:
+async def test_losing_and_regaining_the_portal_is_logged(world: World, logged: list[dict[str, Any]]) -> None:
     world.start()
     peer = await _joined(world)
     peer.transport.abortConnection()
@@ -550,7 +548,7 @@ async def test_while_the_queue_is_full_nothing_is_read_and_nothing_is_lost(world
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_a_full_queue_did_not_take_is_not_told_once_the_connection_is_gone(world: World) -> None:
+async def test_events_that_a_full_queue_refused_are_dropped_with_the_connection(world: World) -> None:
     world.start()
     peer = await _joined(world)
     world.inbox.capacity = 1

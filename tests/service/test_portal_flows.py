@@ -218,7 +218,7 @@ async def test_a_window_that_has_just_closed_is_forbidden_and_named(portal: Port
 
 
 @pytest_twisted.ensureDeferred
-async def test_v2_peers_more_than_a_minor_version_apart_do_not_meet(portal: Portal) -> None:
+async def test_v2_peers_more_than_a_minor_version_apart_are_not_connected(portal: Portal) -> None:
     await portal.join("gateway", v2=True)
     client = await portal.join("client", v2=True, agent="Linux/6.8 headless-client/1.9.0")
 
@@ -285,7 +285,7 @@ async def test_capabilities_are_accepted_in_silence(portal: Portal) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_gateway_that_reconnects_is_told_what_is_granted_also_by_the_portals_next_process(
+async def test_a_gateway_that_reconnects_gets_its_grants_even_from_a_restarted_portal(
     portal: Portal, tmp_path: Path
 ) -> None:
     gateway, client = await _pair(portal)

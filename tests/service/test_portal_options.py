@@ -32,7 +32,7 @@ def test_only_the_seed_must_be_given() -> None:
     assert options["database"] == "firezone-portal.sqlite3"
 
 
-def test_the_environment_stands_in_for_what_is_not_given() -> None:
+def test_the_environment_supplies_missing_options() -> None:
     environment = {"FIREZONE_PORTAL_SEED": "a.toml", "FIREZONE_PORTAL_LISTEN": "[::1]:9000"}
 
     options = Options(environment)
@@ -86,7 +86,7 @@ async def test_it_serves_tls_with_the_given_certificate(tmp_path: Path) -> None:
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_a_certificate_that_is_none_is_one_sentence(
+async def test_an_invalid_certificate_is_reported_in_one_sentence(
     tmp_path: Path, names: tuple[str | None, str | None], complaint: str
 ) -> None:
     _certificate(tmp_path)

@@ -39,7 +39,7 @@ async def test_a_dual_stack_relay_is_two_adjacent_entries_with_credentials_that_
 
 
 @pytest_twisted.ensureDeferred
-async def test_nobody_gets_more_than_two_relays_and_a_device_keeps_its_own(portal: Portal) -> None:
+async def test_each_peer_gets_at_most_two_relays_and_a_device_keeps_its_own(portal: Portal) -> None:
     for number in range(5):
         await portal.join("relay", ipv4=f"198.51.100.{number}")
 
@@ -52,7 +52,7 @@ async def test_nobody_gets_more_than_two_relays_and_a_device_keeps_its_own(porta
 
 @pytest.mark.parametrize("role", ["client", "gateway"])
 @pytest_twisted.ensureDeferred
-async def test_the_first_relay_is_told_at_once(portal: Portal, role: str) -> None:
+async def test_the_first_relay_is_sent_at_once(portal: Portal, role: str) -> None:
     peer = await portal.join(role)
 
     await portal.join("relay")
@@ -62,7 +62,7 @@ async def test_the_first_relay_is_told_at_once(portal: Portal, role: str) -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_second_relay_is_told_after_a_second(portal: Portal) -> None:
+async def test_a_second_relay_is_sent_after_a_second(portal: Portal) -> None:
     await portal.join("relay")
     client = await portal.join("client")
 
@@ -75,7 +75,7 @@ async def test_a_second_relay_is_told_after_a_second(portal: Portal) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_relay_that_is_gone_is_told_after_a_second_with_its_replacement(portal: Portal) -> None:
+async def test_a_lost_relay_is_reported_after_a_second_with_its_replacement(portal: Portal) -> None:
     relays = {number: await portal.join("relay", ipv4=f"198.51.100.{number}") for number in (10, 20, 30)}
     portal.advance(1.1)
     client = await portal.join("client")
@@ -93,7 +93,7 @@ async def test_a_relay_that_is_gone_is_told_after_a_second_with_its_replacement(
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_relay_that_comes_back_with_its_secret_within_the_second_is_no_news(portal: Portal) -> None:
+async def test_a_relay_that_comes_back_with_its_secret_within_the_second_is_not_reported(portal: Portal) -> None:
     relay = await portal.join("relay")
     client = await portal.join("client")
 
@@ -106,7 +106,7 @@ async def test_a_relay_that_comes_back_with_its_secret_within_the_second_is_no_n
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_relay_that_restarted_is_told_at_once_under_its_old_id(portal: Portal) -> None:
+async def test_a_restarted_relay_is_sent_at_once_under_its_old_id(portal: Portal) -> None:
     relay = await portal.join("relay", stamp_secret=_SECRETS["1"])
     client = await portal.join("client")
     (before,) = client.init["relays"]
@@ -122,7 +122,7 @@ async def test_a_relay_that_restarted_is_told_at_once_under_its_old_id(portal: P
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_last_relay_leaves_an_empty_list_and_the_next_is_told_at_once(portal: Portal) -> None:
+async def test_the_last_relay_leaves_an_empty_list_and_the_next_is_sent_at_once(portal: Portal) -> None:
     relay = await portal.join("relay")
     client = await portal.join("client")
 
@@ -136,7 +136,7 @@ async def test_the_last_relay_leaves_an_empty_list_and_the_next_is_told_at_once(
 
 @pytest.mark.parametrize("role", ["client", "gateway"])
 @pytest_twisted.ensureDeferred
-async def test_no_relays_is_answered_with_those_there_are(portal: Portal, role: str) -> None:
+async def test_no_relays_is_answered_with_the_current_relays(portal: Portal, role: str) -> None:
     await portal.join("relay")
     peer = await portal.join(role, v2=True)
 
@@ -199,7 +199,7 @@ async def test_standard_turn_servers_are_for_our_own_peers_and_come_on_top_of_th
 
 
 @pytest_twisted.ensureDeferred
-async def test_turn_servers_that_come_and_go_are_told_to_our_own_peers(tmp_path: Path) -> None:
+async def test_added_and_removed_turn_servers_are_sent_to_our_own_peers(tmp_path: Path) -> None:
     portal = await start_portal(tmp_path, SEED + _TURN_SERVER)
     ours, theirs = await portal.join("client", agent=_OURS), await portal.join("gateway")
 

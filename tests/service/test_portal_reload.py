@@ -22,7 +22,7 @@ async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_unchanged_file_tells_nobody_anything(portal: Portal) -> None:
+async def test_an_unchanged_file_sends_nothing(portal: Portal) -> None:
     gateway, client, _ = await _with_flow(portal)
 
     assert await portal.reseed()
@@ -31,7 +31,7 @@ async def test_an_unchanged_file_tells_nobody_anything(portal: Portal) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_new_name_is_told_and_ends_nothing(portal: Portal) -> None:
+async def test_a_new_name_is_sent_and_ends_nothing(portal: Portal) -> None:
     gateway, client, _ = await _with_flow(portal)
 
     await portal.reseed(('"Lab"', '"Laboratory"'))
@@ -42,7 +42,7 @@ async def test_a_new_name_is_told_and_ends_nothing(portal: Portal) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_new_filters_are_told_to_both_sides(portal: Portal) -> None:
+async def test_new_filters_are_sent_to_both_sides(portal: Portal) -> None:
     gateway, client, _ = await _with_flow(portal)
 
     await portal.reseed(('address_description = "lab network"', 'filters = ["udp/53"]'))
@@ -56,7 +56,7 @@ async def test_new_filters_are_told_to_both_sides(portal: Portal) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_new_address_revokes_what_was_granted(portal: Portal) -> None:
+async def test_a_new_address_revokes_the_grants(portal: Portal) -> None:
     gateway, client, cid = await _with_flow(portal)
 
     await portal.reseed(("172.20.0.0/16", "172.21.0.0/16"))
@@ -117,7 +117,7 @@ async def test_a_resource_that_moves_to_another_site_is_deleted_and_created(port
 
 
 @pytest_twisted.ensureDeferred
-async def test_dns_settings_are_told_to_clients(portal: Portal) -> None:
+async def test_dns_settings_are_sent_to_clients(portal: Portal) -> None:
     gateway, client, _ = await _with_flow(portal)
 
     await portal.reseed(("[[sites]]", '[dns]\nupstream = ["10.0.0.53"]\nsearch_domain = "corp.example"\n[[sites]]'))
@@ -131,7 +131,7 @@ async def test_dns_settings_are_told_to_clients(portal: Portal) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_new_slug_is_told_to_gateways_with_what_is_granted(portal: Portal) -> None:
+async def test_a_new_slug_is_sent_to_gateways_with_their_grants(portal: Portal) -> None:
     gateway, client, cid = await _with_flow(portal)
 
     await portal.reseed(('slug = "acme"\n', f'slug = "acme2"\nid = "{_account_id(portal)}"\n'))
@@ -157,7 +157,7 @@ async def test_a_deleted_token_says_goodbye_for_good_and_revokes(portal: Portal)
 
 @pytest.mark.parametrize("role", ["gateway", "relay"])
 @pytest_twisted.ensureDeferred
-async def test_so_do_gateways_and_relays(portal: Portal, role: str) -> None:
+async def test_deleted_tokens_of_gateways_and_relays_say_goodbye_for_good(portal: Portal, role: str) -> None:
     peer = await portal.join(role)
 
     await portal.reseed((f'token = ".{role}-token-of-the-tests"', 'token = "another"'))
@@ -184,7 +184,9 @@ async def test_an_earlier_end_is_sent_to_a_v1_gateway_and_revokes_at_a_v2_gatewa
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_changed_while_the_portal_was_down_is_revoked_at_its_start(portal: Portal, tmp_path: Path) -> None:
+async def test_grants_changed_while_the_portal_was_down_are_revoked_at_its_start(
+    portal: Portal, tmp_path: Path
+) -> None:
     await _with_flow(portal)
     await stop_portal(portal)
 

@@ -116,7 +116,7 @@ async def test_a_header_without_end_is_refused(portal: Portal) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_the_token_of_the_header_comes_before_that_of_the_query(portal: Portal) -> None:
+async def test_the_token_of_the_header_takes_precedence_over_the_query(portal: Portal) -> None:
     header = {"X-Authorization": f"Bearer  {CLIENT_TOKEN[:5]} {CLIENT_TOKEN[5:]}"}
 
     await portal.connect(f"/client/websocket?token=wrong&{_CLIENT}", _AGENT, headers=header)
@@ -216,7 +216,7 @@ async def test_a_second_join_closes_the_first_channel_and_starts_anew(portal: Po
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_version_that_is_none_is_refused_at_the_join(portal: Portal) -> None:
+async def test_an_invalid_version_is_refused_at_the_join(portal: Portal) -> None:
     peer = await portal.connect(f"/client/websocket?token={CLIENT_TOKEN}&{_CLIENT}", "Linux/6.8 connlib/banana")
     peer.topic = "client"
 
@@ -238,7 +238,7 @@ async def test_a_relay_without_stamp_secret_crashes_its_join(portal: Portal) -> 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"topic":"client"}', '{"topic":1,"event":2,"payload":3,"ref":4}'])
 @pytest_twisted.ensureDeferred
-async def test_what_is_no_frame_closes_the_socket_so_that_the_peer_comes_back(portal: Portal, text: str) -> None:
+async def test_an_invalid_frame_closes_the_socket_so_that_the_peer_comes_back(portal: Portal, text: str) -> None:
     client = await portal.join("client")
 
     client.send_text(text)
@@ -270,7 +270,7 @@ async def test_the_newest_connection_of_a_device_wins(portal: Portal, role: str)
 
 
 @pytest_twisted.ensureDeferred
-async def test_more_than_three_swaps_in_a_minute_are_warned_of_once(
+async def test_more_than_three_swaps_in_a_minute_cause_one_warning(
     portal: Portal, logged: list[dict[str, Any]]
 ) -> None:
     for _ in range(7):

@@ -45,7 +45,7 @@ reactor.run()
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_was_acknowledged_survives_kill_at_any_moment(tmp_path: Path) -> None:
+async def test_acknowledged_changes_survive_a_kill_at_any_moment(tmp_path: Path) -> None:
     known: dict[str, Any] = {}
     for attempt in range(_KILLS):
         with _Process(tmp_path) as process:
@@ -77,7 +77,7 @@ async def test_what_was_acknowledged_survives_kill_at_any_moment(tmp_path: Path)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_file_that_is_no_database_is_one_sentence(tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_database_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "portal.sqlite3"
     path.write_bytes(b"not a database" * 1000)
 

@@ -145,7 +145,7 @@ def test_a_missing_token_is_one_sentence_and_code_1(directory: Path, role: str) 
 
 
 @pytest.mark.parametrize("role", ["client", "gateway"])
-def test_a_url_that_is_none_is_one_sentence_and_code_1(directory: Path, role: str) -> None:
+def test_an_invalid_url_is_one_sentence_and_code_1(directory: Path, role: str) -> None:
     _fails(
         *(directory, f"firezone-{role}", "--api-url", "portal.example", "--state-dir", str(directory)),
         code=1,
@@ -172,7 +172,7 @@ def test_a_wrong_command_line_is_one_line_and_code_2(
     _fails(directory, f"firezone-{role}", *required, *arguments, code=2, complaint=complaint)
 
 
-def test_a_variable_with_a_mistake_is_one_line_and_code_2(directory: Path) -> None:
+def test_an_invalid_variable_is_one_line_and_code_2(directory: Path) -> None:
     _fails(
         *(directory, "firezone-gateway"),
         code=2,
@@ -224,7 +224,7 @@ def test_a_log_directory_that_cannot_be_is_one_sentence_and_code_1(directory: Pa
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_a_log_that_nobody_reads_keeps_no_process_from_ending_with_its_code(directory: Path, code: int) -> None:
+def test_an_unread_log_does_not_stop_a_process_from_ending_with_its_code(directory: Path, code: int) -> None:
     reading, writing = os.pipe()
     _fill(writing)
     taken = socket.create_server(("127.0.0.1", 0))

@@ -113,7 +113,7 @@ def test_send_and_data_indications_with_dont_fragment(relay: RelayProcess) -> No
 
 
 @pytest.mark.serial  # another test's socket could have one of the three ports
-def test_a_port_that_somebody_else_has_is_not_used_and_none_left_is_508(start: Start) -> None:
+def test_a_taken_port_is_not_used_and_exhausted_ports_are_508(start: Start) -> None:
     relay = start("--lowest-port", "51000", "--highest-port", "51002")
     relay.wait_ready()
     with udp("127.0.0.1", 51000), udp("::1", 51002):
@@ -186,7 +186,7 @@ def test_after_the_drain_time_it_ends(start: Start) -> None:
     assert "relay:drained" in relay.log.read_text()
 
 
-def test_an_occupied_listening_port_is_told_and_ends_it_with_1(start: Start, tmp_path: Path) -> None:
+def test_an_occupied_listening_port_is_reported_and_ends_it_with_1(start: Start, tmp_path: Path) -> None:
     with udp("0.0.0.0", free_port()) as occupier:
         relay = start("--listen-port", str(address_of(occupier).port))
 
@@ -209,7 +209,7 @@ def test_an_occupied_listening_port_is_told_and_ends_it_with_1(start: Start, tmp
         (("--users-file", "/nonexistent"), 1, "/nonexistent"),
     ],
 )
-def test_what_is_configured_wrongly_is_told_in_one_line(
+def test_an_invalid_configuration_is_reported_in_one_line(
     start: Start, arguments: tuple[str, ...], code: int, text: str
 ) -> None:
     relay = start(*arguments)
@@ -218,7 +218,7 @@ def test_what_is_configured_wrongly_is_told_in_one_line(
     assert text in relay.log.read_text().splitlines()[-1]
 
 
-def test_a_peer_that_is_refused_for_being_private_is_told_by_its_network_with_what_to_do(start: Start) -> None:
+def test_a_refused_private_peer_is_logged_with_its_network_and_the_way_out(start: Start) -> None:
     relay = start("--drain-time", "0s", "--log-level", "info")
     relay.wait_ready()
     client = TurnClient(relay.port)
@@ -234,7 +234,7 @@ def test_a_peer_that_is_refused_for_being_private_is_told_by_its_network_with_wh
     assert "10.77" not in relay.log.read_text()
 
 
-def test_what_it_logs_names_no_secret(start: Start) -> None:
+def test_its_log_names_no_secret(start: Start) -> None:
     relay = start("--log-format", "json", "--drain-time", "0s")
     relay.wait_ready()
     TurnClient(relay.port).allocate()

@@ -25,7 +25,7 @@ async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_peer_of_the_portal_allocates_with_the_credentials_that_it_was_told(portal: Portal) -> None:
+async def test_a_peer_of_the_portal_allocates_with_the_credentials_that_it_received(portal: Portal) -> None:
     port = free_port()
     relay = _relay(portal, RELAY_TOKEN, port)
     relay.startService()

@@ -45,7 +45,7 @@ def relay(start: Start) -> RelayProcess:
     return relay
 
 
-def test_clients_stay_with_their_worker_whatever_they_ask_and_both_have_some(relay: RelayProcess) -> None:
+def test_clients_stay_with_their_worker_for_every_request_and_both_workers_have_clients(relay: RelayProcess) -> None:
     peer = udp(_PEER)
     clients = [TurnClient(relay.port, host="::1" if number % 4 == 0 else "127.0.0.1") for number in range(120)]
     relayed = [client.allocate_dual() for client in clients]
@@ -85,7 +85,7 @@ def test_nothing_is_reserved_for_a_client_that_may_come_to_another_worker(relay:
     assert code_of(TurnClient(relay.port).allocate((stun.EVEN_PORT, False))) == 0
 
 
-def test_a_quota_is_divided_among_them(start: Start) -> None:
+def test_a_quota_is_divided_among_the_workers(start: Start) -> None:
     relay = start("--max-allocations-per-user", "5")
     relay.wait_ready()
     answers = [TurnClient(relay.port).allocate() for _ in range(60)]
@@ -130,7 +130,7 @@ def test_a_worker_that_keeps_dying_is_replaced_less_and_less_often(relay: RelayP
     assert [one["next_after"] for one in relay.events("relay:worker_lost")] == [0.1, 0.2, 0.4]
 
 
-def test_a_signal_drains_them_all(relay: RelayProcess) -> None:
+def test_a_signal_drains_all_workers(relay: RelayProcess) -> None:
     held = [_client_of(relay, number).client for number in range(2)]
 
     relay.signal()
@@ -145,7 +145,7 @@ def test_a_signal_drains_them_all(relay: RelayProcess) -> None:
     assert relay.events("relay:worker_lost") == []
 
 
-def test_a_second_signal_ends_them_at_once_also_where_each_process_gets_it(relay: RelayProcess) -> None:
+def test_a_second_signal_ends_all_workers_at_once_even_if_each_process_gets_it(relay: RelayProcess) -> None:
     _client_of(relay, 0)
     workers = [one["pid"] for one in relay.events("relay:worker_started")]
 
@@ -184,7 +184,7 @@ def test_a_port_that_another_relay_shares_among_its_workers_is_refused(relay: Re
         (("--highest-port", str(_LOWEST)), 1, "--workers is greater"),
     ],
 )
-def test_numbers_that_make_no_sense_are_told(start: Start, arguments: tuple[str, ...], code: int, text: str) -> None:
+def test_invalid_numbers_are_reported(start: Start, arguments: tuple[str, ...], code: int, text: str) -> None:
     relay = start(*arguments)
 
     assert relay.wait(20) == code

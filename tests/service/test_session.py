@@ -47,7 +47,7 @@ def host(lab: Lab) -> Iterator[Host]:
 
 
 @pytest_twisted.ensureDeferred
-async def test_it_comes_up_tells_its_resources_and_leaves_nothing_behind(host: Host, tmp_path: Path) -> None:
+async def test_it_comes_up_reports_its_resources_and_leaves_nothing_behind(host: Host, tmp_path: Path) -> None:
     before = _host_state(host)
     async with _portal(tmp_path) as portal:
         session, events = _connect(portal, tmp_path)
@@ -66,7 +66,7 @@ async def test_it_comes_up_tells_its_resources_and_leaves_nothing_behind(host: H
 
 
 @pytest_twisted.ensureDeferred
-async def test_as_a_context_it_is_closed_on_leaving(host: Host, tmp_path: Path) -> None:
+async def test_a_context_manager_closes_it(host: Host, tmp_path: Path) -> None:
     async with _portal(tmp_path) as portal:
         async with _connect(portal, tmp_path) as (session, events):
             await _read(events, TunInterfaceUpdated)
@@ -101,7 +101,7 @@ async def test_it_can_be_closed_before_anything_has_happened(host: Host, tmp_pat
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_wrong_token_ends_it_and_says_that_a_new_one_is_needed(host: Host, tmp_path: Path) -> None:
+async def test_a_wrong_token_ends_it_and_asks_for_a_new_token(host: Host, tmp_path: Path) -> None:
     async with _portal(tmp_path) as portal:
         session, events = _connect(portal, tmp_path, token="n.somebody-elses")
 
@@ -134,7 +134,7 @@ async def test_a_second_session_on_a_host_is_refused_and_the_first_goes_on(host:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_new_session_follows_one_that_was_closed(host: Host, tmp_path: Path) -> None:
+async def test_a_new_session_can_follow_a_closed_session(host: Host, tmp_path: Path) -> None:
     async with _portal(tmp_path) as portal:
         addresses = []
         for _ in range(2):
@@ -165,7 +165,7 @@ async def test_a_consumer_that_sleeps_costs_nothing_and_then_reads_the_newest(ho
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_fails_at_the_end_is_told_and_the_host_is_restored(
+async def test_a_failure_at_the_end_is_logged_and_the_host_is_restored(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]]
 ) -> None:
     before = _host_state(host)
@@ -186,7 +186,7 @@ def _stumble(monitor: NetworkMonitor) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_without_new_sockets_a_reset_is_the_end(
+async def test_a_reset_that_gets_no_sockets_ends_the_session(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = _host_state(host)
@@ -208,7 +208,7 @@ def _refuse(runtime: TunnelService) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_its_repr_shows_the_portal_and_how_it_stands_but_no_token(host: Host, tmp_path: Path) -> None:
+async def test_its_repr_shows_the_portal_and_its_state_but_no_token(host: Host, tmp_path: Path) -> None:
     session, _ = Session.connect(
         url="ws://127.0.0.1:1/path", token="n.token", device_id="x", state_directory=str(tmp_path), reactor=reactor
     )
@@ -247,7 +247,7 @@ async def test_a_reset_connects_anew_with_another_key(host: Host, tmp_path: Path
         ({"ca_file": "/nonexistent.pem"}, "/nonexistent.pem"),
     ],
 )
-def test_what_is_wrong_from_the_start_is_raised_at_once(arguments: dict[str, Any], complaint: str) -> None:
+def test_invalid_arguments_are_raised_at_once(arguments: dict[str, Any], complaint: str) -> None:
     valid = {"url": "wss://portal.example/", "token": CLIENT_TOKEN, "device_id": "x"}
     with pytest.raises(ConfigurationError, match=complaint):
         Session.connect(**{**valid, **arguments})

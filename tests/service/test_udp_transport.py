@@ -37,7 +37,7 @@ async def test_one_send_of_many_datagrams_arrives_as_one_batch(ends: Ends, host:
 
 
 @pytest_twisted.ensureDeferred
-async def test_of_the_turns_after_pauses_only_every_second_takes_a_single_batch(
+async def test_only_every_second_turn_after_a_pause_takes_a_single_batch(
     ends: Ends, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(UdpTransport, "CALM", -1.0)  # every turn comes after a pause, such as the reactor's other work
@@ -124,7 +124,7 @@ async def test_a_socket_that_is_bound_already_is_taken_with_what_waits_in_it(end
     assert bound.fileno() == -1
 
 
-def test_a_port_is_shared_only_by_those_who_all_want_to() -> None:
+def test_a_port_is_shared_only_if_every_socket_agrees() -> None:
     with bind("127.0.0.1", [0], mark=None, reuse_port=True) as first:
         port = first.getsockname()[1]
         bind("127.0.0.1", [port], mark=None, reuse_port=True).close()
@@ -181,7 +181,7 @@ async def test_a_turn_ends_once_its_time_is_used_up(ends: Ends, monkeypatch: pyt
 
 
 @pytest_twisted.ensureDeferred
-async def test_what_a_full_receive_buffer_cost_is_known_from_the_next_batch(ends: Ends) -> None:
+async def test_datagrams_lost_to_a_full_receive_buffer_are_known_from_the_next_batch(ends: Ends) -> None:
     bob = ends.new("127.0.0.1")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         for _ in range(2 * bob.transport.features.receive_buffer // 65_000):
@@ -195,7 +195,7 @@ async def test_what_a_full_receive_buffer_cost_is_known_from_the_next_batch(ends
 
 
 @pytest_twisted.ensureDeferred
-async def test_an_error_in_the_protocol_closes_the_socket_and_is_told(ends: Ends) -> None:
+async def test_an_error_in_the_protocol_closes_the_socket_and_is_reported(ends: Ends) -> None:
     alice, bob = ends.new("127.0.0.1"), ends.new("127.0.0.1")
     bob.error = ZeroDivisionError()
 
