@@ -32,8 +32,8 @@ def test_a_token_is_random_and_comes_with_the_hash_that_the_portal_knows_it_by()
 
     assert made[0]["token"] != made[1]["token"]
     assert len(made[0]["token"]) >= 43  # 32 random bytes
-    for one in made:
-        assert one["sha3_256"] == hashlib.sha3_256(one["token"].encode()).hexdigest()
+    for entry in made:
+        assert entry["sha3_256"] == hashlib.sha3_256(entry["token"].encode()).hexdigest()
 
 
 def test_the_hash_is_printed_as_the_seed_file_has_it() -> None:
@@ -83,7 +83,7 @@ def test_the_portal_is_checked_only_if_it_is_named() -> None:
     assert "does not answer: Connection refused" in refuses["found"]
     assert "must begin with https://" in _portal("portal.example")["found"]
     unasked = json.loads(CliRunner().invoke(main, ["diagnose", "--json"], env={"FIREZONE_API_URL": None}).output)
-    assert "portal" not in {one["check"] for one in unasked["checks"]}
+    assert "portal" not in {check["check"] for check in unasked["checks"]}
 
 
 def test_a_portal_without_tls_fails_the_wss_check() -> None:
@@ -117,5 +117,5 @@ _FINDINGS = [
 def _portal(url: str) -> dict[str, str]:
     """The state and result of the portal check."""
     done = CliRunner().invoke(main, ["diagnose", "--json", "--api-url", url])
-    (found,) = [one for one in json.loads(done.output)["checks"] if one["check"] == "portal"]
+    (found,) = [check for check in json.loads(done.output)["checks"] if check["check"] == "portal"]
     return {"state": found["state"], "found": found["found"]}

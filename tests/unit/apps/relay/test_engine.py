@@ -38,6 +38,6 @@ def test_a_bug_that_one_batch_triggers_is_logged_and_the_relay_goes_on(
     engine.client_received(batch)
 
     assert (len(handled), failures) == (2, [])
-    (told,) = logged
-    assert told["message_type"] == "relay:event_failed"
-    assert "a bug" in told["traceback"]
+    (message,) = logged
+    assert message["message_type"] == "relay:event_failed"
+    assert "a bug" in message["traceback"]

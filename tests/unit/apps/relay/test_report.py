@@ -23,7 +23,7 @@ def test_only_changes_are_logged_every_ten_seconds(logged: list[dict[str, Any]])
     client.send_on(0x4000, bytes(500))
     clock.pump([STATISTICS_INTERVAL] * 3)
 
-    found = [(one["allocations"], one["channels"], one["bytes_per_second"]) for one in logged]
+    found = [(message["allocations"], message["channels"], message["bytes_per_second"]) for message in logged]
     assert found == [(1, 1, 50)]
     report.stop()
     assert clock.getDelayedCalls() == []
@@ -49,4 +49,8 @@ def test_advice_about_private_peers_is_given_once_an_hour(logged: list[dict[str,
 
 
 def _refused(logged: list[dict[str, Any]]) -> list[tuple[str, int]]:
-    return [(one["network"], one["times"]) for one in logged if one["message_type"] == "relay:private_peers_refused"]
+    return [
+        (message["network"], message["times"])
+        for message in logged
+        if message["message_type"] == "relay:private_peers_refused"
+    ]

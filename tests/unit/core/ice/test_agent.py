@@ -68,7 +68,9 @@ def test_an_answer_names_the_source_of_the_check_and_is_signed_with_our_own_pass
     offer_hosts(world)
     world.run(1.0)
 
-    answers = [one for one in world.sent if one.sender is world.gateway and one.message.kind is Kind.SUCCESS]
+    answers = [
+        answer for answer in world.sent if answer.sender is world.gateway and answer.message.kind is Kind.SUCCESS
+    ]
     assert answers != []
     for answer in answers:
         assert answer.message.get(stun.XOR_MAPPED_ADDRESS) == CLIENT_HOST
@@ -81,7 +83,7 @@ def test_every_check_has_its_own_id_with_the_agents_prefix() -> None:
     offer_hosts(world)
     world.run(30.0)
 
-    ids = [one.message.transaction_id for one in world.client.checks()]
+    ids = [check.message.transaction_id for check in world.client.checks()]
     assert len(set(ids)) == len(ids) > 15
     assert {transaction_id[:4] for transaction_id in ids} == {world.client.agent.transaction_prefix}
 
@@ -93,7 +95,9 @@ def test_all_working_pairs_are_checked_for_as_long_as_the_agents_live() -> None:
     world.run(120.0)
 
     for source, destination in ((CLIENT_HOST, GATEWAY_HOST), (CLIENT_RELAYED, GATEWAY_RELAYED)):
-        times = [one.at for one in world.client.checks() if (one.source, one.destination) == (source, destination)]
+        times = [
+            check.at for check in world.client.checks() if (check.source, check.destination) == (source, destination)
+        ]
         assert times[-1] > world.now - 2.0
         assert max(after - before for before, after in pairwise(times)) <= 1.6
 
@@ -134,7 +138,7 @@ def test_a_better_pair_that_works_later_is_nominated_instead() -> None:
 
     assert world.client.path == (CLIENT_HOST, GATEWAY_HOST)
     assert world.gateway.path == (GATEWAY_HOST, CLIENT_HOST)
-    assert [one[1:] for one in world.client.nominated][-1] == (CLIENT_HOST, GATEWAY_HOST)
+    assert [nomination[1:] for nomination in world.client.nominated][-1] == (CLIENT_HOST, GATEWAY_HOST)
 
 
 def test_a_nomination_is_reported_once() -> None:
@@ -273,7 +277,7 @@ def test_an_idle_agent_checks_every_25_seconds_and_stays_connected(idle: str) ->
     world.run(300.0)
 
     for side in sides:
-        pairs = {(one.source, one.destination) for one in side.checks()}
+        pairs = {(check.source, check.destination) for check in side.checks()}
         assert len(side.checks()) == 12 * len(pairs)
     assert world.client.path == (CLIENT_HOST, GATEWAY_HOST)
     assert world.gateway.path == (GATEWAY_HOST, CLIENT_HOST)
@@ -376,7 +380,7 @@ def test_a_nomination_is_reported_at_once_although_the_answer_to_another_check_f
     answers = []
     for check in (first, second):
         world.gateway.agent.handle_message(check.message, CLIENT_HOST, GATEWAY_HOST, world.now)
-        answers += [stun.parse(one.payload) for one in world.gateway.agent.transmits()]
+        answers += [stun.parse(transmit.payload) for transmit in world.gateway.agent.transmits()]
 
     for answer in answers:
         assert answer is not None

@@ -125,7 +125,7 @@ def test_a_guess_is_removed_with_its_candidates_unless_it_is_signalled_itself() 
 
 def test_an_address_learned_from_a_check_becomes_a_candidate_and_a_path() -> None:
     world = World()
-    world.client.offer(Candidate.host(CLIENT_HOST), tell=False)
+    world.client.offer(Candidate.host(CLIENT_HOST), signal=False)
     world.gateway.offer(Candidate.host(GATEWAY_HOST))
     world.run(2.0)
 
@@ -137,11 +137,11 @@ def test_an_address_learned_from_a_check_becomes_a_candidate_and_a_path() -> Non
 
 def test_an_address_learned_from_a_check_is_paired_only_with_the_address_where_it_arrived() -> None:
     world = World()
-    world.client.offer(Candidate.host(CLIENT_HOST), tell=False)
+    world.client.offer(Candidate.host(CLIENT_HOST), signal=False)
     world.gateway.offer(Candidate.host(GATEWAY_HOST))
     world.run(2.0)
 
-    world.gateway.offer(Candidate.host(SocketAddress("10.0.2.2", 52625)), tell=False)
+    world.gateway.offer(Candidate.host(SocketAddress("10.0.2.2", 52625)), signal=False)
     world.run(5.0)
 
     assert {check.source for check in world.gateway.checks()} == {GATEWAY_HOST}
@@ -159,7 +159,7 @@ def test_the_memory_of_withdrawn_addresses_is_bounded() -> None:
 
 def test_a_signalled_candidate_replaces_the_address_learned_from_a_check() -> None:
     world = World()
-    client = world.client.offer(Candidate.host(CLIENT_HOST), tell=False)
+    client = world.client.offer(Candidate.host(CLIENT_HOST), signal=False)
     world.gateway.offer(Candidate.host(GATEWAY_HOST))
     world.run(2.0)
     world.gateway.learn(client.to_sdp())
@@ -195,7 +195,7 @@ def test_an_answer_from_another_address_proves_nothing() -> None:
 
     assert world.client.agent.counters.answers_received == 0
     assert world.client.agent.counters.unexpected > 0
-    assert (CLIENT_HOST, GATEWAY_HOST) not in [one[1:] for one in world.client.nominated]
+    assert (CLIENT_HOST, GATEWAY_HOST) not in [nomination[1:] for nomination in world.client.nominated]
 
 
 def test_a_withdrawn_candidate_is_no_longer_used() -> None:
@@ -265,6 +265,6 @@ def test_a_local_candidate_that_is_gone_is_not_sent_from_and_not_answered_at() -
     unexpected = world.client.agent.counters.unexpected
     world.run(5.0)
 
-    assert [one for one in world.sent if one.sender is world.client] == []
+    assert [datagram for datagram in world.sent if datagram.sender is world.client] == []
     assert world.client.agent.counters.unexpected > unexpected
     assert not world.client.agent.remove_local_candidate(Candidate.host(CLIENT_HOST), world.now)

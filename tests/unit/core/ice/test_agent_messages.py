@@ -133,7 +133,7 @@ def test_a_check_at_an_address_that_is_not_ours_is_not_answered() -> None:
 def test_a_peer_that_names_or_comes_from_any_number_of_addresses_makes_no_more_than_100_pairs() -> None:
     world = World()
     for last in range(1, 4):
-        world.gateway.offer(Candidate.host(SocketAddress(f"10.0.2.{last}", 52625)), tell=False)
+        world.gateway.offer(Candidate.host(SocketAddress(f"10.0.2.{last}", 52625)), signal=False)
     agent = world.gateway.agent
     for number in range(300):
         address = SocketAddress(f"203.0.{number // 250}.{number % 250 + 1}", 5000)
@@ -144,7 +144,7 @@ def test_a_peer_that_names_or_comes_from_any_number_of_addresses_makes_no_more_t
             agent.handle_message(check, address, SocketAddress("10.0.2.1", 52625), world.now)
 
     assert len(agent.remote_candidates) <= MAX_REMOTE_ADDRESSES
-    assert len({(one.source, one.destination) for one in _checks_of_a_while(world)}) <= MAX_PAIRS
+    assert len({(check.source, check.destination) for check in _checks_of_a_while(world)}) <= MAX_PAIRS
 
 
 def test_a_full_list_of_pairs_does_not_cost_the_path_in_use() -> None:

@@ -27,7 +27,8 @@ def test_recorded_checks_are_accepted_and_answered_as_upstream_answered_them(ses
     agent = Agent(controlling=role == "client", local=mine, remote=other, entropy=bytes, now=0.0)
     agent.add_local_candidate(Candidate.host(_HOSTS[role]), 0.0)
     answers = {
-        (one.message.transaction_id, one.source): one.message.raw for one in _ice(session, role, "out", Kind.SUCCESS)
+        (recorded.message.transaction_id, recorded.source): recorded.message.raw
+        for recorded in _ice(session, role, "out", Kind.SUCCESS)
     }
     compared = 0
 
@@ -48,7 +49,7 @@ def test_recorded_checks_are_accepted_and_answered_as_upstream_answered_them(ses
 @pytest.mark.parametrize(("session", "role"), _CASES)
 def test_our_checks_equal_upstreams_and_its_answers_verify(session: Path, role: str) -> None:
     mine, other = _credentials(session, role)
-    answers = {one.message.transaction_id: one for one in _ice(session, role, "in", Kind.SUCCESS)}
+    answers = {recorded.message.transaction_id: recorded for recorded in _ice(session, role, "in", Kind.SUCCESS)}
     made = nominating = answered = 0
 
     for check in _ice(session, role, "out", Kind.REQUEST):

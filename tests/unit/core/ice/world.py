@@ -55,11 +55,11 @@ class Side:
         nominated = self.agent.nominated
         return None if nominated is None else (nominated.source, nominated.destination)
 
-    def offer(self, candidate: Candidate, *, tell: bool = True) -> Candidate:
+    def offer(self, candidate: Candidate, *, signal: bool = True) -> Candidate:
         """Add a local candidate, and signal its text form to the other side immediately."""
         added = self.agent.add_local_candidate(candidate, self.world.now)
         assert added is not None
-        if tell:
+        if signal:
             self.other.learn(added.to_sdp())
         self.world.drain()
         return added
@@ -84,10 +84,14 @@ class Side:
 
     def checks(self, *, nominating: bool | None = None) -> list[Datagram]:
         """The binding requests that this side sent."""
-        sent = [one for one in self.world.sent if one.sender is self and one.message.kind is Kind.REQUEST]
+        sent = [
+            datagram
+            for datagram in self.world.sent
+            if datagram.sender is self and datagram.message.kind is Kind.REQUEST
+        ]
         if nominating is None:
             return sent
-        return [one for one in sent if (one.message.get(USE_CANDIDATE) is not None) == nominating]
+        return [datagram for datagram in sent if (datagram.message.get(USE_CANDIDATE) is not None) == nominating]
 
 
 class World:

@@ -37,5 +37,5 @@ def portal_frames(session: Path) -> Iterator[PortalFrame]:
 
 def candidates(session: Path) -> list[str]:
     """Every candidate that a program told the other, once."""
-    told = (frame.payload["candidates"] for frame in portal_frames(session) if frame.event.endswith("ice_candidates"))
-    return list(dict.fromkeys(candidate for several in told for candidate in several))
+    lists = (frame.payload["candidates"] for frame in portal_frames(session) if frame.event.endswith("ice_candidates"))
+    return list(dict.fromkeys(candidate for candidates in lists for candidate in candidates))

@@ -289,13 +289,13 @@ def test_values_have_types_to_work_with() -> None:
     assert isinstance(init, client.Init)
 
     assert init.interface.ipv4 == ipaddress.IPv4Address("100.64.0.7")
-    assert [one.address for one in init.relays] == [
+    assert [relay.address for relay in init.relays] == [
         SocketAddress("198.51.100.10", 3478),
         SocketAddress("2001:db8::10", 3478),
     ]
     dns, cidr, internet = init.resources
     assert isinstance(dns, client.DnsResource)
-    assert [(one.port_range_start, one.port_range_end) for one in dns.filters] == [(443, 443), (0, 0xFFFF)]
+    assert [(rule.port_range_start, rule.port_range_end) for rule in dns.filters] == [(443, 443), (0, 0xFFFF)]
     assert isinstance(cidr, client.CidrResource)
     assert isinstance(internet, client.InternetResource)
     assert internet.name == "Internet Resource"
@@ -306,7 +306,10 @@ def test_values_have_types_to_work_with() -> None:
 
 def test_v2_calls_groups_sites() -> None:
     of_v1 = client.parse("init", _CLIENT_INIT)
-    sites = [{"sites" if key == "gateway_groups" else key: value for key, value in one.items()} for one in _resources()]
+    sites = [
+        {"sites" if key == "gateway_groups" else key: value for key, value in resource.items()}
+        for resource in _resources()
+    ]
     assert client.parse("init", _CLIENT_INIT | {"resources": sites}) == of_v1
 
     for resource, with_sites in zip(_resources(), sites, strict=True):
@@ -385,8 +388,8 @@ def test_a_relay_that_does_not_parse_is_left_out(module: Any, init: dict[str, An
     message = module.parse("init", init | {"relays": [broken, _RELAY, broken, _RELAY_IPV6]}, skipped)
     presence = module.parse("relays_presence", {"disconnected_ids": [], "connected": [broken, _RELAY]}, skipped)
 
-    assert [one.addr for one in message.relays] == [_RELAY["addr"], _RELAY_IPV6["addr"]]
-    assert [one.addr for one in presence.connected] == [_RELAY["addr"]]
+    assert [relay.addr for relay in message.relays] == [_RELAY["addr"], _RELAY_IPV6["addr"]]
+    assert [relay.addr for relay in presence.connected] == [_RELAY["addr"]]
     assert len(skipped) == 3
 
 

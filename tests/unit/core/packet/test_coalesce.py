@@ -238,12 +238,12 @@ def test_ip_checksums_that_are_all_equally_wrong_are_not_repaired() -> None:
 
 
 def test_each_of_interleaved_flows_is_merged() -> None:
-    one, other = stream(10), stream(10, port=443)
+    first, second = stream(10), stream(10, port=443)
 
-    packets = merged([data for pair in zip(one, other, strict=True) for data in pair])
+    packets = merged([data for pair in zip(first, second, strict=True) for data in pair])
 
     assert [(packet.destination_port, packet.segments) for packet in packets] == [(80, 10), (443, 10)]
-    assert cut(packets[0]) == one
+    assert cut(packets[0]) == first
 
 
 def test_a_packet_never_overtakes_another_of_its_flow() -> None:

@@ -546,7 +546,9 @@ def test_we_send_a_recorded_portal_the_same_as_upstreams_programs(path: Path) ->
             ours += map(json.loads, channel.transmits())
 
         theirs = [frame for direction, frame in frames if direction == "in" and frame["event"] != "heartbeat"]
-        assert [(one["event"], one["payload"]) for one in ours] == [(one["event"], one["payload"]) for one in theirs]
+        assert [(event["event"], event["payload"]) for event in ours] == [
+            (event["event"], event["payload"]) for event in theirs
+        ]
         assert [event.event for event in channel.events() if isinstance(event, PushReceived)] == pushed
 
 

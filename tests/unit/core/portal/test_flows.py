@@ -155,8 +155,8 @@ def _client(world: Account, generation: Generation = Generation.V1) -> DeviceSes
 
 def _online(*sessions: DeviceSession) -> Presence:
     presence = Presence()
-    for one in sessions:
-        presence.arrive(one)
+    for arriving in sessions:
+        presence.arrive(arriving)
     return presence
 
 

@@ -27,8 +27,8 @@ def test_a_burst_is_reported_once_a_second_after_it_began() -> None:
     timeout = registry.next_timeout()
     assert timeout is not None
     assert registry.settled_updates([client], timeout.at - 0.01) == []
-    ((told, news),) = registry.settled_updates([client], timeout.at)
-    assert told is client
+    ((receiver, news),) = registry.settled_updates([client], timeout.at)
+    assert receiver is client
     assert (news.disconnected_ids, len(news.connected)) == ([], 2)
     assert registry.next_timeout() is None
     assert registry.settled_updates([client], 100.0) == []
@@ -36,12 +36,12 @@ def test_a_burst_is_reported_once_a_second_after_it_began() -> None:
 
 def test_a_restart_is_reported_together_with_other_lost_relays() -> None:
     registry, client = RelayRegistry(), session(PeerRole.CLIENT, "c1")
-    one, two = _relay(1), _relay(2)
-    registry.join(one, 0.0)
-    registry.join(two, 0.0)
+    first, second = _relay(1), _relay(2)
+    registry.join(first, 0.0)
+    registry.join(second, 0.0)
     registry.assign(client)
 
-    registry.leave(two, 5.0)
+    registry.leave(second, 5.0)
     registry.join(_relay(1, secret="new"), 5.1)
     ((_, news),) = registry.urgent_updates([client])
 

@@ -197,7 +197,9 @@ def test_any_text_is_a_seed_or_an_error(text: str) -> None:
 
 @given(st.sampled_from(["upstream", "slug", "address", "filters", "conditions", "groups", "token"]), st.text())
 def test_any_value_is_accepted_or_an_error(key: str, value: str) -> None:
-    quoted = "".join(one if one.isalnum() else f"\\U{ord(one):08x}" for one in value if not "\ud800" <= one <= "\udfff")
+    quoted = "".join(
+        char if char.isalnum() else f"\\U{ord(char):08x}" for char in value if not "\ud800" <= char <= "\udfff"
+    )
     text = _EXAMPLE.read_text().replace(f"{key} = ", f'{key} = "{quoted}" # ')
 
     try:

@@ -43,13 +43,17 @@ def test_allocations_channels_permissions_ports_and_sockets_come_and_go_together
         _do(world, clients[number], *step)
 
         registry = world.server._registry
-        allocations = [one for client in clients if (one := registry.by_client(client.address)) is not None]
-        assert world.open == {(one.port, family) for one in allocations for family in one.relayed}
-        assert len({one.port for one in allocations}) == world.server.allocations == len(allocations)
+        allocations = [
+            allocation for client in clients if (allocation := registry.by_client(client.address)) is not None
+        ]
+        assert world.open == {(allocation.port, family) for allocation in allocations for family in allocation.relayed}
+        assert len({allocation.port for allocation in allocations}) == world.server.allocations == len(allocations)
         quota = world.server._allocator.quota
-        assert quota.channels == sum(len(one.channels) for one in allocations)
-        assert quota.permissions == sum(len(one.permissions) for one in allocations)
-        assert all(set(one.channels_by_peer.values()) == set(one.channels.values()) for one in allocations)
+        assert quota.channels == sum(len(allocation.channels) for allocation in allocations)
+        assert quota.permissions == sum(len(allocation.permissions) for allocation in allocations)
+        assert all(
+            set(allocation.channels_by_peer.values()) == set(allocation.channels.values()) for allocation in allocations
+        )
 
     world.advance(3600 + QUARANTINE)
     assert (world.server.allocations, world.open) == (0, set())
@@ -79,7 +83,7 @@ def test_no_port_is_given_twice(lowest: int, more: int, wishes: list[str]) -> No
             continue
         new = [port, port + 1] if wish == "pair" else [port]
         assert not set(new) & set(taken)
-        assert all(lowest <= one <= lowest + more for one in new)
+        assert all(lowest <= port <= lowest + more for port in new)
         assert wish == "any" or port % 2 == 0
         taken += new
 

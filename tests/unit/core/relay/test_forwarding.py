@@ -38,11 +38,11 @@ OTHER_PORT = SocketAddress(PEER4.host, 7001)
 @pytest.mark.parametrize(("client", "peer"), list(itertools.product([CLIENT4, CLIENT6], [PEER4, PEER6])))
 def test_ping_and_pong_pass_a_channel_of_any_families(client: SocketAddress, peer: SocketAddress) -> None:
     world = World()
-    one = Client(world, client)
-    port = one.allocate_dual()
-    one.bind(0x4000, peer)
+    sender = Client(world, client)
+    port = sender.allocate_dual()
+    sender.bind(0x4000, peer)
 
-    (ping,) = one.send_on(0x4000, b"ping", ecn=2)
+    (ping,) = sender.send_on(0x4000, b"ping", ecn=2)
     (pong,) = world.deliver_to_port(port, peer, b"pong", ecn=1)
 
     host = RELAY6 if peer.is_ipv6 else RELAY4
@@ -53,11 +53,11 @@ def test_ping_and_pong_pass_a_channel_of_any_families(client: SocketAddress, pee
 @pytest.mark.parametrize(("client", "peer"), list(itertools.product([CLIENT4, CLIENT6], [PEER4, PEER6])))
 def test_ping_and_pong_pass_as_indications_of_any_families(client: SocketAddress, peer: SocketAddress) -> None:
     world = World()
-    one = Client(world, client)
-    port = one.allocate_dual()
-    one.permit(peer)
+    sender = Client(world, client)
+    port = sender.allocate_dual()
+    sender.permit(peer)
 
-    (ping,) = one.indicate(peer, b"ping")
+    (ping,) = sender.indicate(peer, b"ping")
     (pong,) = world.deliver_to_port(port, peer, b"pong")
 
     assert (ping.to, ping.port, ping.datagrams) == (peer, port, [b"ping"])
@@ -333,9 +333,11 @@ def test_a_batch_too_large_with_its_headers_leaves_as_two_nearly_equal_sends() -
 
     sent = world.deliver_to_port(port, PEER4, b"".join(payloads), segment_size=1309)
 
-    assert [len(one.datagrams) for one in sent] == [25, 25]
-    assert [datagram for one in sent for datagram in one.datagrams] == [channel_data(0x4000, one) for one in payloads]
-    assert all(sum(map(len, one.datagrams)) <= MAX_SEND_SIZE for one in sent)
+    assert [len(send.datagrams) for send in sent] == [25, 25]
+    assert [datagram for send in sent for datagram in send.datagrams] == [
+        channel_data(0x4000, payload) for payload in payloads
+    ]
+    assert all(sum(map(len, send.datagrams)) <= MAX_SEND_SIZE for send in sent)
 
 
 def test_padded_channel_data_is_still_one_batch() -> None:
@@ -360,28 +362,28 @@ def test_a_mixed_batch_is_taken_apart() -> None:
 
     sent = world.deliver(CLIENT4, first + binding + second + first + b"\xff" * 20 + shorter, segment_size=20)
 
-    assert [(one.to, one.port != 0) for one in sent] == [
+    assert [(send.to, send.port != 0) for send in sent] == [
         (PEER4, True),
         (CLIENT4, False),
         (OTHER_PORT, True),
         (PEER4, True),
         (PEER4, True),
     ]
-    assert [one.datagrams[0] for one in sent if one.port] == [b"a" * 16, b"b" * 16, b"a" * 16, b"c" * 9]
+    assert [send.datagrams[0] for send in sent if send.port] == [b"a" * 16, b"b" * 16, b"a" * 16, b"c" * 9]
     assert world.server.counters.unrecognized == 1
 
 
 def test_data_for_a_neighbours_allocation_never_leaves_the_process() -> None:
     world = World()
-    one, two = Client(world, CLIENT4), Client(world, CLIENT6)
-    one_port, two_port = one.allocate_dual(), two.allocate_dual()
-    one.bind(0x4001, SocketAddress(RELAY6, two_port))
+    first, second = Client(world, CLIENT4), Client(world, CLIENT6)
+    first_port, second_port = first.allocate_dual(), second.allocate_dual()
+    first.bind(0x4001, SocketAddress(RELAY6, second_port))
     payloads = [random.Random(number).randbytes(1312) for number in range(20)] + [b"last"]
-    assert one.send_on(0x4001, *payloads) == []  # two hasn't allowed it yet
-    two.bind(0x4ABC, SocketAddress(RELAY6, one_port))
+    assert first.send_on(0x4001, *payloads) == []  # the second hasn't allowed it yet
+    second.bind(0x4ABC, SocketAddress(RELAY6, first_port))
 
-    (there,) = one.send_on(0x4001, *payloads, ecn=1)
-    (back,) = two.send_on(0x4ABC, b"back")
+    (there,) = first.send_on(0x4001, *payloads, ecn=1)
+    (back,) = second.send_on(0x4ABC, b"back")
 
     assert (there.to, there.port, there.ecn) == (CLIENT6, 0, 1)
     assert there.datagrams == [channel_data(0x4ABC, payload) for payload in payloads]
@@ -390,15 +392,15 @@ def test_data_for_a_neighbours_allocation_never_leaves_the_process() -> None:
 
 def test_neighbours_talk_by_indications_too() -> None:
     world = World()
-    one, two = Client(world, CLIENT4), Client(world, CLIENT6)
-    one_port, two_port = one.allocate_dual(), two.allocate_dual()
-    one.permit(SocketAddress(RELAY4, 0))
-    two.permit(SocketAddress(RELAY4, 0))
+    first, second = Client(world, CLIENT4), Client(world, CLIENT6)
+    first_port, second_port = first.allocate_dual(), second.allocate_dual()
+    first.permit(SocketAddress(RELAY4, 0))
+    second.permit(SocketAddress(RELAY4, 0))
 
-    (there,) = one.indicate(SocketAddress(RELAY4, two_port), b"there")
+    (there,) = first.indicate(SocketAddress(RELAY4, second_port), b"there")
 
     assert (there.to, there.port) == (CLIENT6, 0)
-    assert parsed(there.datagrams[0]).get(stun.XOR_PEER_ADDRESS) == SocketAddress(RELAY4, one_port)
+    assert parsed(there.datagrams[0]).get(stun.XOR_PEER_ADDRESS) == SocketAddress(RELAY4, first_port)
     assert parsed(there.datagrams[0]).get(stun.DATA) == b"there"
 
 
@@ -428,14 +430,14 @@ def test_a_port_without_an_allocation_is_never_reached(workers: int) -> None:
 
 def test_a_neighbour_that_has_only_the_other_family_is_not_reached() -> None:
     world = World()
-    one, two = Client(world, CLIENT4), Client(world, CLIENT6)
-    one.allocate_dual()
-    answer = two.allocate((stun.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV4))
-    two.permit(SocketAddress(RELAY4, 0))
+    first, second = Client(world, CLIENT4), Client(world, CLIENT6)
+    first.allocate_dual()
+    answer = second.allocate((stun.REQUESTED_ADDRESS_FAMILY, FAMILY_IPV4))
+    second.permit(SocketAddress(RELAY4, 0))
     port = answer.get_all(stun.XOR_RELAYED_ADDRESS)[0].port
-    one.bind(0x4000, SocketAddress(RELAY6, port))
+    first.bind(0x4000, SocketAddress(RELAY6, port))
 
-    assert one.send_on(0x4000, b"data") == []
+    assert first.send_on(0x4000, b"data") == []
 
 
 def test_answers_and_data_leave_from_the_address_that_the_client_uses() -> None:
@@ -526,7 +528,7 @@ def test_a_batch_whose_last_datagram_is_on_another_channel_is_taken_apart() -> N
 
     sent = world.deliver(CLIENT4, channel_data(0x4000, b"12") * 2 + channel_data(0x4001, b"3"), segment_size=6)
 
-    assert [(one.to, one.datagrams) for one in sent] == [(PEER4, [b"12"]), (PEER4, [b"12"]), (OTHER_PORT, [b"3"])]
+    assert [(send.to, send.datagrams) for send in sent] == [(PEER4, [b"12"]), (PEER4, [b"12"]), (OTHER_PORT, [b"3"])]
 
 
 def test_a_channel_whose_permission_finds_no_room_is_508() -> None:

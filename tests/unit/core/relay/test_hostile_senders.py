@@ -147,7 +147,7 @@ def test_a_flood_from_forged_addresses_is_not_amplified(source: str) -> None:
         request = requests[number % 4]
         sent = world.deliver(SocketAddress(source.format(number // 200, number % 200), 1234), request)
         bytes_in += len(request)
-        bytes_out += sum(len(one.datagrams[0]) for one in sent)
+        bytes_out += sum(len(send.datagrams[0]) for send in sent)
         answers += len(sent)
 
     assert answers > 1000
@@ -212,7 +212,7 @@ def test_no_bytes_from_a_client_raise(data: bytes, segment_size: int) -> None:
 
     sent = world.deliver(CLIENT4, data, segment_size=segment_size if 0 < segment_size < len(data) else 0)
 
-    assert all(one.port == 0 for one in sent if one.to != PEER4)
+    assert all(send.port == 0 for send in sent if send.to != PEER4)
 
 
 _ATTRIBUTES = st.lists(st.tuples(st.sampled_from(sorted(stun.ATTRIBUTES)), st.binary(max_size=24)), max_size=8)
@@ -237,7 +237,7 @@ def test_no_attributes_of_an_authenticated_client_raise(
     sent = world.deliver(CLIENT4, data)
 
     assert len(sent) <= 1
-    assert all(one.to == CLIENT4 or kind is Kind.INDICATION for one in sent)
+    assert all(send.to == CLIENT4 or kind is Kind.INDICATION for send in sent)
 
 
 @given(st.binary(min_size=1, max_size=300), st.integers(0, 300), st.booleans())
@@ -248,7 +248,7 @@ def test_no_bytes_from_a_peer_raise(data: bytes, segment_size: int, known: bool)
 
     sent = world.deliver_to_port(port, source, data, segment_size=segment_size if 0 < segment_size < len(data) else 0)
 
-    assert b"".join(datagram[4:] for one in sent for datagram in one.datagrams) == (data if known else b"")
+    assert b"".join(datagram[4:] for send in sent for datagram in send.datagrams) == (data if known else b"")
 
 
 def test_the_largest_datagrams_raise_nothing() -> None:
@@ -285,7 +285,7 @@ def _forge(world: World, numbers: range) -> None:
 
 def _objects() -> Counter[str]:
     gc.collect()
-    return Counter(type(one).__name__ for one in gc.get_objects())
+    return Counter(type(instance).__name__ for instance in gc.get_objects())
 
 
 def _unknown(number: int) -> stun.Attribute[bytes]:

@@ -113,8 +113,8 @@ def test_congestion_on_the_way_is_marked_on_ecn_capable_packets() -> None:
     source, local = client.addresses[0], gateway.addresses[0]
 
     sealed = _sealed_by(client, gateway, world, datagram("capable", ecn=2), datagram("incapable", ecn=0))
-    for one in sealed:
-        gateway.handle([one], source, local, ecn=CE)
+    for message in sealed:
+        gateway.handle([message], source, local, ecn=CE)
 
     assert [packet.ecn for _, packet in gateway.packets] == [CE, 0]
     assert [bytes(packet.data) for _, packet in gateway.packets] == [
@@ -247,7 +247,7 @@ def test_handshakes_checks_and_data_in_one_batch_each_do_their_work() -> None:
     checks = [data for _, data in client.sent if data[:2] == b"\0\1" and len(data) == len(client.sent[0][1])]
     check = checks[0]
     sealed = _sealed_by(client, gateway, world, *[datagram("x", size=len(check) - 32) for _ in range(3)])
-    assert {len(one) for one in (*sealed, check)} == {len(check)}
+    assert {len(message) for message in (*sealed, check)} == {len(check)}
     answered = _answers(gateway)
 
     gateway.handle([sealed[0], check, sealed[1], sealed[2]], client.addresses[0], gateway.addresses[0])

@@ -64,8 +64,8 @@ def test_candidates_are_signalled_best_first_and_with_our_ufrag() -> None:
     client, gateway = world.client("client", "10.0.1.1", "10.0.1.2", "2001:db8::1"), world.gateway()
     world.introduce_one(client, gateway)
 
-    ((told,),) = [event.candidates for event in client.of(NewCandidates)] and [client.of(NewCandidates)]
-    read = [parse_sdp(text) for text in told.candidates]
+    ((announced,),) = [event.candidates for event in client.of(NewCandidates)] and [client.of(NewCandidates)]
+    read = [parse_sdp(text) for text in announced.candidates]
     assert [candidate.address.host for candidate in read if candidate] == ["2001:db8::1", "10.0.1.1", "10.0.1.2"]
     assert {candidate.ufrag for candidate in read if candidate} == {credentials(client, gateway).ufrag}
 
@@ -186,7 +186,7 @@ def test_a_worthless_public_key_is_refused_and_the_older_connection_goes_on() ->
 
 def test_the_same_terms_keep_the_connection_and_repeat_the_candidates() -> None:
     world, client, gateway = connected(seconds=3.0)
-    told = len(client.of(NewCandidates))
+    announced = len(client.of(NewCandidates))
     data = len(client.messages(INITIATION))
 
     world.introduce(client, gateway)
@@ -194,7 +194,7 @@ def test_the_same_terms_keep_the_connection_and_repeat_the_candidates() -> None:
     world.run(LATENCY)
 
     assert gateway.texts() == ["still here"]
-    assert len(client.of(NewCandidates)) == told + 1
+    assert len(client.of(NewCandidates)) == announced + 1
     assert client.of(NewCandidates)[-1] == client.of(NewCandidates)[0]
     assert len(client.messages(INITIATION)) == data  # 20 s have not passed
     assert len(client.of(ConnectionEstablished)) == 1

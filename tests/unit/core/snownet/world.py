@@ -67,17 +67,17 @@ class Host:
         return [event for _, event in self.events if isinstance(event, kind)]
 
     def is_established(self, peer: Host) -> bool:
-        told = [
+        events = [
             event
             for event in self.of(ConnectionEstablished | ConnectionFailed | ConnectionClosed)
             if event.peer_id == peer.name
         ]
-        return bool(told) and isinstance(told[-1], ConnectionEstablished)
+        return bool(events) and isinstance(events[-1], ConnectionEstablished)
 
     def path(self, peer: Host) -> tuple[SocketAddress, SocketAddress]:
         """Where datagrams for a peer leave from and go to, as last told."""
-        told = [event for event in self.of(ConnectionEstablished | PathChanged) if event.peer_id == peer.name]
-        return told[-1].local, told[-1].remote
+        events = [event for event in self.of(ConnectionEstablished | PathChanged) if event.peer_id == peer.name]
+        return events[-1].local, events[-1].remote
 
     def failure(self) -> tuple[float, str]:
         """When and why the only connection that failed did so."""
@@ -207,9 +207,9 @@ class World:
         new, candidates = isinstance(event, NewCandidates), event.candidates
 
         def arrive() -> None:
-            tell = peer.node.add_remote_candidate if new else peer.node.remove_remote_candidate
+            apply = peer.node.add_remote_candidate if new else peer.node.remove_remote_candidate
             for candidate in candidates:
-                tell(sender.name, candidate, self.now)
+                apply(sender.name, candidate, self.now)
             peer.drain()
 
         self._later(LATENCY, arrive)

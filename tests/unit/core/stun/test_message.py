@@ -212,7 +212,9 @@ def test_a_changed_byte_breaks_integrity_and_fingerprint() -> None:
 
 def test_the_first_of_equal_attributes_wins_and_all_can_be_read() -> None:
     both = (SocketAddress("192.0.2.1", 50000), SocketAddress("2001:db8::1", 50000))
-    message = Message(Method.ALLOCATE, Kind.SUCCESS, _ID, tuple((stun.XOR_RELAYED_ADDRESS, one) for one in both))
+    message = Message(
+        Method.ALLOCATE, Kind.SUCCESS, _ID, tuple((stun.XOR_RELAYED_ADDRESS, address) for address in both)
+    )
 
     assert _parsed(message.encode()).get(stun.XOR_RELAYED_ADDRESS) == both[0]
     assert _parsed(message.encode()).get_all(stun.XOR_RELAYED_ADDRESS) == [*both]

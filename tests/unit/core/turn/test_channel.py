@@ -72,8 +72,8 @@ class TestFraming:
 
         if common is not None:
             each = [parse_channel_data(rows, index, exact=exact) for index in range(rows.count)]
-            assert {one.number for one in each if one is not None} == {common.number}
-            expected = [bytes(one.payloads.row(0)) for one in each if one is not None]
+            assert {data.number for data in each if data is not None} == {common.number}
+            expected = [bytes(data.payloads.row(0)) for data in each if data is not None]
             assert list(map(bytes, common.payloads.each())) == expected
 
     @given(st.integers(0x4000, 0x7FFF), st.integers(1, 20), st.integers(1, 5), st.booleans())
@@ -280,15 +280,15 @@ def test_a_number_never_stands_for_two_peers_within_its_cool_down(steps: list[tu
     bound_at: dict[int, float] = {}
     for action, which, pause in steps:
         now += pause
-        one = peer(which)
+        address = peer(which)
         number = FIRST_CHANNEL + which
         if action == "bind":
-            requested = bindings.bind(one, now)
+            requested = bindings.bind(address, now)
             if requested is not None:
                 recently = now - bound_at.get(requested, float("-inf")) < 900.0
-                assert owners.get(requested) in {None, one} or not recently
-                owners[requested] = one
-                assert bindings.channel_to(one, now) == requested
+                assert owners.get(requested) in {None, address} or not recently
+                owners[requested] = address
+                assert bindings.channel_to(address, now) == requested
         elif action == "confirm" and number in owners:
             bindings.confirm(number, now)
             bound_at[number] = now

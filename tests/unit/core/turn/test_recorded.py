@@ -88,7 +88,7 @@ def test_every_message_is_read_verified_and_written_as_it_was(age: str, peer: st
 
 @pytest.mark.parametrize(("age", "peer"), _SESSIONS)
 def test_every_channel_data_datagram_is_read_and_written_as_it_was(age: str, peer: str) -> None:
-    datagrams = [one.data for one in Recording(age, peer).datagrams if 64 <= one.data[0] <= 79]
+    datagrams = [datagram.data for datagram in Recording(age, peer).datagrams if 64 <= datagram.data[0] <= 79]
 
     assert len(datagrams) > 20
     for datagram in datagrams:
@@ -105,13 +105,15 @@ def test_our_client_sends_the_same_and_reaches_the_same_state(age: str, peer: st
     replay.run()
 
     granted = next(message for _, message in recording.messages() if message.get(stun.XOR_RELAYED_ADDRESS))
-    peers = [one.get(stun.XOR_PEER_ADDRESS) for one in recording.requests() if one.method == Method.CHANNEL_BIND]
+    peers = [
+        request.get(stun.XOR_PEER_ADDRESS) for request in recording.requests() if request.method == Method.CHANNEL_BIND
+    ]
     allocation = replay.allocation
     assert replay.compared == len(recording.requests())
     assert allocation.relayed(False) == granted.get(stun.XOR_RELAYED_ADDRESS)
     assert allocation.relayed(True) is None
     assert allocation.active_socket == _RELAY
-    assert [allocation.channel_to(one, replay.now) for one in peers if one] == [0x4000, 0x4001]
+    assert [allocation.channel_to(address, replay.now) for address in peers if address] == [0x4000, 0x4001]
     assert replay.received_from <= set(peers)
     assert len(replay.received_from) == 2
     assert [(found.kind, found.address) for found in replay.found] == [
@@ -171,7 +173,9 @@ class Replay:
         self._drain()
         ours = self._sent.pop(0)
         software = theirs.get(stun.SOFTWARE)
-        attributes = tuple((one, software if one == stun.SOFTWARE else value) for one, value in ours.attributes)
+        attributes = tuple(
+            (attribute, software if attribute == stun.SOFTWARE else value) for attribute, value in ours.attributes
+        )
         key = self.recording.key if ours.has_integrity else None
         assert attrs.evolve(ours, attributes=attributes).encode(key=key) == recorded
         self.compared += 1

@@ -96,11 +96,11 @@ def test_a_gateway_identifies_itself() -> None:
 
 def test_a_relay_names_its_addresses() -> None:
     both = LoginUrl.relay("wss://h", "t", ipv4="192.0.2.1", ipv6="2001:db8::1", name="r")
-    one = LoginUrl.relay("wss://h", "relaytok", ipv4="10.99.0.1", ipv6=None)
+    url = LoginUrl.relay("wss://h", "relaytok", ipv4="10.99.0.1", ipv6=None)
 
     assert both.target() == "/relay/websocket?token=t&name=r&ipv4=192.0.2.1&ipv6=2001%3Adb8%3A%3A1&port=3478"
-    assert one.target() == "/relay/websocket?token=relaytok&ipv4=10.99.0.1&port=3478"
-    assert one.user_agent == "relay/0.1.0"
+    assert url.target() == "/relay/websocket?token=relaytok&ipv4=10.99.0.1&port=3478"
+    assert url.user_agent == "relay/0.1.0"
 
 
 def test_a_relay_without_an_address_is_refused() -> None:

@@ -44,8 +44,8 @@ def test_a_later_failure_ends_the_process(capfd: pytest.CaptureFixture[str], log
 
     assert application.reactor.hasStopped
     assert capfd.readouterr().err == "example: a mistake\n"
-    (told,) = [message for message in logged if message["message_type"] == "process:failed"]
-    assert "in watch" in told["traceback"]
+    (message,) = [message for message in logged if message["message_type"] == "process:failed"]
+    assert "in watch" in message["traceback"]
 
 
 def test_it_has_stopped_when_all_parts_have_stopped() -> None:

@@ -81,9 +81,9 @@ def test_a_failure_over_one_batch_is_logged_and_the_next_batch_is_handled(
 
     assert core.datagrams == 1
     assert len(core.portions) == 1
-    told = [message for message in logged if message["message_type"] == "tunnel:callback_failed"]
-    assert ["handle_datagrams" in message["traceback"] for message in told] == [True, False]
-    assert all("a bug" in message["traceback"] for message in told)
+    failures = [message for message in logged if message["message_type"] == "tunnel:callback_failed"]
+    assert ["handle_datagrams" in message["traceback"] for message in failures] == [True, False]
+    assert all("a bug" in message["traceback"] for message in failures)
 
 
 def test_failures_do_not_fill_the_log(core: FailingCore, tunnel: TunnelService, logged: list[dict[str, Any]]) -> None:
