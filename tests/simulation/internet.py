@@ -172,7 +172,9 @@ class Internet(World):
 
     def tell_relays(self, host: Host, connected: list[Relay], gone: list[Relay] | None = None) -> None:
         """What `init` and `relays_presence` say."""
-        host.node.update_relays([one.rid for one in gone or []], [one.terms(host) for one in connected], self.now)
+        host.node.update_relays(
+            [relay.rid for relay in gone or []], [relay.terms(host) for relay in connected], self.now
+        )
         host.drain()
 
     def rebind(self, host: Host, *addresses: SocketAddress) -> None:
@@ -185,8 +187,8 @@ class Internet(World):
     def carry(self, sender: Host, transmit: Transmit) -> None:
         payload = bytes(transmit.payload)
         datagrams = _cut(payload, transmit.segment_size)
-        sender.sent += [(self.now, one) for one in datagrams]
-        arriving = [one for one in datagrams if not self.lose(sender, one)]
+        sender.sent += [(self.now, datagram) for datagram in datagrams]
+        arriving = [datagram for datagram in datagrams if not self.lose(sender, datagram)]
         source: SocketAddress | None = _source(sender, transmit)
         for nat in self.nats.get(sender.name, ()):
             if source is not None:
@@ -197,13 +199,15 @@ class Internet(World):
     def forward(self, transmit: Transmit, source: SocketAddress) -> None:
         """A relay sends."""
         datagrams = _cut(bytes(transmit.payload), transmit.segment_size)
-        arriving = [one for one in datagrams if not self.lose_from_relay(one)]
+        arriving = [datagram for datagram in datagrams if not self.lose_from_relay(datagram)]
         if arriving:
             self._send(arriving, source, transmit.destination, transmit.ecn, self.delay_of_relay())
 
     def inject(self, host: Host, datagrams: list[bytes], source: SocketAddress, *, ecn: int = 0) -> None:
         """Let a host receive this from there, now."""
-        host.handle(datagrams, source, next(one for one in host.addresses if one.is_ipv6 == source.is_ipv6), ecn)
+        host.handle(
+            datagrams, source, next(address for address in host.addresses if address.is_ipv6 == source.is_ipv6), ecn
+        )
 
     def _send(
         self, datagrams: list[bytes], source: SocketAddress, destination: SocketAddress, ecn: int, delay: float
@@ -261,9 +265,9 @@ class Punctual(Host):
 
     def drain(self) -> None:
         """The guards that spare a host the looking must not hide anything."""
-        told, has_events = len(self.events), self.node.has_events
+        reported, has_events = len(self.events), self.node.has_events
         super().drain()
-        assert has_events or len(self.events) == told
+        assert has_events or len(self.events) == reported
         assert [*self.node._relays.events(), *self.node._relays.transmits()] == []
 
     def due_at(self) -> float:
@@ -323,5 +327,7 @@ def _cut(payload: bytes, segment_size: int) -> list[bytes]:
 def _source(sender: Host, transmit: Transmit) -> SocketAddress | None:
     """The socket that a datagram leaves from; None where that host has no such address (any longer)."""
     wanted = transmit.source
-    mine: Iterator[SocketAddress] = (one for one in sender.addresses if one.is_ipv6 == transmit.destination.is_ipv6)
-    return next((one for one in mine if wanted is None or one.host == wanted.host), None)
+    mine: Iterator[SocketAddress] = (
+        address for address in sender.addresses if address.is_ipv6 == transmit.destination.is_ipv6
+    )
+    return next((address for address in mine if wanted is None or address.host == wanted.host), None)

@@ -46,7 +46,7 @@ class Nat:
         mapping = self._ports.get(key)
         if mapping is None or now - mapping.used_at > MAPPING_LIFETIME:
             mapping = _Mapping(self._free_port(source.port, now), now)
-            for other in [one for one, old in self._ports.items() if old.port == mapping.port]:
+            for other in [destination for destination, old in self._ports.items() if old.port == mapping.port]:
                 del self._ports[other]  # it was over, and the port is somebody else's from now on
         self._ports[key] = mapping._replace(used_at=now)
         self._used[source, destination] = now
@@ -70,7 +70,7 @@ class Nat:
         return None
 
     def _free_port(self, wanted: int, now: float) -> int:
-        taken = [one.port for one in self._ports.values() if now - one.used_at <= MAPPING_LIFETIME]
+        taken = [mapping.port for mapping in self._ports.values() if now - mapping.used_at <= MAPPING_LIFETIME]
         port = wanted
         while self.is_symmetric or port in taken:
             port = 1024 + int.from_bytes(self._entropy(2), "big") % 64000

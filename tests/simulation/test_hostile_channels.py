@@ -37,7 +37,7 @@ def sealed(internet: Internet, host: Host, peer: Host, *packets: SuperPacket) ->
     internet.arrived.clear()
     before = len(host.sent)
     host.send(peer, *packets)
-    own = [one for _, one in host.sent[before:] if 0x40 <= one[0] <= 0x4F]
+    own = [data for _, data in host.sent[before:] if 0x40 <= data[0] <= 0x4F]
     internet.run(0.05)
     relay.alive = True
     number = next(
@@ -47,36 +47,36 @@ def sealed(internet: Internet, host: Host, peer: Host, *packets: SuperPacket) ->
         for channel in allocation.channels.values()
         if channel.peer == host.path(peer)[0]
     )
-    return [HEADER.pack(number, len(one) - 4) + one[4:] for one in own]
+    return [HEADER.pack(number, len(message) - 4) + message[4:] for message in own]
 
 
 def test_channel_data_on_an_unbound_channel_is_counted() -> None:
     internet, client, gateway = relayed()
     relay = internet.relays[0].listening[0]
-    (one,) = sealed(internet, client, gateway, datagram("kept"))
+    (message,) = sealed(internet, client, gateway, datagram("kept"))
 
-    internet.inject(gateway, [HEADER.pack(0x4F00, len(one) - 4) + one[4:]], relay)
+    internet.inject(gateway, [HEADER.pack(0x4F00, len(message) - 4) + message[4:]], relay)
     assert gateway.node.counters.unbound_channels == 1
     internet.inject(gateway, [HEADER.pack(0x4F00, 40) + bytes(40)] * 7, relay)
     assert gateway.node.counters.unbound_channels == 8
     assert gateway.packets == []
 
-    internet.inject(gateway, [one], relay)
+    internet.inject(gateway, [message], relay)
     assert gateway.texts() == ["kept"]
 
 
 def test_channel_data_with_a_wrong_length_is_dropped_and_counted() -> None:
     internet, client, gateway = relayed()
     relay = internet.relays[0].listening[0]
-    (one,) = sealed(internet, client, gateway, datagram("kept"))
+    (message,) = sealed(internet, client, gateway, datagram("kept"))
     before = gateway.node.counters.unrecognized
 
-    for wrong in (one + b"\0", one[:-1], one[:3], one[:1], HEADER.pack(0x4000, 0xFFFF) + one[4:]):
+    for wrong in (message + b"\0", message[:-1], message[:3], message[:1], HEADER.pack(0x4000, 0xFFFF) + message[4:]):
         internet.inject(gateway, [wrong], relay)
 
     assert gateway.packets == []
     assert gateway.node.counters.unrecognized == before + 5
-    internet.inject(gateway, [one], relay)
+    internet.inject(gateway, [message], relay)
     assert gateway.texts() == ["kept"]
 
 
@@ -94,18 +94,18 @@ def test_one_wrong_header_in_a_batch_costs_that_datagram_alone() -> None:
 
 def test_peer_datagrams_from_the_relays_address_still_reach_their_connection() -> None:
     internet, client, gateway = relayed()
-    (one,) = sealed(internet, client, gateway, datagram("bare"))
+    (message,) = sealed(internet, client, gateway, datagram("bare"))
 
-    internet.inject(gateway, [one[4:]], internet.relays[0].listening[0])
+    internet.inject(gateway, [message[4:]], internet.relays[0].listening[0])
 
     assert gateway.texts() == ["bare"]
 
 
 def test_channel_data_from_another_address_is_not_channel_data() -> None:
     internet, client, gateway = relayed()
-    (one,) = sealed(internet, client, gateway, datagram("kept"))
+    (message,) = sealed(internet, client, gateway, datagram("kept"))
 
-    internet.inject(gateway, [one], SocketAddress("203.0.113.99", 3478))
+    internet.inject(gateway, [message], SocketAddress("203.0.113.99", 3478))
 
     assert gateway.packets == []
     assert gateway.node.counters.unrecognized == 1
@@ -113,10 +113,10 @@ def test_channel_data_from_another_address_is_not_channel_data() -> None:
 
 def test_a_relay_that_was_taken_away_is_a_stranger_like_any_other() -> None:
     internet, client, gateway = relayed()
-    (one,) = sealed(internet, client, gateway, datagram("late"))
+    (message,) = sealed(internet, client, gateway, datagram("late"))
     internet.tell_relays(gateway, [], gone=internet.relays)
 
-    internet.inject(gateway, [one], internet.relays[0].listening[0])
+    internet.inject(gateway, [message], internet.relays[0].listening[0])
 
     assert gateway.packets == []
     assert (gateway.node.counters.unrecognized, gateway.node.counters.unbound_channels) == (1, 0)
@@ -168,7 +168,7 @@ def test_changed_channel_data_delivers_only_sent_packets(
 
     gateway.take_in(bytes(whole[:cut]), len(batch[0]), internet.relays[0].listening[0], gateway.addresses[0])
 
-    assert gateway.texts() == [one for one in ["0", "1", "2", "3"] if one in gateway.texts()]
+    assert gateway.texts() == [text for text in ["0", "1", "2", "3"] if text in gateway.texts()]
 
 
 def test_the_connection_still_works_afterwards_and_no_slot_is_lost(shared: tuple[Internet, Host, Host]) -> None:

@@ -37,8 +37,8 @@ class UnreliableInternet(RuleBasedStateMachine):
 
     @rule(loss=st.floats(0.0, 0.6), jitter=st.floats(0.0, 0.3))
     def network_turns_bad(self, loss: float, jitter: float) -> None:
-        self.internet.lose = lambda sender, one: self.random.random() < loss
-        self.internet.lose_from_relay = lambda one: self.random.random() < loss
+        self.internet.lose = lambda sender, data: self.random.random() < loss
+        self.internet.lose_from_relay = lambda data: self.random.random() < loss
         self.internet.delay = lambda sender: 0.01 + self.random.random() * jitter
         self.internet.delay_of_relay = lambda: 0.01 + self.random.random() * jitter
 
@@ -46,19 +46,19 @@ class UnreliableInternet(RuleBasedStateMachine):
     def direct_path_opens_or_closes(self, is_open: bool) -> None:
         self.internet.direct = is_open
 
-    @rule(index=st.integers(0, 1), is_told=st.booleans())
-    def relay_dies(self, index: int, is_told: bool) -> None:
+    @rule(index=st.integers(0, 1), is_announced=st.booleans())
+    def relay_dies(self, index: int, is_announced: bool) -> None:
         self.internet.relays[index].alive = False
-        if is_told:
+        if is_announced:
             self._tell_relays()
 
-    @rule(index=st.integers(0, 1), is_told=st.booleans(), forgets=st.booleans(), other_secret=st.booleans())
-    def relay_returns(self, index: int, is_told: bool, forgets: bool, other_secret: bool) -> None:
+    @rule(index=st.integers(0, 1), is_announced=st.booleans(), forgets=st.booleans(), other_secret=st.booleans())
+    def relay_returns(self, index: int, is_announced: bool, forgets: bool, other_secret: bool) -> None:
         relay = self.internet.relays[index]
         relay.alive = True
         if forgets or other_secret:
             relay.restart(f"secret {self.internet.now}" if other_secret else None)
-        if is_told:
+        if is_announced:
             self._tell_relays()
 
     @rule()
@@ -112,7 +112,7 @@ class UnreliableInternet(RuleBasedStateMachine):
     @rule()
     def network_heals(self) -> None:
         internet, client, gateway = self.internet, self.client, self.gateway
-        internet.lose, internet.lose_from_relay = lambda sender, one: False, lambda one: False
+        internet.lose, internet.lose_from_relay = lambda sender, data: False, lambda data: False
         internet.delay, internet.delay_of_relay = lambda sender: 0.02, lambda: 0.02
         internet.direct = internet.portal_is_up = True
         for relay in internet.relays:

@@ -37,8 +37,8 @@ def test_a_relay_that_is_killed_and_announced_as_gone_costs_two_seconds_at_most(
     start = internet.now
 
     answers = ping(internet, client, gateway, seconds=1.0)
-    for one in (client, gateway):
-        internet.tell_relays(one, [], gone=[relay])
+    for side in (client, gateway):
+        internet.tell_relays(side, [], gone=[relay])
     answers += ping(internet, client, gateway, seconds=5.0)
 
     assert longest_gap(answers, start, internet.now) < 2.0
@@ -116,8 +116,8 @@ def test_a_relay_that_restarts_with_other_credentials_is_used_again_once_it_is_a
     relay.rid = relay.rid if same_id else "relay 1 of tomorrow"
     start = internet.now
 
-    for host in (client, gateway):
-        internet.tell_relays(host, [relay], gone=gone)
+    for side in (client, gateway):
+        internet.tell_relays(side, [relay], gone=gone)
     answers = ping(internet, client, gateway, seconds=5.0)
 
     assert longest_gap(answers, start, internet.now) < 1.0
@@ -129,8 +129,8 @@ def test_a_relay_that_restarts_with_the_same_secret_is_used_again_once_it_is_ann
     internet.relays[0].restart()
     start = internet.now
 
-    for host in (client, gateway):
-        internet.tell_relays(host, internet.relays)
+    for side in (client, gateway):
+        internet.tell_relays(side, internet.relays)
     answers = ping(internet, client, gateway, seconds=5.0)
 
     assert longest_gap(answers, start, internet.now) < 1.0
@@ -227,8 +227,8 @@ def test_a_relay_that_comes_later_rescues_a_connection_that_found_no_path() -> N
     internet.run(8.0)
 
     internet.relay()
-    for host in (client, gateway):
-        internet.tell_relays(host, internet.relays)
+    for side in (client, gateway):
+        internet.tell_relays(side, internet.relays)
 
     assert internet.run_until(lambda: gateway.texts() == ["first"], within=1.0) < 0.4
     _assert_healthy(internet, client, gateway)
@@ -284,8 +284,8 @@ def test_a_second_connection_made_later_gets_the_candidates_of_all_relays() -> N
 
     assert internet.run_until(lambda: bool(gateway.texts(late)), within=1.0) < 0.25
 
-    told = [text for event in gateway.of(NewCandidates) if event.peer_id == "late" for text in event.candidates]
-    assert {text.split()[4] for text in told if " relay " in text} == {
+    candidates = [text for event in gateway.of(NewCandidates) if event.peer_id == "late" for text in event.candidates]
+    assert {text.split()[4] for text in candidates if " relay " in text} == {
         host for relay in internet.relays for host in relay.hosts
     }
 

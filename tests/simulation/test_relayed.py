@@ -109,7 +109,7 @@ def test_a_run_stays_one_batch_on_the_whole_way(topology: str, segments: int) ->
         assert len(sends) == len(arrived) == 1
         assert all(len(data) == segments * size for size, data, _ in at_relays)
         if topology in {"one relay", "relay to relay"}:
-            (header,) = dict.fromkeys(one[:4] for one in arrived[0])
+            (header,) = dict.fromkeys(data[:4] for data in arrived[0])
             channel, length = struct.unpack(">HH", header)
             assert 0x4000 <= channel <= 0x4FFF
             assert length == len(arrived[0][0]) - 4
@@ -161,7 +161,7 @@ def test_a_connection_without_packets_lives_on_keepalives_and_its_session_is_ren
 
     internet.run(400.0)
 
-    initiations = [at for at, one in client.sent if _inner(one).startswith(_INITIATION)]
+    initiations = [at for at, data in client.sent if _inner(data).startswith(_INITIATION)]
     assert 2 <= len(initiations) <= 4
     assert client.of(ConnectionFailed) == gateway.of(ConnectionFailed) == []
     assert exchange(internet, client, gateway, within=1.0) < 0.3
@@ -171,7 +171,7 @@ def test_a_gateway_under_load_demands_a_cookie_through_the_relay_and_believes_it
     internet, client, gateway = _introduced()
     client.send(gateway, datagram("first"))
     internet.run(1.0)
-    initiation = next(_inner(one) for _, one in client.sent if _inner(one).startswith(_INITIATION))
+    initiation = next(_inner(data) for _, data in client.sent if _inner(data).startswith(_INITIATION))
     late = internet.host_behind("udp-blocked", Role.CLIENT, name="late")
     internet.run(1.0)
     gateway.sent.clear()
@@ -183,7 +183,7 @@ def test_a_gateway_under_load_demands_a_cookie_through_the_relay_and_believes_it
             internet.inject(gateway, [initiation], _STRANGER)
         internet.run(0.1)
 
-    cookies = [one for _, one in gateway.sent if _inner(one).startswith(_COOKIE) and one[:1] == b"\x40"]
+    cookies = [data for _, data in gateway.sent if _inner(data).startswith(_COOKIE) and data[:1] == b"\x40"]
     assert len(cookies) == 1
     assert gateway.texts(late) == ["late"]
 

@@ -28,7 +28,7 @@ def relayed(*, relays: int = 1, nat: str = "udp-blocked") -> tuple[Internet, Hos
 
 def requests(host: Host, method: Method) -> list[float]:
     """When a host asked its relays for this."""
-    found = [(at, stun.parse(one)) for at, one in host.sent if one[:1] == b"\0"]
+    found = [(at, stun.parse(data)) for at, data in host.sent if data[:1] == b"\0"]
     return [at for at, message in found if message is not None and message.method == method]
 
 
@@ -123,7 +123,7 @@ def test_a_packet_that_finds_its_channel_expired_asks_for_it_and_follows_right_b
     client.send(gateway, datagram("late"))
 
     assert requests(client, Method.CHANNEL_BIND) == [internet.now]
-    assert [one[:1] for _, one in client.sent] == [b"\0", b"\x40"]
+    assert [data[:1] for _, data in client.sent] == [b"\0", b"\x40"]
     internet.run(0.1)
     assert gateway.texts() == ["late"]
 
