@@ -60,7 +60,7 @@ class RelayProcess:
         """What it logged so far, with `--log-format json`: messages of a type that have these fields."""
         lines = self.log.read_text().splitlines(keepends=True)
         messages = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
-        return [one for one in messages if {**one, "message_type": message_type, **fields} == one]
+        return [message for message in messages if {**message, "message_type": message_type, **fields} == message]
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:
         self.process.send_signal(number)
@@ -144,14 +144,14 @@ def code_of(message: Message) -> int:
 
 
 def udp(host: str, port: int = 0) -> socket.socket:
-    one = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
-    one.bind((host, port))
-    one.settimeout(PATIENCE)
-    return one
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM)
+    sock.bind((host, port))
+    sock.settimeout(PATIENCE)
+    return sock
 
 
-def address_of(one: socket.socket) -> SocketAddress:
-    return SocketAddress(*one.getsockname()[:2])
+def address_of(sock: socket.socket) -> SocketAddress:
+    return SocketAddress(*sock.getsockname()[:2])
 
 
 def free_port() -> int:

@@ -232,11 +232,13 @@ def test_nothing_is_connected_outside_an_event_loop() -> None:
 
 
 def test_both_apis_take_the_same_arguments() -> None:
-    ours, theirs = (inspect.signature(one.connect).parameters for one in (aio.Session, Session))
+    ours, theirs = (inspect.signature(session.connect).parameters for session in (aio.Session, Session))
 
     assert [*ours, "reactor"] == list(theirs)
-    assert [(one.name, one.default, one.annotation) for one in ours.values()] == [
-        (one.name, one.default, one.annotation) for one in theirs.values() if one.name != "reactor"
+    assert [(parameter.name, parameter.default, parameter.annotation) for parameter in ours.values()] == [
+        (parameter.name, parameter.default, parameter.annotation)
+        for parameter in theirs.values()
+        if parameter.name != "reactor"
     ]
 
 

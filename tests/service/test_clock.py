@@ -80,13 +80,13 @@ async def test_a_callback_that_raises_is_called_again_a_second_later(timers: Tim
     called: list[float] = []
     again: Deferred[float] = Deferred()
 
-    def stumble() -> None:
+    def fail() -> None:
         called.append(boottime())
         if len(called) == 1:
-            raise KeyError("a mistake")
+            raise KeyError("a failure")
         again.callback(called[1] - called[0])
 
-    timers.calling(stumble).set(boottime())
+    timers.calling(fail).set(boottime())
 
     assert 0.9 < await again < 2
 

@@ -171,7 +171,10 @@ def test_twisteds_messages_are_logged_at_their_level(opened: Callable[..., LogWr
     writer.close()
 
     messages = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert [(one["message_type"], one["level"], one.get("text") or one.get("reason")) for one in messages] == [
+    assert [
+        (message["message_type"], message["level"], message.get("text") or message.get("reason"))
+        for message in messages
+    ] == [
         ("twisted:warned", "warning", "look at this"),
         ("twisted:failed", "error", "no"),
         ("twisted:logged", "debug", "shown now"),

@@ -63,12 +63,12 @@ def full_backlog() -> Generator[int]:
         listener.listen(0)
         port = listener.getsockname()[1]
         waiting = [socket.socket() for _ in range(4)]
-        for one in waiting:
-            one.setblocking(False)
-            one.connect_ex(("127.0.0.1", port))
+        for waiter in waiting:
+            waiter.setblocking(False)
+            waiter.connect_ex(("127.0.0.1", port))
         yield port
-        for one in waiting:
-            one.close()
+        for waiter in waiting:
+            waiter.close()
 
 
 @pytest_twisted.ensureDeferred
@@ -257,4 +257,4 @@ def _closed_port() -> int:
 
 def _descriptors_of(kind: type) -> list[Any]:
     """What the reactor still holds of connections in the making."""
-    return [one for one in _reactor.getWriters() if one.logPrefix() == kind.__name__]
+    return [writer for writer in _reactor.getWriters() if writer.logPrefix() == kind.__name__]

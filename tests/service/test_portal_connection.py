@@ -390,15 +390,15 @@ async def test_losing_and_regaining_the_portal_is_logged(world: World, logged: l
     world.clock.advance(lost.delay)
     await _joined(world)
 
-    told = [message for message in logged if message["level"] == "info"]
-    assert [message["message_type"] for message in told] == [
+    messages = [message for message in logged if message["level"] == "info"]
+    assert [message["message_type"] for message in messages] == [
         "portal:joined",
         "portal:connection_lost",
         "portal:retry_scheduled",
         "portal:joined",
     ]
-    assert told[1]["reason"] == lost.reason
-    assert (told[2]["reason"], told[2]["attempt"], told[2]["delay"]) == (lost.reason, 1, 0.25)
+    assert messages[1]["reason"] == lost.reason
+    assert (messages[2]["reason"], messages[2]["attempt"], messages[2]["delay"]) == (lost.reason, 1, 0.25)
 
 
 @pytest_twisted.ensureDeferred
@@ -559,10 +559,10 @@ async def test_events_that_a_full_queue_refused_are_dropped_with_the_connection(
     world.clock.advance(40.0)
     world.inbox.capacity = None
 
-    told = []
+    events = []
     while not isinstance(event := await world.inbox.next(), Lost):
-        told.append(event)
-    assert PushReceived("x", 4) not in told
+        events.append(event)
+    assert PushReceived("x", 4) not in events
 
 
 @pytest_twisted.ensureDeferred

@@ -341,8 +341,8 @@ async def _failure(client: Peer, resource_id: str) -> str:
 
 
 async def _who_is_asked(gateways: list[Peer]) -> Peer:
-    await until(lambda: any(one.frames for one in gateways))
-    (asked,) = [one for one in gateways if one.frames]
+    await until(lambda: any(gateway.frames for gateway in gateways))
+    (asked,) = [gateway for gateway in gateways if gateway.frames]
     return asked
 
 

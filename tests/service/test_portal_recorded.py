@@ -74,7 +74,7 @@ def _compare(then: Any, now: Any, ours: dict[str, str], where: str) -> None:
             _compare(value, now[now_keys[key]], ours, f"{where}.{key}")
     elif isinstance(then, list):
         if where.endswith(".resources"):
-            now = [one for one in now if one["id"] == then[0]["id"]]
+            now = [frame for frame in now if frame["id"] == then[0]["id"]]
         assert len(now) == len(then), where
         for number, value in enumerate(then):
             _compare(value, now[number], ours, f"{where}[{number}]")
@@ -89,7 +89,7 @@ def _compare(then: Any, now: Any, ours: dict[str, str], where: str) -> None:
 
 def _translate(value: Any, ours: dict[str, str]) -> Any:
     if isinstance(value, dict):
-        return {key: _translate(one, ours) for key, one in value.items()}
+        return {key: _translate(item, ours) for key, item in value.items()}
     if isinstance(value, list):
-        return [_translate(one, ours) for one in value]
+        return [_translate(item, ours) for item in value]
     return ours.get(value, value) if isinstance(value, str) else value

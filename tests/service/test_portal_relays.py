@@ -13,7 +13,7 @@ import pytest_twisted
 
 from tests.service.portal_peers import SEED, Portal, key, start_portal, stop_portal, until
 
-_SECRETS = {one: one * 64 for one in "123456"}
+_SECRETS = {digit: digit * 64 for digit in "123456"}
 
 
 @pytest_twisted.async_yield_fixture
@@ -79,17 +79,17 @@ async def test_a_lost_relay_is_reported_after_a_second_with_its_replacement(port
     relays = {number: await portal.join("relay", ipv4=f"198.51.100.{number}") for number in (10, 20, 30)}
     portal.advance(1.1)
     client = await portal.join("client")
-    had = {one["addr"]: one["id"] for one in client.init["relays"]}
+    had = {relay["addr"]: relay["id"] for relay in client.init["relays"]}
     lost = next(number for number in relays if f"198.51.100.{number}:3478" in had)
 
     relays[lost].abort()
     await until(lambda: relays[lost].closed_with)
     assert await client.settle() == []
-    await _until_told(portal, client)
+    await _until_updated(portal, client)
 
     news = await client.receive("relays_presence")
     assert news["disconnected_ids"] == [had[f"198.51.100.{lost}:3478"]]
-    assert len({one["id"] for one in news["connected"]} - set(news["disconnected_ids"])) == 2
+    assert len({relay["id"] for relay in news["connected"]} - set(news["disconnected_ids"])) == 2
 
 
 @pytest_twisted.ensureDeferred
@@ -127,7 +127,7 @@ async def test_the_last_relay_leaves_an_empty_list_and_the_next_is_sent_at_once(
     client = await portal.join("client")
 
     relay.abort()
-    await _until_told(portal, client)
+    await _until_updated(portal, client)
     assert (await client.receive("relays_presence"))["connected"] == []
     await portal.join("relay", ipv4="198.51.100.20")
 
@@ -157,12 +157,12 @@ async def test_the_newest_connection_of_a_relay_wins(portal: Portal) -> None:
     assert len((await portal.join("client")).init["relays"]) == 1
 
 
-async def _until_told(portal: Portal, peer: Any) -> None:
-    def is_told() -> bool:
+async def _until_updated(portal: Portal, peer: Any) -> None:
+    def is_updated() -> bool:
         portal.advance(0.2)
         return any(frame["event"] == "relays_presence" for frame in peer.frames)
 
-    await until(is_told)
+    await until(is_updated)
 
 
 def _unpadded(data: bytes) -> str:

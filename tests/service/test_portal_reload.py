@@ -93,12 +93,12 @@ async def test_another_policy_that_grants_it_keeps_the_flow(portal: Portal) -> N
 async def test_a_member_who_leaves_the_group_loses_everything_and_gets_it_back_on_return(portal: Portal) -> None:
     gateway, client, cid = await _with_flow(portal)
     member = 'name = "Dev User"\ngroups = ["Everyone"]'
-    nobody = 'name = "Dev User"\ngroups = ["Nobody"]'
+    outsider = 'name = "Dev User"\ngroups = ["Nobody"]'
 
-    await portal.reseed((member, nobody))
+    await portal.reseed((member, outsider))
     assert [await client.receive("resource_deleted") for _ in range(2)] == [LAB_ID, WIKI_ID]
     assert (await gateway.receive("reject_access"))["client_id"] == cid
-    await portal.reseed((nobody, member))
+    await portal.reseed((outsider, member))
 
     assert [(await client.receive("resource_created_or_updated"))["id"] for _ in range(2)] == [LAB_ID, WIKI_ID]
 
@@ -175,9 +175,9 @@ async def test_an_earlier_end_is_sent_to_a_v1_gateway_and_revokes_at_a_v2_gatewa
 
         await portal.reseed(('actor = "Dev User"', f'actor = "Dev User"\nexpires_at = {next(iter(ends))}'))
 
-        told = await gateway.receive(event)
-        assert told["client_id"] == cid
-        assert v2 or told["expires_at"] == 2147385600
+        message = await gateway.receive(event)
+        assert message["client_id"] == cid
+        assert v2 or message["expires_at"] == 2147385600
         assert client.closed_with is None
         portal.seed.write_text(before)
         await portal.service.reload()
@@ -205,7 +205,7 @@ async def test_an_invalid_seed_is_logged_with_its_line_and_changes_nothing(
     assert not await portal.reseed(('name = "Wiki"', 'name = "Wiki'))
     assert not await portal.reseed(('name = "Wiki\n', 'name = "Wiki"\ncolour = "red"\n'))
 
-    reasons = [one["reason"] for one in logged if one["message_type"] == "portal:seed_rejected"]
+    reasons = [message["reason"] for message in logged if message["message_type"] == "portal:seed_rejected"]
     assert "(at line 52" in reasons[0]
     assert "[[resources]] in line 50: object contains unknown field `colour`" in reasons[1]
     assert await gateway.settle() == await client.settle() == []

@@ -282,14 +282,14 @@ async def test_more_than_three_swaps_in_a_minute_cause_one_warning(
 
 @pytest_twisted.ensureDeferred
 async def test_devices_of_other_owners_or_ids_have_other_addresses(portal: Portal) -> None:
-    one = await portal.join("client")
+    client = await portal.join("client")
     other_id = await portal.join("client", external_id="client-2")
     other_owner = await portal.join("client", token=OTHER_CLIENT_TOKEN)
     gateway = await portal.join("gateway")
 
-    addresses = {peer.init["interface"]["ipv4"] for peer in (one, other_id, other_owner, gateway)}
+    addresses = {peer.init["interface"]["ipv4"] for peer in (client, other_id, other_owner, gateway)}
     assert len(addresses) == 4
-    assert one.closed_with is None
+    assert client.closed_with is None
 
 
 @pytest_twisted.ensureDeferred
@@ -297,8 +297,10 @@ async def test_a_v2_client_reads_sites_and_a_v1_client_gateway_groups(portal: Po
     v2 = await portal.join("client", v2=True)
     v1 = await portal.join("client", external_id="client-2")
 
-    assert [set(one) & {"sites", "gateway_groups"} for one in v2.init["resources"]] == [{"sites"}] * 2
-    assert [set(one) & {"sites", "gateway_groups"} for one in v1.init["resources"]] == [{"gateway_groups"}] * 2
+    assert [set(resource) & {"sites", "gateway_groups"} for resource in v2.init["resources"]] == [{"sites"}] * 2
+    assert [set(resource) & {"sites", "gateway_groups"} for resource in v1.init["resources"]] == [
+        {"gateway_groups"}
+    ] * 2
     assert V2_AGENTS["client"].split()[1] == "headless-client/1.5.12"
 
 

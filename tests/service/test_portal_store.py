@@ -52,7 +52,10 @@ async def test_acknowledged_changes_survive_a_kill_at_any_moment(tmp_path: Path)
             portal = process.portal
             gateway = await portal.join("gateway")
             assert known.setdefault("gateway", gateway.init["interface"]) == gateway.init["interface"]
-            granted = {(one["client_id"], one["resource_id"]) for one in gateway.init["authorizations"]}
+            granted = {
+                (authorization["client_id"], authorization["resource_id"])
+                for authorization in gateway.init["authorizations"]
+            }
             assert known.setdefault("flows", set()) <= granted
             for name in [*known.get("clients", []), f"new-{attempt}"]:
                 client = await portal.join("client", external_id=name, public_key=key(attempt))

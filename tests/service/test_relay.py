@@ -64,7 +64,7 @@ def test_a_batch_stays_a_batch_through_the_relay_in_both_directions(relay: Relay
     relayed = client.allocate_dual()
     client.bind(0x4000, address_of(peer))
     payloads = [bytes([number]) * 1312 for number in range(40)] + [b"last"]
-    framed = [struct.pack("!HH", 0x4000, len(one)) + one for one in payloads]
+    framed = [struct.pack("!HH", 0x4000, len(payload)) + payload for payload in payloads]
     for receiver in (client.socket, peer):
         # Before anything is sent: what arrives earlier is handed over one datagram at a time.
         receiver.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
@@ -77,14 +77,14 @@ def test_a_batch_stays_a_batch_through_the_relay_in_both_directions(relay: Relay
 
 
 def test_neighbours_talk_without_the_kernel(relay: RelayProcess) -> None:
-    one, two = TurnClient(relay.port), TurnClient(relay.port, host="::1")
-    (_, one6), (_, two6) = one.allocate_dual(), two.allocate_dual()
-    one.bind(0x4000, two6)
-    two.bind(0x4001, one6)
+    first, second = TurnClient(relay.port), TurnClient(relay.port, host="::1")
+    (_, first6), (_, second6) = first.allocate_dual(), second.allocate_dual()
+    first.bind(0x4000, second6)
+    second.bind(0x4001, first6)
 
-    one.socket.send(b"\x40\x00\x00\x05hello")
+    first.socket.send(b"\x40\x00\x00\x05hello")
 
-    assert two.socket.recv(100) == b"\x40\x01\x00\x05hello"
+    assert second.socket.recv(100) == b"\x40\x01\x00\x05hello"
 
 
 def test_the_relay_relays_neither_to_itself_nor_to_the_host(relay: RelayProcess) -> None:
@@ -247,12 +247,12 @@ def test_its_log_names_no_secret(start: Start) -> None:
     assert "secret" not in text
 
 
-def _send_segmented(one: socket.socket, data: bytes, size: int) -> None:
-    one.sendmsg([data], [(socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("=H", size))])
+def _send_segmented(sock: socket.socket, data: bytes, size: int) -> None:
+    sock.sendmsg([data], [(socket.IPPROTO_UDP, _UDP_SEGMENT, struct.pack("=H", size))])
 
 
-def _receive_batch(one: socket.socket) -> tuple[bytes, int]:
+def _receive_batch(sock: socket.socket) -> tuple[bytes, int]:
     """What came together, and the size of its datagrams."""
-    data, ancillary, _, _ = one.recvmsg(65_536, 64)
+    data, ancillary, _, _ = sock.recvmsg(65_536, 64)
     sizes = [struct.unpack("=I", value)[0] for _, kind, value in ancillary if kind == _UDP_GRO]
     return data, sizes[0] if sizes else len(data)

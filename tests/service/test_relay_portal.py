@@ -32,10 +32,10 @@ async def test_a_peer_of_the_portal_allocates_with_the_credentials_that_it_recei
     await relay.ready
     assert relay.is_ready
 
-    (told,) = (await portal.join("client")).init["relays"]
+    (entry,) = (await portal.join("client")).init["relays"]
 
-    assert told["addr"] == f"127.0.0.1:{port}"
-    client = TurnClient(port, username=told["username"], password=told["password"])
+    assert entry["addr"] == f"127.0.0.1:{port}"
+    client = TurnClient(port, username=entry["username"], password=entry["password"])
     answer = await deferToThread(client.allocate)
     assert code_of(answer) == 0
     relay.stop_draining()
@@ -52,13 +52,13 @@ async def test_a_relay_that_ends_leaves_the_portal_first_and_serves_on_until_its
     relay.startService()
     await relay.ready
     peer = await portal.join("gateway")
-    (told,) = peer.init["relays"]
-    client = TurnClient(port, username=told["username"], password=told["password"])
+    (entry,) = peer.init["relays"]
+    client = TurnClient(port, username=entry["username"], password=entry["password"])
     await deferToThread(client.allocate)
 
     stopped = relay.stopService()
     news = await peer.receive("relays_presence")
-    assert news["disconnected_ids"] == [told["id"]]
+    assert news["disconnected_ids"] == [entry["id"]]
     assert not stopped.called
     assert code_of(await deferToThread(client.request, Method.REFRESH)) == 0
     await deferToThread(client.request, Method.REFRESH, (stun.LIFETIME, 0))

@@ -55,7 +55,7 @@ def test_two_workers_hold_ten_thousand_idle_dual_stack_allocations_in_120_mb_eac
 
         codes = [client.code for client in clients]
         assert codes.count(0) == ALLOCATIONS, {code: codes.count(code) for code in sorted(set(codes))}
-        pids = [relay.process.pid, *(one["pid"] for one in relay.events("relay:worker_started"))]
+        pids = [relay.process.pid, *(event["pid"] for event in relay.events("relay:worker_started"))]
         assert len(pids) == 3
         for pid in pids:
             assert _resident_bytes(pid) < MOST_MEMORY

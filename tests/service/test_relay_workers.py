@@ -63,13 +63,13 @@ def test_clients_stay_with_their_worker_for_every_request_and_both_workers_have_
 
 
 def test_data_between_workers_goes_through_the_kernel_over_both_families(relay: RelayProcess) -> None:
-    one, two = _client_of(relay, 0), _client_of(relay, 1)
-    for number, (mine, yours) in enumerate(zip(one.relayed, two.relayed, strict=True), 0x4000):
-        assert code_of(one.client.bind(number, yours)) == 0
-        assert code_of(two.client.bind(number, mine)) == 0
+    first, second = _client_of(relay, 0), _client_of(relay, 1)
+    for number, (mine, yours) in enumerate(zip(first.relayed, second.relayed, strict=True), 0x4000):
+        assert code_of(first.client.bind(number, yours)) == 0
+        assert code_of(second.client.bind(number, mine)) == 0
 
-        one.client.socket.send(number.to_bytes(2, "big") + b"\x00\x05hello")
-        assert two.client.socket.recv(100) == number.to_bytes(2, "big") + b"\x00\x05hello"
+        first.client.socket.send(number.to_bytes(2, "big") + b"\x00\x05hello")
+        assert second.client.socket.recv(100) == number.to_bytes(2, "big") + b"\x00\x05hello"
 
 
 def test_the_hosts_other_ports_are_as_out_of_reach_as_ever(relay: RelayProcess) -> None:
@@ -127,7 +127,7 @@ def test_a_worker_that_keeps_dying_is_replaced_less_and_less_often(relay: RelayP
         os.kill(relay.events("relay:worker_started", worker=1)[-1]["pid"], signal.SIGKILL)
         until(lambda deaths=deaths: len(relay.events("relay:worker_lost")) == deaths)
 
-    assert [one["next_after"] for one in relay.events("relay:worker_lost")] == [0.1, 0.2, 0.4]
+    assert [event["next_after"] for event in relay.events("relay:worker_lost")] == [0.1, 0.2, 0.4]
 
 
 def test_a_signal_drains_all_workers(relay: RelayProcess) -> None:
@@ -147,7 +147,7 @@ def test_a_signal_drains_all_workers(relay: RelayProcess) -> None:
 
 def test_a_second_signal_ends_all_workers_at_once_even_if_each_process_gets_it(relay: RelayProcess) -> None:
     _client_of(relay, 0)
-    workers = [one["pid"] for one in relay.events("relay:worker_started")]
+    workers = [event["pid"] for event in relay.events("relay:worker_started")]
 
     for _ in range(2):  # as a terminal and a service manager do it
         for pid in (*workers, relay.process.pid):
@@ -160,7 +160,7 @@ def test_a_second_signal_ends_all_workers_at_once_even_if_each_process_gets_it(r
 
 
 def test_workers_do_not_outlive_their_parent(relay: RelayProcess) -> None:
-    workers = [one["pid"] for one in relay.events("relay:worker_started")]
+    workers = [event["pid"] for event in relay.events("relay:worker_started")]
     assert len(workers) == 2
 
     relay.process.kill()
@@ -200,7 +200,7 @@ def test_a_worker_shows_neither_token_nor_passwords(tmp_path: Path) -> None:
     with contextlib.closing(relay):
         relay.wait_ready()
         TurnClient(relay.port).allocate()
-        for pid in [one["pid"] for one in relay.events("relay:worker_started")]:
+        for pid in [event["pid"] for event in relay.events("relay:worker_started")]:
             seen = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
             assert b"nobody-may-see-this" not in seen
         relay.signal()
@@ -218,10 +218,10 @@ class _Allocated:
 def _client_of(relay: RelayProcess, worker: int) -> _Allocated:
     """A client that the kernel gave to this worker."""
     for _ in range(100):
-        one = _Allocated(TurnClient(relay.port))
-        if (one.relayed[0].port >= _MIDDLE) == bool(worker):
-            return one
-        one.client.request(Method.REFRESH, (stun.LIFETIME, 0))
+        allocated = _Allocated(TurnClient(relay.port))
+        if (allocated.relayed[0].port >= _MIDDLE) == bool(worker):
+            return allocated
+        allocated.client.request(Method.REFRESH, (stun.LIFETIME, 0))
     raise AssertionError(f"no client came to worker {worker}")
 
 

@@ -52,13 +52,13 @@ async def test_it_comes_up_reports_its_resources_and_leaves_nothing_behind(host:
     async with _portal(tmp_path) as portal:
         session, events = _connect(portal, tmp_path)
 
-        told = await _read(events, TunInterfaceUpdated, ResourcesUpdated)
+        latest = await _read(events, TunInterfaceUpdated, ResourcesUpdated)
 
-        interface = told[TunInterfaceUpdated]
+        interface = latest[TunInterfaceUpdated]
         assert interface.ipv4 in ipaddress.ip_network("100.64.0.0/11")
         assert ipaddress.ip_network("172.20.0.0/16") in interface.routes
         assert str(interface.ipv4) in host.ip("address", "show", "dev", _INTERFACE)
-        assert [resource.name for resource in told[ResourcesUpdated].resources] == ["Lab", "Wiki"]
+        assert [resource.name for resource in latest[ResourcesUpdated].resources] == ["Lab", "Wiki"]
 
         await session.close()
     assert await events.next() is None
@@ -105,9 +105,8 @@ async def test_a_wrong_token_ends_it_and_asks_for_a_new_token(host: Host, tmp_pa
     async with _portal(tmp_path) as portal:
         session, events = _connect(portal, tmp_path, token="n.somebody-elses")
 
-        told = [event async for event in events]
+        (disconnected,) = [event async for event in events]
 
-        (disconnected,) = told
         assert isinstance(disconnected, Disconnected)
         assert disconnected.requires_sign_in
         assert isinstance(disconnected.error, AuthenticationError)
@@ -139,8 +138,8 @@ async def test_a_new_session_can_follow_a_closed_session(host: Host, tmp_path: P
         addresses = []
         for _ in range(2):
             async with _connect(portal, tmp_path) as (_, events):
-                told = await _read(events, TunInterfaceUpdated)
-                addresses.append(told[TunInterfaceUpdated].ipv4)
+                latest = await _read(events, TunInterfaceUpdated)
+                addresses.append(latest[TunInterfaceUpdated].ipv4)
 
         assert addresses[0] == addresses[1]  # the portal knows the device again
 
@@ -159,8 +158,8 @@ async def test_a_consumer_that_sleeps_costs_nothing_and_then_reads_the_newest(ho
         assert len([event for event in waiting if isinstance(event, ResourcesUpdated)]) == 1
         assert len(waiting) <= 2
         assert events.dropped == 0
-        told = await _read(events, ResourcesUpdated)
-        assert told[ResourcesUpdated].resources[0].address == "172.40.0.0/16"
+        latest = await _read(events, ResourcesUpdated)
+        assert latest[ResourcesUpdated].resources[0].address == "172.40.0.0/16"
         await session.close()
 
 
@@ -169,7 +168,7 @@ async def test_a_failure_at_the_end_is_logged_and_the_host_is_restored(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]]
 ) -> None:
     before = _host_state(host)
-    monkeypatch.setattr(NetworkMonitor, "close", _stumble)
+    monkeypatch.setattr(NetworkMonitor, "close", _fail)
     async with _portal(tmp_path) as portal:
         session, events = _connect(portal, tmp_path)
         await _read(events, TunInterfaceUpdated)
@@ -177,12 +176,12 @@ async def test_a_failure_at_the_end_is_logged_and_the_host_is_restored(
         await session.close()
 
     assert _host_state(host) == before
-    (told,) = [message for message in logged if message["message_type"] == "client:crashed"]
-    assert "a mistake" in told["traceback"]
+    (message,) = [message for message in logged if message["message_type"] == "client:crashed"]
+    assert "a failure" in message["traceback"]
 
 
-def _stumble(monitor: NetworkMonitor) -> None:
-    raise KeyError("a mistake")
+def _fail(monitor: NetworkMonitor) -> None:
+    raise KeyError("a failure")
 
 
 @pytest_twisted.ensureDeferred
@@ -270,13 +269,13 @@ def _connect(portal: Portal, directory: Path, token: str = CLIENT_TOKEN) -> Conn
 
 async def _read(events: EventStream, *kinds: type) -> dict[type, Any]:
     """Read until there was one event of each kind; the last one of each."""
-    told: dict[type, Event] = {}
-    while not all(kind in told for kind in kinds):
+    latest: dict[type, Event] = {}
+    while not all(kind in latest for kind in kinds):
         event = await _within(events.next)
-        assert event is not None, f"the stream ended after {told}"
+        assert event is not None, f"the stream ended after {latest}"
         assert not isinstance(event, Disconnected), event
-        told[type(event)] = event
-    return told
+        latest[type(event)] = event
+    return latest
 
 
 async def _within(start: Callable[[], Any], seconds: float = 10.0) -> Any:
