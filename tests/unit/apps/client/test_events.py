@@ -179,7 +179,7 @@ def _interface(number: int) -> TunInterfaceUpdated:
 
 
 def _drain(stream: EventStream) -> list[Event]:
-    """Everything up to the end, without a reactor."""
+    """Read all events up to the end, without a reactor."""
     events: list[Event] = []
     while (event := _result(stream.next())) is not None:
         events.append(event)

@@ -1,4 +1,4 @@
-"""What a relay says of itself in the log, and how often."""
+"""The log messages of a relay about itself, and their frequency."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program that embeds a relay may pass to it."""
+"""Arguments that a program may pass to an embedded relay."""
 
 from __future__ import annotations
 

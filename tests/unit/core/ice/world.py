@@ -223,7 +223,7 @@ class Nat:
         if sender.name == "client":
             return self.address(source, destination), destination
         if destination.host != self._outside:
-            return None  # private addresses lead nowhere
+            return None  # private addresses are unreachable
         inside = self._allowed.get((destination.port, source))
         return None if inside is None else (source, inside)
 

@@ -26,7 +26,7 @@ def rows(session: Path) -> Iterator[dict[str, Any]]:
 
 
 def portal_frames(session: Path) -> Iterator[PortalFrame]:
-    """Frames on the peers' own topics, less those that are phoenix's own."""
+    """Frames on the peers' own topics, without the frames of the `phoenix` topic."""
     for row in rows(session):
         if row["at"] != "portal" or "frame" not in row:
             continue
@@ -36,6 +36,6 @@ def portal_frames(session: Path) -> Iterator[PortalFrame]:
 
 
 def candidates(session: Path) -> list[str]:
-    """Every candidate that a program told the other, once."""
+    """Every distinct candidate that a program signalled."""
     lists = (frame.payload["candidates"] for frame in portal_frames(session) if frame.event.endswith("ice_candidates"))
     return list(dict.fromkeys(candidate for candidates in lists for candidate in candidates))

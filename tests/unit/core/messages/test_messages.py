@@ -1,4 +1,4 @@
-"""Messages of both generations: recorded and documented frames, round trips, and what is broken in them."""
+"""Messages of both generations: recorded and documented frames, round trips, and malformed messages."""
 
 from __future__ import annotations
 
@@ -476,7 +476,7 @@ def _resources() -> list[dict[str, Any]]:
 
 
 def _places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Everything inside that could be something else."""
+    """All values, at any depth, that a test can replace."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield value, key
@@ -484,7 +484,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _message_classes() -> list[type[PortalMessage]]:
-    """All that the modules define, and not only import."""
+    """All message classes that the modules define."""
     return [
         kind
         for module in (client, common, gateway, relay)
@@ -495,7 +495,7 @@ def _message_classes() -> list[type[PortalMessage]]:
 
 
 def _assert_holds(written: Any, payload: Any, where: str) -> None:
-    """All that was in the payload and that we know is in what we write, with the same value."""
+    """Every known field of the payload is in our output, with the same value."""
     payload = {"resource_deleted": {"id": payload}}.get(where, payload)
     if where in {"resource_created_or_updated", "resource_updated"}:
         payload = {"resource": payload}
@@ -516,4 +516,4 @@ def _assert_holds(written: Any, payload: Any, where: str) -> None:
 
 
 _UNUSED = {"subject"}
-"""What upstream's portal says and neither its programs nor ours look at."""
+"""Keys that upstream's portal sends and that neither its programs nor ours read."""

@@ -31,7 +31,7 @@ _VECTORS = sorted((Path(__file__).parents[3] / "data" / "vectors").glob("*.jsonl
 
 
 class _World:
-    """A channel, its clock, and a portal that answers when it is told to."""
+    """A channel, its clock, and a portal that answers on demand."""
 
     def __init__(self, **options: Any) -> None:
         options.setdefault("entropy", lambda count: b"\x80" + bytes(count - 1))  # the middle of each interval
@@ -67,7 +67,7 @@ class _World:
         self.sent()
 
     def advance(self, seconds: float) -> None:
-        """To the moment `seconds` from now, stopping wherever the channel wants to be called."""
+        """Advance the clock by `seconds`, calling the channel at each of its deadlines."""
         end = self.now + seconds
         while (timeout := self.channel.next_timeout()) is not None and timeout.at <= end:
             self.now = timeout.at
@@ -525,7 +525,7 @@ def test_a_closed_channel_wants_nothing(joined: _World) -> None:
 
 @pytest.mark.parametrize("path", _VECTORS, ids=lambda path: path.stem)
 def test_we_send_a_recorded_portal_the_same_as_upstreams_programs(path: Path) -> None:
-    """Each peer's frames, said by our channel in their order, are byte for byte the recorded ones."""
+    """Our channel sends each peer's frames in their order, byte for byte as recorded."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for peer in ("client", "gateway", "relay"):
         frames = [
@@ -598,7 +598,7 @@ def _take_step(world: _World, step: int) -> None:
 
 
 def _fail_repeatedly(world: _World, times: int) -> list[float]:
-    """Lose every attempt; the delays after each, until it gives up."""
+    """Lose every attempt. Returns the delays after each, until the channel gives up."""
     world.channel.connect(world.now)
     delays = []
     for _ in range(times):

@@ -17,7 +17,7 @@ _OK = {"status": "ok", "response": {}}
 
 
 class _Peer:
-    """Feeds a socket and reads what it says."""
+    """Feeds a socket and reads its frames."""
 
     def __init__(self, form: Form = Form.OBJECT) -> None:
         self.form = form

@@ -1,4 +1,4 @@
-"""Grants, the choice of a gateway, and requests that wait for one."""
+"""Grants, the choice of a gateway, and requests that wait for a gateway."""
 
 from __future__ import annotations
 

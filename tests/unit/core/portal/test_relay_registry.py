@@ -1,4 +1,4 @@
-"""The relay registry: selection and debounce, with the clock in hand."""
+"""The relay registry: selection and debounce, with a simulated clock."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_the_fourth_swap_in_a_minute_is_reported() -> None:
 
 
 def _apply(news: list[tuple[DeviceSession, object]], known: dict[str, str]) -> None:
-    """What a client does with `relays_presence` (docs/protocol/portal-protocol.md, 2.0)."""
+    """Apply `relays_presence` as a client does (docs/protocol/portal-protocol.md, 2.0)."""
     for _, presence in news:
         for id_ in presence.disconnected_ids:
             known.pop(id_, None)

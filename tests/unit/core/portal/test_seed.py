@@ -1,4 +1,4 @@
-"""The seed file: what it means, and what is said where it means nothing."""
+"""The seed file: its meaning, and the errors of invalid files."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_an_address_that_cannot_be_served_is_refused(kind: str, address: str, co
         (_HEAD + _RESOURCE + 'type = "cidr"\naddress = "10.0.0.0/8"\nfilters = ["sctp/9"]\n', "is not a filter"),
     ],
 )
-def test_an_error_is_one_sentence_with_its_place(text: str, complaint: str) -> None:
+def test_an_error_is_reported_in_one_sentence_with_its_place(text: str, complaint: str) -> None:
     error = _error(text)
 
     assert complaint in error

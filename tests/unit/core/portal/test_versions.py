@@ -1,4 +1,4 @@
-"""User-Agents and what follows from them."""
+"""User-Agents, and the behaviour that depends on them."""
 
 from __future__ import annotations
 

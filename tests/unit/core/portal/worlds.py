@@ -41,7 +41,7 @@ class Heard:
 
 
 def account(*policies: tuple[Condition, ...], expires_at: int | None = None, address: str = "10.0.0.0/8") -> Account:
-    """One site, one actor, one resource, and for each argument a policy with these conditions."""
+    """A seed with a site, an actor, a resource, and for each argument a policy with these conditions."""
     token = Token("token", PeerRole.CLIENT, token_hash("client"), "actor", expires_at)
     return Account(
         id="account",

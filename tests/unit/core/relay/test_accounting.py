@@ -1,4 +1,4 @@
-"""Whatever clients do: sockets are those of the allocations, and in the end nothing is left."""
+"""For any behaviour of clients, sockets match the allocations, and nothing is left at the end."""
 
 from __future__ import annotations
 

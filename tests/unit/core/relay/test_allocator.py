@@ -1,4 +1,4 @@
-"""Allocations and their lifetimes, as RFC 8656, sections 7 and 8, and Firezone's clients want them."""
+"""Allocations and their lifetimes, as RFC 8656, sections 7 and 8, and Firezone's clients require them."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_late_timer_keeps_no_allocation_alive() -> None:
     port = relayed_port(client.allocate())
     client.bind(0x4000, PEER4)
 
-    world.now += 600  # and nobody called handle_timeout
+    world.now += 600  # without a call of handle_timeout
 
     assert client.send_on(0x4000, b"late") == []
     assert (port, FAMILY_IPV4) not in world.open

@@ -1,4 +1,4 @@
-"""Who is let in, and how others are turned away: RFC 8489, section 9.2.4, and what Firezone's clients demand."""
+"""Authentication and its errors: RFC 8489, section 9.2.4, and the demands of Firezone's clients."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_every_error_is_signed_where_the_request_has_a_name() -> None:
 
 
 def test_an_invalid_name_gets_an_unsigned_401() -> None:
-    client = Client(World(), username="nobody")
+    client = Client(World(), username="unknown")
 
     answer = client.ask(client.encode(Method.ALLOCATE, TRANSPORT))
 
@@ -230,7 +230,7 @@ def test_workers_take_the_nonces_of_each_other() -> None:
 
     client.world = World(workers=2, worker=1, nonce_key=key)
 
-    assert code_of(client.refresh()) == 437  # known as a user, but nobody's allocation is here
+    assert code_of(client.refresh()) == 437  # a known user, but without an allocation
 
 
 def test_listed_users_are_let_in_under_the_realm_of_the_operator() -> None:

@@ -548,6 +548,6 @@ def test_a_late_timer_lets_no_peer_through() -> None:
     world.advance(100)
     client.bind(0x4000, PEER4)
 
-    world.now += 500  # the allocation is over, the channel not yet, and nobody called handle_timeout
+    world.now += 500  # the allocation has ended, the channel not yet, and handle_timeout was not called
 
     assert world.deliver_to_port(port, PEER4, b"data") == []

@@ -1,4 +1,4 @@
-"""Strangers get little, cost nothing that stays, and never make the relay raise or talk to somebody else."""
+"""Strangers get few answers, leave no state behind, and never make the relay raise or send to third parties."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_flood_does_not_silence_the_relay_for_its_clients() -> None:
 
 def test_forged_allocates_leave_nothing_behind() -> None:
     world = World()
-    _forge(world, range(2000))  # whatever is made once has been made
+    _forge(world, range(2000))  # everything that is created once exists by now
     before = _objects()
 
     _forge(world, range(2000, 22_000))
@@ -266,7 +266,7 @@ def test_the_largest_datagrams_raise_nothing() -> None:
 
 
 def _established() -> World:
-    """A relay with one allocation, its channel 0x4000 bound to PEER4."""
+    """A relay with an allocation whose channel 0x4000 is bound to PEER4."""
     world = World()
     client = Client(world)
     client.allocate()

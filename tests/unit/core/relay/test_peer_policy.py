@@ -1,4 +1,4 @@
-"""Nothing is relayed to special-purpose addresses, in whatever spelling, nor to the relay itself."""
+"""Nothing is relayed to special-purpose addresses in any spelling, nor to the relay itself."""
 
 from __future__ import annotations
 

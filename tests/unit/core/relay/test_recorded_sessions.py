@@ -1,4 +1,4 @@
-"""What upstream's clients of two generations sent to upstream's relay, sent to ours: the answers are of one kind."""
+"""Recorded requests of upstream's clients of two generations get the same kind of answer from our relay."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_recorded_request_gets_an_answer_of_the_recorded_kind(session: str
             recorded.kind,
             recorded.transaction_id,
         )
-        # SOFTWARE we never send; which family is missing upstream does not tell.
+        # We never send SOFTWARE; upstream does not name the missing family.
         assert _names(answer) - {"ADDRESS-ERROR-CODE"} == _names(recorded) - {"SOFTWARE"}
         assert answer.has_integrity == recorded.has_integrity
         username = request.get(stun.USERNAME)
@@ -95,7 +95,7 @@ def _exchanges(session: str) -> Iterator[Exchange]:
 
 
 def _messages(data: bytes) -> Iterator[Message]:
-    """What the recorder took for one datagram may be several that left together."""
+    """Split a recorded datagram: datagrams that left together were recorded in one piece."""
     while len(data) >= stun.HEADER_SIZE:
         size = stun.HEADER_SIZE + int.from_bytes(data[2:4], "big")
         message = stun.parse(data[:size])
@@ -108,7 +108,7 @@ def _messages(data: bytes) -> Iterator[Message]:
 def _with_nonce(
     request: Message, nonce: str | None, credentials: StampSecret, relayed: dict[SocketAddress, SocketAddress]
 ) -> bytes:
-    """The request with a nonce of ours and the relayed addresses of ours, signed anew."""
+    """The request with our own nonce and relayed addresses, signed again."""
     attributes = []
     for attribute, value in request.attributes:
         if attribute == stun.NONCE:

@@ -1,4 +1,4 @@
-"""A relay with its shell played by hand: sockets are sets of numbers, time is a float, and everybody is a client."""
+"""A relay with a simulated shell: sockets are sets of numbers, time is a float, and every sender is a client."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CLIENT6 = SocketAddress("2a03:3::3", 52625)
 
 
 class Sent(NamedTuple):
-    """One send: what arrives at `to`, from which socket (`port` 0: the listening one) and address."""
+    """A send: what arrives at `to`, from which socket (`port` 0: the listening socket) and address."""
 
     to: SocketAddress
     port: int
@@ -41,7 +41,7 @@ class Sent(NamedTuple):
 
 
 class World:
-    """`occupied` ports can't be opened; `sockets` is how many the host still gives us."""
+    """`occupied` ports can't be opened; `sockets` is how many more sockets the host provides."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class World:
         local: SocketAddress | None = None,
         ecn: int = 0,
     ) -> list[Sent]:
-        """To the listening port; returns what leaves the relay."""
+        """Deliver to the listening port. Returns the sends of the relay."""
         batch = self._batch(source, data, segment_size, local or (LISTEN6 if source.is_ipv6 else LISTEN4), ecn)
         self.server.handle_client_datagrams(batch, self.now, self.utc)
         return self._settle()
@@ -99,14 +99,14 @@ class World:
     def deliver_to_port(
         self, port: int, source: SocketAddress, data: bytes, *, segment_size: int = 0, ecn: int = 0
     ) -> list[Sent]:
-        """To an allocation's socket, which must be open."""
+        """Deliver to an allocation's socket, which must be open."""
         assert (port, 2 if source.is_ipv6 else 1) in self.open
         local = SocketAddress(RELAY6 if source.is_ipv6 else RELAY4, port)
         self.server.handle_peer_datagrams(port, self._batch(source, data, segment_size, local, ecn), self.now)
         return self._settle()
 
     def advance(self, seconds: float) -> None:
-        """Let time pass, with every timer at its time."""
+        """Let time pass, calling every timer when it is due."""
         until = self.now + seconds
         while (timeout := self.server.next_timeout()) is not None and timeout.at <= until:
             assert timeout.at >= self.now, "a timer that is due and does nothing would spin"
@@ -160,7 +160,7 @@ class World:
 
 
 class Client:
-    """A TURN client by the book, but for what a test adds or leaves out."""
+    """A correct TURN client, except for what a test adds or leaves out."""
 
     _salts = itertools.count()
 
@@ -201,7 +201,7 @@ class Client:
         return message.encode(key=self.key, fingerprint=fingerprint)
 
     def request(self, method: int, *attributes: tuple[stun.Attribute[Any], Any], **options: Any) -> Message:
-        """Send a request, authenticate if need be, and check everything about the answer that is always so."""
+        """Send a request, authenticate if necessary, and check everything that holds for every answer."""
         if self.nonce is None:
             refusal = self.ask(self.encode(method, *attributes, **options))
             assert code_of(refusal) == 401
@@ -211,7 +211,7 @@ class Client:
         return answer
 
     def ask(self, request: bytes) -> Message:
-        """The one answer to a datagram, which must be one to the sender, from where it was asked."""
+        """The only answer to a datagram. It must go to the sender, from the address that received the datagram."""
         (sent,) = self.world.deliver(self.address, request)
         assert (sent.to, sent.port) == (self.address, 0)
         assert sent.source == (LISTEN6 if self.address.is_ipv6 else LISTEN4)
@@ -224,7 +224,7 @@ class Client:
         return self.request(Method.ALLOCATE, (stun.REQUESTED_TRANSPORT, stun.UDP), *attributes, **options)
 
     def allocate_dual(self) -> int:
-        """A dual-stack allocation as Firezone's peers make it; its port."""
+        """Make a dual-stack allocation as Firezone's peers do. Returns its port."""
         answer = self.allocate((stun.ADDITIONAL_ADDRESS_FAMILY, stun.FAMILY_IPV6))
         return answer.get_all(stun.XOR_RELAYED_ADDRESS)[0].port
 
@@ -241,7 +241,7 @@ class Client:
         return self.request(Method.CHANNEL_BIND, (stun.CHANNEL_NUMBER, number), (stun.XOR_PEER_ADDRESS, peer))
 
     def send_on(self, number: int, *payloads: bytes, padding: bytes = b"", ecn: int = 0) -> list[Sent]:
-        """Channel data; several are one batch, all but the last of one size."""
+        """Send channel data. Several payloads form a batch; all but the last have the same size."""
         datagrams = [channel_data(number, payload) + padding for payload in payloads]
         size = len(datagrams[0])
         return self.world.deliver(self.address, b"".join(datagrams), segment_size=size, ecn=ecn)

@@ -1,4 +1,4 @@
-"""What arrives: batches of one session or many, replayed, forged, foreign and broken; congestion; loss and disorder."""
+"""Received batches: of one session or many, replayed, forged, foreign and malformed; congestion; loss and disorder."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ def test_a_keepalive_among_packets_is_not_delivered() -> None:
     assert gateway.packets == []
 
 
-# Garbage
+# Arbitrary bytes
 
 
 @settings(max_examples=examples(200))
@@ -319,7 +319,7 @@ def test_after_the_network_heals_packets_flow_again(seed: int, loss: float, jitt
     world.lose, world.delay = nothing, lambda sender: LATENCY
     world.run(8.0)
 
-    if client.of(ConnectionFailed) or gateway.of(ConnectionFailed):  # ask the portal again, as a packet makes us
+    if client.of(ConnectionFailed) or gateway.of(ConnectionFailed):  # ask the portal again, as a packet would
         world.introduce(client, gateway)
         client.send(gateway, datagram("again"))
         world.run(8.0)
@@ -342,7 +342,7 @@ def test_an_outage_during_the_handshake_only_delays_it(seconds: float) -> None:
 
 
 def _sealed_by(client: Host, gateway: Host, world: World, *packets: SuperPacket) -> list[bytes]:
-    """The datagrams of these packets, each once, not sent."""
+    """The sealed datagrams of these packets, without sending them."""
     for packet in packets:
         client.node.encapsulate(gateway.name, packet, world.now, world.utc)
         client.node.flush(world.now)
@@ -389,7 +389,7 @@ _PAIRS: list[tuple[Host, Host]] = []
 
 
 def _shared_pair() -> tuple[Host, Host]:
-    """One connected pair for all examples: what comes in must not change it."""
+    """A connected pair for all examples: no input may change it."""
     if not _PAIRS:
         _, client, gateway = connected()
         _PAIRS.append((client, gateway))

@@ -1,4 +1,4 @@
-"""Which connection a datagram is for."""
+"""The connection to which a datagram belongs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_connection_is_found_by_key_and_by_the_first_half_of_a_username() -> N
 
     assert directory.by_key(first.terms.remote_public_key) is first
     assert directory.by_stun(_request("loc1:rem1")) is first
-    assert directory.by_stun(_request("loc2:whoever")) is second
+    assert directory.by_stun(_request("loc2:other")) is second
     assert directory.by_stun(_request("rem1:loc1")) is None
     assert directory.by_stun(_request("loc1")) is first
     assert directory.by_stun(Message(Method.BINDING, Kind.REQUEST, bytes(12))) is None
@@ -79,7 +79,7 @@ def test_an_index_belongs_to_one_session() -> None:
 
 @attrs.frozen(eq=False)
 class _Connection:
-    """As much of one as the directory knows."""
+    """A connection, reduced to what the directory reads."""
 
     terms: Terms
     agent: Agent
@@ -97,7 +97,7 @@ def _request(username: str) -> Message:
 
 
 def _check_of(agent: Agent, *, skip: int) -> bytes:
-    """The transaction id of an open check of an agent: its first, or one after it."""
+    """The transaction id of an agent's first open check, or of a later check."""
     agent.add_local_candidate(Candidate.host(_HOST), 0.0)
     for number in range(skip + 1):
         agent.add_remote_candidate(Candidate.host(SocketAddress(f"10.0.1.{number + 1}", 1)), 0.0)
@@ -109,6 +109,6 @@ def _check_of(agent: Agent, *, skip: int) -> bytes:
 
 
 def _numbers() -> Any:
-    """The same stream for whoever asks."""
+    """The same stream of bytes for every caller."""
     numbers = count()
     return lambda size: next(numbers).to_bytes(size, "big")

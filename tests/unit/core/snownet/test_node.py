@@ -62,7 +62,7 @@ def test_an_established_connection_is_reported_once_with_its_path() -> None:
 def test_candidates_are_signalled_best_first_and_with_our_ufrag() -> None:
     world = World()
     client, gateway = world.client("client", "10.0.1.1", "10.0.1.2", "2001:db8::1"), world.gateway()
-    world.introduce_one(client, gateway)
+    world.introduce_to(client, gateway)
 
     ((announced,),) = [event.candidates for event in client.of(NewCandidates)] and [client.of(NewCandidates)]
     read = [parse_sdp(text) for text in announced.candidates]
@@ -181,7 +181,7 @@ def test_a_worthless_public_key_is_refused_and_the_older_connection_goes_on() ->
     assert_traffic_flows(world, client, gateway)
 
 
-# Being told the same, or something else
+# Repeated and changed terms
 
 
 def test_the_same_terms_keep_the_connection_and_repeat_the_candidates() -> None:
@@ -226,7 +226,7 @@ def test_other_terms_replace_the_connection() -> None:
 def test_other_terms_block_packets_of_the_old_connection() -> None:
     world, client, gateway = connected(seconds=3.0)
 
-    world.introduce_one(gateway, client, generation="2")
+    world.introduce_to(gateway, client, generation="2")
     client.send(gateway, datagram("over the old one"))
     world.run(1.0)
 
@@ -238,8 +238,8 @@ def test_other_terms_block_packets_of_the_old_connection() -> None:
 def test_different_preshared_keys_never_connect(preshared_key: bytes) -> None:
     world = World()
     client, gateway = world.client(), world.gateway()
-    world.introduce_one(gateway, client)
-    world.introduce_one(client, gateway, preshared_key=preshared_key)
+    world.introduce_to(gateway, client)
+    world.introduce_to(client, gateway, preshared_key=preshared_key)
     start = world.now
     world.run(30.0)
 
@@ -565,10 +565,10 @@ def test_after_a_reset_it_connects_with_the_new_key() -> None:
 def test_packets_for_unknown_peers_are_counted() -> None:
     world, client, gateway = connected()
 
-    client.node.encapsulate("nobody", run_of_segments(segments=4), world.now, world.utc)
-    client.node.add_remote_candidate("nobody", "candidate:1 1 udp 1 10.0.0.1 1 typ host", world.now)
+    client.node.encapsulate("unknown", run_of_segments(segments=4), world.now, world.utc)
+    client.node.add_remote_candidate("unknown", "candidate:1 1 udp 1 10.0.0.1 1 typ host", world.now)
     client.node.add_remote_candidate("gateway", "candidate:nonsense", world.now)
-    client.node.remove_remote_candidate("nobody", "candidate:1 1 udp 1 10.0.0.1 1 typ host", world.now)
+    client.node.remove_remote_candidate("unknown", "candidate:1 1 udp 1 10.0.0.1 1 typ host", world.now)
     client.node.remove_remote_candidate("gateway", "candidate:nonsense", world.now)
 
     assert client.node.counters.packets_without_connection == 4
@@ -578,7 +578,7 @@ def test_packets_for_unknown_peers_are_counted() -> None:
 
 
 def _checks_within(world: World, seconds: float) -> tuple[int, int]:
-    """How many checks client and gateway made while some time passed."""
+    """The number of checks that client and gateway sent while time passed."""
     client, gateway = world.hosts["client"], world.hosts["gateway"]
     start = world.now
     world.run(seconds)

@@ -1,4 +1,4 @@
-"""Addresses come and go: paths follow, and nothing is lost that a moment's patience does not bring back."""
+"""Addresses change: paths follow, and every connection recovers after a moment."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_new_path_makes_the_client_shake_hands_but_not_more_than_once_in_20_se
         client.move(f"10.0.7.{last}")
         world.run(2.0)
 
-    assert len(client.messages(INITIATION)) <= 3  # the first, one for all four paths, perhaps repeated
+    assert len(client.messages(INITIATION)) <= 3  # the first, then a single one for all four paths, perhaps repeated
     assert gateway.messages(INITIATION) == []
 
 
@@ -192,7 +192,7 @@ def _taken_back_on_demand(host: Host) -> list[str]:
 
 
 def _run_until_packets_pass(world: World) -> float:
-    """Send both ways all the time, as applications do; returns how long nothing got through."""
+    """Send both ways continuously, as applications do. Returns the longest interruption."""
     client, gateway = world.hosts["client"], world.hosts["gateway"]
     client.packets.clear()
     gateway.packets.clear()

@@ -32,7 +32,7 @@ INITIATION, RESPONSE, DATA = 1, 2, 4
 
 
 class Host:
-    """One node. At each of its peers it goes by its name, as they do here."""
+    """A node. It and its peers know each other by their names."""
 
     def __init__(self, world: World, name: str, role: Role, *addresses: str) -> None:
         self.world = world
@@ -48,7 +48,7 @@ class Host:
         self._buffer = receive_buffer()
 
     def send(self, peer: Host, *packets: SuperPacket) -> None:
-        """One turn of the event loop: packets in, flushed."""
+        """Run one turn of the event loop: send packets and flush."""
         for packet in packets:
             self.node.encapsulate(peer.name, packet, self.world.now, self.world.utc)
         self.node.flush(self.world.now)
@@ -75,27 +75,27 @@ class Host:
         return bool(events) and isinstance(events[-1], ConnectionEstablished)
 
     def path(self, peer: Host) -> tuple[SocketAddress, SocketAddress]:
-        """Where datagrams for a peer leave from and go to, as last told."""
+        """The local and remote address for a peer, as last reported."""
         events = [event for event in self.of(ConnectionEstablished | PathChanged) if event.peer_id == peer.name]
         return events[-1].local, events[-1].remote
 
     def failure(self) -> tuple[float, str]:
-        """When and why the only connection that failed did so."""
+        """The time and the reason of the only failure."""
         (failed,) = [(at, event) for at, event in self.events if isinstance(event, ConnectionFailed)]
         return failed[0], failed[1].reason
 
     def messages(self, kind: int) -> list[float]:
-        """When WireGuard messages of a kind were sent."""
+        """The times at which WireGuard messages of a kind were sent."""
         return [at for at, datagram in self.sent if datagram[0] == kind and datagram[4:8] != b"\x21\x12\xa4\x42"]
 
     def move(self, *addresses: str) -> None:
-        """The host is now elsewhere: nothing reaches it where it was."""
+        """Move the host: its former addresses are no longer reachable."""
         self.addresses = tuple(SocketAddress(host, 52625) for host in addresses)
         self.node.set_local_addresses(self.addresses, self.world.now)
         self.drain()
 
     def handle(self, datagrams: list[bytes], source: SocketAddress, local: SocketAddress, ecn: int = 0) -> None:
-        """Take in a batch: datagrams of one size, the last maybe shorter."""
+        """Receive a batch: datagrams of equal size, the last possibly shorter."""
         self.take_in(b"".join(datagrams), len(datagrams[0]), source, local, ecn)
 
     def take_in(
@@ -149,15 +149,15 @@ class World:
         return self._host(name, Role.GATEWAY, *(addresses or ("10.0.2.1",)))
 
     def introduce(self, client: Host, gateway: Host, *, generation: str = "", preshared_key: bytes = bytes(32)) -> None:
-        """What the portal does for a flow: the gateway hears first. The same keys give the same credentials."""
+        """Introduce two hosts as the portal does: first the gateway. The same keys give the same credentials."""
         self._upsert(gateway, client, generation, preshared_key)
         self._upsert(client, gateway, generation, preshared_key)
 
-    def introduce_one(self, host: Host, peer: Host, *, generation: str = "", preshared_key: bytes = bytes(32)) -> None:
+    def introduce_to(self, host: Host, peer: Host, *, generation: str = "", preshared_key: bytes = bytes(32)) -> None:
         self._upsert(host, peer, generation, preshared_key)
 
     def run(self, seconds: float) -> None:
-        """Let time pass; every deadline is kept to the moment."""
+        """Let time pass, calling every deadline at its exact time."""
         end = self.now + seconds
         for _ in range(200_000):
             at = min([host.due_at() for host in self.hosts.values()] + [entry[0] for entry in self._in_flight[:1]])
@@ -173,7 +173,7 @@ class World:
         raise AssertionError("timers storm")
 
     def run_until(self, condition: Callable[[], bool], *, within: float) -> float:
-        """Run in small steps until something is so; returns how long it took."""
+        """Run in small steps until a condition is true. Returns the time that it took."""
         start = self.now
         while not condition():
             assert self.now - start < within, f"not within {within} s"
@@ -181,7 +181,7 @@ class World:
         return self.now - start
 
     def carry(self, sender: Host, transmit: Transmit) -> None:
-        """Put datagrams onto the network: what a batch doesn't lose arrives as one."""
+        """Send datagrams over the network: those of a batch that aren't lost arrive as a batch."""
         payload = bytes(transmit.payload)
         size = transmit.segment_size or len(payload)
         datagrams = [payload[start : start + size] for start in range(0, len(payload), size)]
@@ -200,7 +200,7 @@ class World:
         self._later(self.delay(sender), arrive)
 
     def signal(self, sender: Host, event: NodeEvent) -> None:
-        """What the portal passes on between peers."""
+        """Pass candidates to the peer, as the portal does."""
         if not self.portal_is_up or not isinstance(event, NewCandidates | InvalidatedCandidates):
             return
         peer = self.hosts[event.peer_id]
@@ -263,14 +263,14 @@ def assert_no_slot_is_lost(hosts: Iterable[Host]) -> None:
 
 
 def credentials(owner: Host, peer: Host, generation: str = "") -> Credentials:
-    """As the portal derives them: of both public keys."""
+    """Derive credentials from both public keys, as the portal does."""
     keys = sorted((owner.node.public_key, peer.node.public_key))
     secret = hashlib.sha256(owner.node.public_key + b"".join(keys) + generation.encode()).hexdigest()
     return Credentials(secret[:4], secret[4:26])
 
 
 def datagram(text: str, *, size: int = 100, ecn: int = 0) -> SuperPacket:
-    """A UDP packet over IPv4 with a text in it, `size` bytes long."""
+    """A UDP packet over IPv4, `size` bytes long, that contains a text."""
     payload = text.encode().ljust(size - 28, b".")
     raw = built(IP(src="100.64.0.1", dst="10.9.0.1", tos=ecn, flags="DF"), UDP(sport=40000, dport=53), payload)
     packet = parse(raw)
@@ -294,6 +294,6 @@ def everything(sender: Host, datagram: bytes) -> bool:
 
 
 def stream(name: str) -> Entropy:
-    """Reproducible bytes in place of the system's."""
+    """Deterministic random bytes."""
     calls = count()
     return lambda size: hashlib.shake_256(f"{name} {next(calls)}".encode()).digest(size)

@@ -301,7 +301,7 @@ class _Session:
                 data = data[4:]
             elif row.get("kind") != "stun":
                 continue
-            while data[4:8] == bytes.fromhex("2112a442"):  # several of equal size left in one system call
+            while data[4:8] == bytes.fromhex("2112a442"):  # several messages of equal size left in one system call
                 end = 20 + int.from_bytes(data[2:4], "big")
                 yield data[:end]
                 data = data[end:]

@@ -1,4 +1,4 @@
-"""An allocation under test, with its clock, its requests and events, and a relay that answers as the test wants."""
+"""An allocation under test, with its clock, its requests and events, and a relay that answers on demand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Sent(NamedTuple):
 
     @property
     def names(self) -> list[str]:
-        """The names of its attributes in order, MESSAGE-INTEGRITY included."""
+        """The names of its attributes in order, including MESSAGE-INTEGRITY."""
         names = [attribute.name for attribute, _ in self.message.attributes]
         return [*names, "MESSAGE-INTEGRITY"] if self.message.has_integrity else names
 
@@ -49,7 +49,7 @@ class Client:
         """Every datagram so far; `take` empties it."""
         self.events: list[AllocationEvent] = []
         self.answers_keepalives = True
-        """The relay answers keepalives at once, and they are left out of `sent`."""
+        """The relay answers keepalives at once, and `sent` leaves them out."""
         self._entropy = _Stream()
         self.allocation = Allocation(
             "relay",
@@ -64,7 +64,7 @@ class Client:
         self._drain()
 
     def take(self, method: Method | None = None) -> list[Sent]:
-        """What was sent since the last call; with a method, only such requests."""
+        """The messages sent since the last call. With a method, only requests of that method."""
         taken, self.sent = self.sent, []
         return [sent for sent in taken if method is None or sent.message.method == method]
 

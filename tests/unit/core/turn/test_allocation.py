@@ -641,7 +641,7 @@ class TestErrors:
         assert client.allocation.channel_to(PEER4, client.now) is None
         assert client.allocation.state is State.ALLOCATED
         client.run_for(10.0)
-        assert client.take() == [], "nobody asked for it again"
+        assert client.take() == [], "the request is not repeated"
         client.bind(PEER4)
         assert client.take_one(Method.CHANNEL_BIND).get(stun.XOR_PEER_ADDRESS) == PEER4
 

@@ -1,4 +1,4 @@
-"""Channel data on the wire, and the numbers of one allocation (docs/protocol/data-plane.md, 3.7 and 9.5)."""
+"""Channel data on the wire, and the channel numbers of an allocation (docs/protocol/data-plane.md, 3.7 and 9.5)."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ LOW_ORDER_POINTS = [bytes(32), b"\1" + bytes(31)]  # RFC 7748, section 6.1: they
 
 
 class TestAgainstASecondDerivation:
-    """The whitepaper's section 5.4 written down once more, over libsodium instead of OpenSSL."""
+    """A second implementation of the whitepaper's section 5.4, over libsodium instead of OpenSSL."""
 
     @pytest.mark.parametrize("preshared_key", PRESHARED_KEYS)
     def test_our_initiation_follows_the_whitepaper(self, preshared_key: bytes) -> None:
@@ -80,7 +80,7 @@ class TestAgainstASecondDerivation:
         assert (keys.send, keys.receive) == (to_responder, to_initiator)
 
     def test_the_second_derivation_gives_published_results(self) -> None:
-        # RFC 7693, appendix B; the KDF triple is the one that WireGuard implementations test themselves with.
+        # RFC 7693, appendix B; the KDF triple is common to the tests of WireGuard implementations.
         assert hashlib.blake2s(b"abc").hexdigest() == "508c5e8c327c14e2e1a72ba34eeb452f37458b209ed63a294d999b4c86675982"
         assert [part.hex() for part in kdf(b"test-key", b"test-input", 3)] == [
             "6f0e5ad38daba1bea8a0d213688736f19763239305e0f58aba697f9ffc41c633",
@@ -220,7 +220,7 @@ class TestRecordedSessions:
             if record.get("kind") not in handshakes:
                 continue
             size, receiver = handshakes[record["kind"]]
-            # The recorder saw what was sent together as one: transport data may follow the message.
+            # Messages that were sent together were recorded in one piece: transport data may follow the message.
             message = parse(bytes.fromhex(record["data"])[:size])
             assert isinstance(message, HandshakeInitiation | HandshakeResponse)
             assert [name for name, key in public.items() if carries_mac1_for(key, message)] == [receiver]
@@ -242,7 +242,7 @@ def key(number: int) -> StaticKey:
 
 
 def stream(seed: int) -> Entropy:
-    """Reproducible bytes in place of the system's."""
+    """Deterministic random bytes."""
     calls = iter(range(1_000_000))
     return lambda size: hashlib.shake_256(struct.pack("<QQ", seed, next(calls))).digest(size)
 
@@ -288,7 +288,7 @@ class TransportPair(NamedTuple):
 
 
 class Reference:
-    """Both roles of one handshake in the whitepaper's own notation; C and H as there."""
+    """Both roles of a handshake in the whitepaper's notation, such as C and H."""
 
     def __init__(self, responder_public: bytes, preshared_key: bytes) -> None:
         self.responder_public = responder_public
@@ -308,7 +308,7 @@ class Reference:
     def respond(
         self, initiation: bytes, initiator_public: bytes, ephemeral: bytes, sender: int
     ) -> tuple[bytes, TransportPair]:
-        """Goes on from the state after `initiation`, which both sides share."""
+        """Continue from the state after `initiation`, which both sides share."""
         public = crypto_scalarmult_base(ephemeral)
         (self.c,) = kdf(self.c, public, 1)
         self.h = blake2s(self.h + public)

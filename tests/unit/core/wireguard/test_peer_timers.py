@@ -167,7 +167,7 @@ class TestRenewal:
             world.run_until(6.0)
 
             assert host.peer.counters.initiations_sent == (2 if side == "client" else 1)
-            # Nobody initiates twice within five seconds.
+            # Neither side initiates twice within five seconds.
             assert world.times(INITIATION)[1] >= (5.0 if side == "client" else 0.0)
 
     def test_a_session_whose_counter_ends_is_not_sent_with(self) -> None:
@@ -417,7 +417,7 @@ class TestGivingUp:
         world.client.flush()
 
         assert world.client.events == [Expired("no answer to a handshake for 15 s")]
-        assert not world.datagrams  # not even what was queued before
+        assert not world.datagrams  # not even packets that were queued before
 
 
 class TestAnyNetwork:

@@ -49,7 +49,7 @@ def decrypted(datagrams: bytes | memoryview, size: int, headroom: int = 0) -> li
 
 
 def sealed(packet: SuperPacket, buffer: SealBuffer | None = None, headroom: int = 0) -> list[tuple[bytes, int]]:
-    """The sends that a packet takes."""
+    """The sends of a packet."""
     buffer = buffer or seal_buffer()
     sends = []
     for first, count in plan(packet, headroom):

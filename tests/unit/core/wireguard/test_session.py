@@ -24,7 +24,7 @@ BATCHES = st.lists(st.one_of(RUNS, st.lists(COUNTERS, max_size=64)), max_size=12
 
 
 class NaiveWindow:
-    """What a replay window means, without any cleverness: remember everything."""
+    """A simple replay window that remembers every counter."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()

@@ -38,7 +38,7 @@ class World:
         self.settle()
 
     def settle(self) -> None:
-        """Deliver until nobody has anything to say."""
+        """Deliver messages until none is left."""
         for _ in range(50):
             if not (self.client.flush() | self.gateway.flush()):
                 return
@@ -48,7 +48,7 @@ class World:
         self.now = until
 
     def run_until(self, until: float) -> None:
-        """Call each side's timers exactly when they ask for it."""
+        """Call each side's timers exactly when they are due."""
         self.settle()
         for _ in range(20_000):
             due = [host for host in (self.client, self.gateway) if host.due_at() <= max(until, self.now)]
@@ -125,7 +125,7 @@ class Host:
         remote_public_key: bytes | None = None,
         preshared_key: bytes | None = None,
     ) -> None:
-        """A fresh peer, with other keys where they are given."""
+        """A new peer. Given keys replace the default keys."""
         self._remote_public_key = remote_public_key or self._remote_public_key
         self._preshared_key = preshared_key or self._preshared_key
         self.peer = self._make_peer(rekey_attempt_time)
@@ -150,7 +150,7 @@ class Host:
         return timeout.at
 
     def flood(self) -> None:
-        """So many handshakes of others that this second counts as load."""
+        """Receive so many handshakes of others that this second counts as load."""
         body = b"\1\0\0\0" + bytes(112)
         stamp = MacStamp(self.local.public)
         for _ in range(HANDSHAKES_PER_SECOND):
@@ -172,7 +172,7 @@ class Host:
         return session
 
     def flush(self) -> bool:
-        """Hand everything queued to the other side. False: there was nothing."""
+        """Deliver everything queued to the other side. Returns False if nothing was queued."""
         self.handle_due_initiation()
         other = self.world.gateway if self is self.world.client else self.world.client
         sent = False
@@ -280,6 +280,6 @@ def initiation_from(local: StaticKey, remote: StaticKey, utc_now: float = UTC) -
 
 
 def stream(name: str) -> Entropy:
-    """Reproducible bytes in place of the system's."""
+    """Deterministic random bytes."""
     calls = count()
     return lambda size: hashlib.shake_256(f"{name} {next(calls)}".encode()).digest(size)

@@ -98,12 +98,12 @@ def test_a_setting_that_cannot_be_restored_is_logged_and_the_others_are_restored
     sysctls.write(FORWARD, "1")
     write_text = Path.write_text
 
-    def refuse_one(path: Path, text: str) -> int:
+    def refuse(path: Path, text: str) -> int:
         if path.name == "rp_filter":
             raise OSError(errno.EINVAL, "Invalid argument")
         return write_text(path, text)
 
-    monkeypatch.setattr(Path, "write_text", refuse_one)
+    monkeypatch.setattr(Path, "write_text", refuse)
     sysctls.restore()
 
     assert sysctls.read(FORWARD) == "0"

@@ -76,7 +76,7 @@ def test_a_deleted_file_comes_back_with_the_next_line(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_directory_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_reported_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     complaint = r"Can't create a log file in .*file.*choose another --log-dir"

@@ -1,4 +1,4 @@
-"""An application's parts: how they start and stop together, and what their failures do to the process."""
+"""An application's parts: how they start and stop together, and how their failures end the process."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_a_later_failure_ends_the_process(capfd: pytest.CaptureFixture[str], log
     application.startService()
     assert not application.reactor.hasStopped
 
-    application.later.errback(ValueError("a mistake"))
+    application.later.errback(ValueError("a bug"))
 
     assert application.reactor.hasStopped
-    assert capfd.readouterr().err == "example: a mistake\n"
+    assert capfd.readouterr().err == "example: a bug\n"
     (message,) = [message for message in logged if message["message_type"] == "process:failed"]
     assert "in watch" in message["traceback"]
 

@@ -34,7 +34,7 @@ async def test_it_is_alive_from_the_start_and_ready_when_the_process_is() -> Non
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_port_in_use_is_one_sentence_with_a_way_out() -> None:
+async def test_a_port_in_use_is_reported_in_one_sentence_with_a_way_out() -> None:
     first = HealthServer(reactor, SocketAddress("127.0.0.1", 0), lambda: True)
     first.startService()
     address = SocketAddress("127.0.0.1", first._port.getHost().port)
@@ -80,7 +80,7 @@ class _Collector(Protocol):
 
 
 async def _get(port: int, path: str) -> tuple[int, Any]:
-    """Status, and the body where it is JSON."""
+    """The status, and the body if it is JSON."""
     collector: Any = await connectProtocol(TCP4ClientEndpoint(reactor, "127.0.0.1", port), _Collector())
     collector.transport.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
     head, _, body = (await collector.finished).partition(b"\r\n\r\n")

@@ -63,4 +63,4 @@ def test_a_file_without_an_identity_is_never_overwritten(tmp_path: Path, content
 
 def test_an_identity_that_cannot_be_stored_is_an_error_that_names_the_way_out() -> None:
     with pytest.raises(ConfigurationError, match="give a --firezone-id or --state-dir"):
-        load_identity(Path("/proc/firezone/id.json"))  # where nobody may make a directory
+        load_identity(Path("/proc/firezone/id.json"))  # where no user may create a directory

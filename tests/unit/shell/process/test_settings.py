@@ -1,4 +1,4 @@
-"""Options: where their values come from, and how they read."""
+"""Options: the sources of their values, and their syntax."""
 
 from __future__ import annotations
 

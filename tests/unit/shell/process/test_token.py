@@ -1,4 +1,4 @@
-"""Where a token comes from, and that it goes nowhere else."""
+"""The sources of a token, and its secrecy."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from firezone_tunnel.errors import ConfigurationError, one_line
 from firezone_tunnel.shell.process.settings import read_token
 
-_SECRET = "n.a-token-that-nobody-may-see"
+_SECRET = "n.a-secret-token"
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A token file as it should be."""
+    """A valid token file."""
     path = tmp_path / "token"
     path.write_text(f"  {_SECRET}-of-the-file\n")
     path.chmod(0o600)
@@ -24,7 +24,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def credentials(tmp_path: Path) -> str:
-    """A directory of systemd credentials, with ours among them."""
+    """A directory of systemd credentials that contains ours."""
     (tmp_path / "credentials").mkdir()
     (tmp_path / "credentials/FIREZONE_TOKEN").write_text(f"{_SECRET}-of-systemd\n")
     return str(tmp_path / "credentials")
@@ -103,8 +103,8 @@ def test_a_file_that_is_not_text_is_refused_without_quoting_it(file: Path, conte
     _fails(file, "does not hold a token: it is not UTF-8 text")
 
 
-def test_a_directory_in_its_place_is_one_sentence(tmp_path: Path) -> None:
-    tmp_path.chmod(0o400)  # or it would be refused for its mode
+def test_a_directory_in_its_place_is_reported_in_one_sentence(tmp_path: Path) -> None:
+    tmp_path.chmod(0o400)  # otherwise it would be refused for its mode
     try:
         _fails(tmp_path, "Can't read the token in .*: Is a directory")
     finally:
@@ -116,5 +116,5 @@ def _fails(path: Path, complaint: str) -> None:
         read_token({}, path)
     text = one_line(raised.value)
     assert str(path) in text
-    assert "nobody-may-see" not in text
+    assert "a-secret-token" not in text
     assert "0xff" not in text

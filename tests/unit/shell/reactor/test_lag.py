@@ -38,7 +38,7 @@ async def test_a_turn_that_takes_long_is_the_worst_of_all(lag: LoopLag) -> None:
         await _sleep(0.05)
 
     lag.busy(boottime())
-    time.sleep(0.2)  # what the reactor must never do
+    time.sleep(0.2)  # which the reactor must never do
     await _sleep(0.05)
 
     assert 0.15 < lag.worst < 2

@@ -91,7 +91,7 @@ def test_closing_drops_waiting_items() -> None:
 
 
 def _turn(clock: Clock) -> None:
-    """One turn of a reactor: what is asked for in it comes in the next. `advance(0)` would run that, too."""
+    """Run one turn of a reactor: calls scheduled in it run in the next. `advance(0)` would run them as well."""
     for call in list(clock.calls):
         clock.calls.remove(call)
         call.called = 1

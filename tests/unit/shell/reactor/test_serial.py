@@ -1,4 +1,4 @@
-"""Work that runs one piece at a time."""
+"""Serialized work."""
 
 from __future__ import annotations
 

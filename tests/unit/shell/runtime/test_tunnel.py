@@ -1,4 +1,4 @@
-"""Between the core and the transports: portions, and exceptions out of the core."""
+"""Between the core and the transports: portions, and exceptions of the core."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What opening a TUN device says when the host does not let us."""
+"""Errors of opening a TUN device."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_a_run_the_kernel_would_not_take_is_written_segment_by_segment(offload: 
 
 
 def test_one_refused_run_does_not_split_later_runs(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel takes is shown by what it took: a later refusal is about that packet."""
+    """An accepted run proves that the kernel takes runs: a later refusal concerns only that packet."""
     end.transport.write(run_of_datagrams(3))
     with monkeypatch.context() as patch:
         refuse(patch, errno.EINVAL)
@@ -195,7 +195,7 @@ class End:
         self.turns: list[list[SuperPacket]] = []
         self.lost: Failure | None = None
         self.transport = TunTransport(self, self, TunDevice(ours.detach(), "tun-firezone", offload))
-        self.transport.CALM = float("inf")  # however slow the machine: as in the middle of traffic
+        self.transport.CALM = float("inf")  # on any machine, as in the middle of traffic
 
     def close(self) -> None:
         self.transport.close()

@@ -1,4 +1,4 @@
-"""Control messages: what is sent is what is understood."""
+"""Control messages: a sent message is parsed to the same values."""
 
 from __future__ import annotations
 

@@ -252,7 +252,7 @@ class End:
 
 
 class FailingSocket:
-    """Notes the length and the segment size of what is sent."""
+    """Records the length and the segment size of each send."""
 
     family = socket.AF_INET
 
