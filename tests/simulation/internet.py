@@ -1,6 +1,6 @@
-"""An internet without sockets: hosts behind NATs, relays, and the portal that tells hosts of both.
+"""An internet without sockets: hosts behind NATs, relays, and the portal that announces both.
 
-Hosts and time are those of `tests.unit.core.snownet.world`; relays run the real `RelayServer`.
+Hosts and time come from `tests.unit.core.snownet.world`; relays run the real `RelayServer`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Relay:
         self.ipv6 = SocketAddress(f"2001:db8:51::{number}", TURN_PORT) if "6" in families else None
         self.alive = True
         self.batches: list[tuple[int, bytes, int]] = []
-        """What came to its listening port: segment size, payload and ECN of each batch."""
+        """The batches received at its listening port: segment size, payload and ECN of each."""
         self._number = number
         self._standard = standard
         self._buffer = receive_buffer()
@@ -54,7 +54,7 @@ class Relay:
         return tuple(address.host for address in self.listening)
 
     def restart(self, secret: str | None = None) -> None:
-        """Another process: it knows nobody; with another secret, nobody's credentials are good any longer."""
+        """Restart without any allocations. With another secret, all former credentials are invalid."""
         self._secret = secret or self._secret
         ipv4, ipv6 = (address.host if address else None for address in (self.ipv4, self.ipv6))
         config = RelayConfig(public_ipv4=ipv4, public_ipv6=ipv6)
@@ -73,7 +73,7 @@ class Relay:
         self._open: dict[int, None] = {}
 
     def terms(self, host: Host) -> RelayTerms:
-        """What the portal tells a host about this relay."""
+        """The terms for this relay that the portal sends to a host."""
         if self._standard:
             return RelayTerms(self.rid, self.ipv4, self.ipv6, _STANDARD_USER, _STANDARD_PASSWORD, realm=None)
         expiry = int(self.internet.utc) // 86400 * 86400 + 14 * 86400
@@ -120,9 +120,9 @@ class Relay:
 
 
 class Internet(World):
-    """A world with NATs and relays. `direct` False: nothing passes between hosts but through a relay's addresses.
+    """A world with NATs and relays. If `direct` is false, hosts reach each other only through relays.
 
-    `congested`: whoever can be told so by ECN is.
+    `congested` sets the congestion mark on all ECN-capable datagrams.
 
     `lose_from_relay(datagram)` and `delay_of_relay()` are the network on a relay's way out.
     """
@@ -134,7 +134,7 @@ class Internet(World):
         self.relays: list[Relay] = []
         self.nats: dict[str, list[Nat]] = {}
         self.arrived: list[tuple[float, Host, SocketAddress, list[bytes], int]] = []
-        """What each host was given: batches with their source and ECN."""
+        """The batches delivered to each host, with their source and ECN."""
         self.lose_from_relay: Callable[[bytes], bool] = lambda datagram: False
         self.delay_of_relay: Callable[[], float] = lambda: LATENCY
         self._public = count(11)
@@ -145,7 +145,7 @@ class Internet(World):
         return relay
 
     def host_behind(self, nat: str, role: Role, *, name: str | None = None, relays: list[Relay] | None = None) -> Host:
-        """A host with IPv4, behind a NAT of this name; the portal tells it all relays, or these.
+        """A host with IPv4, behind a NAT of this name. The portal announces all relays to it, or only the given relays.
 
         See docs/decisions.md, 8.
         """
@@ -163,22 +163,22 @@ class Internet(World):
         name: str | None = None,
         relays: list[Relay] | None = None,
     ) -> Host:
-        """A host with these addresses, told in order of preference."""
+        """A host with these addresses, signalled in order of preference."""
         name = name or role.value
         host = self._host(name, role, *addresses)
         self.nats[name] = nats(nat, public, stream(f"nat {name}"))
-        self.tell_relays(host, self.relays if relays is None else relays)
+        self.announce_relays(host, self.relays if relays is None else relays)
         return host
 
-    def tell_relays(self, host: Host, connected: list[Relay], gone: list[Relay] | None = None) -> None:
-        """What `init` and `relays_presence` say."""
+    def announce_relays(self, host: Host, connected: list[Relay], gone: list[Relay] | None = None) -> None:
+        """Announce relays as `init` and `relays_presence` do."""
         host.node.update_relays(
             [relay.rid for relay in gone or []], [relay.terms(host) for relay in connected], self.now
         )
         host.drain()
 
     def rebind(self, host: Host, *addresses: SocketAddress) -> None:
-        """The host's sockets are others now, as after roaming: what a gateway does then."""
+        """Replace the host's sockets as a gateway does after roaming."""
         host.addresses = addresses
         host.node.set_local_addresses(addresses, self.now)
         host.node.restart_relays(self.now)
@@ -204,7 +204,7 @@ class Internet(World):
             self._send(arriving, source, transmit.destination, transmit.ecn, self.delay_of_relay())
 
     def inject(self, host: Host, datagrams: list[bytes], source: SocketAddress, *, ecn: int = 0) -> None:
-        """Let a host receive this from there, now."""
+        """Deliver datagrams to a host from this source, without delay."""
         host.handle(
             datagrams, source, next(address for address in host.addresses if address.is_ipv6 == source.is_ipv6), ecn
         )
@@ -242,14 +242,14 @@ class Internet(World):
 
 
 class Punctual(Host):
-    """A host whose node never asks to be woken in the past, nor all the time, and leaves nothing undrained."""
+    """A host that checks its node: no deadlines in the past, no busy loops, nothing left undrained."""
 
     def __init__(self, world: World, name: str, role: Role, *addresses: str) -> None:
         super().__init__(world, name, role, *addresses)
         self.answers = False
-        """To every packet it sends one back."""
+        """Whether to answer every packet."""
         self.heard: list[float] = []
-        """When packets came."""
+        """The times at which packets arrived."""
         self.wake_ups = 0
         self._woken_at: list[float] = []
 
@@ -264,7 +264,7 @@ class Punctual(Host):
                 self.send(self.world.hosts[name], datagram("pong"))
 
     def drain(self) -> None:
-        """The guards that spare a host the looking must not hide anything."""
+        """The guards that let a host skip its reads must not hide anything."""
         reported, has_events = len(self.events), self.node.has_events
         super().drain()
         assert has_events or len(self.events) == reported
@@ -283,13 +283,13 @@ class Punctual(Host):
 
 
 def way(host: Host, peer: Host) -> str:
-    """How the connection to a peer leads, as last told: "direct" or "relayed"."""
+    """The path of the connection to a peer, as last reported: "direct" or "relayed"."""
     paths: list[str] = [it.path for it in host.of(ConnectionEstablished | PathChanged) if it.peer_id == peer.name]
     return paths[-1]
 
 
 def exchange(internet: Internet, client: Host, gateway: Host, *, within: float) -> float:
-    """Send both ways 20 times a second, until packets arrive both ways. Returns how long that took."""
+    """Send both ways 20 times a second, until packets arrive both ways. Returns the time that it took."""
     start = internet.now
     client.packets.clear()
     gateway.packets.clear()
@@ -325,7 +325,7 @@ def _cut(payload: bytes, segment_size: int) -> list[bytes]:
 
 
 def _source(sender: Host, transmit: Transmit) -> SocketAddress | None:
-    """The socket that a datagram leaves from; None where that host has no such address (any longer)."""
+    """The socket that a datagram leaves from; None if the host doesn't have this address (any longer)."""
     wanted = transmit.source
     mine: Iterator[SocketAddress] = (
         address for address in sender.addresses if address.is_ipv6 == transmit.destination.is_ipv6

@@ -1,4 +1,4 @@
-"""NATs as models: which port a datagram leaves from, and what may come back in (docs/decisions.md, 8)."""
+"""Models of NATs: the port that a datagram leaves from, and which datagrams are let in (docs/decisions.md, 8)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KINDS = ("none", "cone", "fullcone", "symmetric", "double", "cgn", "udp-blocked"
 
 
 class Nat:
-    """One box with one public IPv4 address. IPv6 passes untouched.
+    """A box with one public IPv4 address. IPv6 passes unchanged.
 
     Endpoint-independent mapping that keeps the port, filtered by address and port. `is_symmetric`: a random port for
     each destination; `is_open`: no filter, and the mapping never ends; `only_turn`: UDP leaves for port 3478 only.
@@ -37,7 +37,7 @@ class Nat:
         """(inner, outer address) -> when a datagram last passed, either way."""
 
     def outbound(self, source: SocketAddress, destination: SocketAddress, now: float) -> SocketAddress | None:
-        """Who the destination will think that it was; None where it doesn't leave."""
+        """The source that the destination sees; None if the datagram doesn't leave."""
         if self.only_turn and destination.port != TURN_PORT:
             return None
         if source.is_ipv6:
@@ -47,13 +47,13 @@ class Nat:
         if mapping is None or now - mapping.used_at > MAPPING_LIFETIME:
             mapping = _Mapping(self._free_port(source.port, now), now)
             for other in [destination for destination, old in self._ports.items() if old.port == mapping.port]:
-                del self._ports[other]  # it was over, and the port is somebody else's from now on
+                del self._ports[other]  # it has expired, and the port belongs to another mapping now
         self._ports[key] = mapping._replace(used_at=now)
         self._used[source, destination] = now
         return SocketAddress(self.public, mapping.port)
 
     def inbound(self, destination: SocketAddress, source: SocketAddress, now: float) -> SocketAddress | None:
-        """Whom a datagram from outside is for; None where it doesn't come in."""
+        """The inner destination of a datagram from outside; None if it doesn't come in."""
         if destination.is_ipv6:
             return None if self.only_turn and source.port != TURN_PORT else destination
         if destination.host != self.public:
@@ -85,7 +85,7 @@ class _Mapping(NamedTuple):
 
 
 def nats(kind: str, public: str, entropy: Entropy) -> list[Nat]:
-    """The boxes that a host is behind, the innermost first."""
+    """The boxes in front of a host, innermost first."""
     match kind:
         case "none":
             return []

@@ -1,4 +1,4 @@
-"""Whoever can send from a relay's address can spoil nothing: strange channel data is counted, never raised about."""
+"""Senders at a relay's address can do no harm: invalid channel data is counted and never raises."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def relayed() -> tuple[Internet, Host, Host]:
 
 
 def sealed(internet: Internet, host: Host, peer: Host, *packets: SuperPacket) -> list[bytes]:
-    """What the relay hands to `peer` when `host` sends these, kept from it."""
+    """The channel data in which `peer` would get these packets of `host`. The relay does not deliver them."""
     relay = internet.relays[0]
     relay.alive = False
     internet.arrived.clear()
@@ -114,7 +114,7 @@ def test_channel_data_from_another_address_is_not_channel_data() -> None:
 def test_a_relay_that_was_taken_away_is_a_stranger_like_any_other() -> None:
     internet, client, gateway = relayed()
     (message,) = sealed(internet, client, gateway, datagram("late"))
-    internet.tell_relays(gateway, [], gone=internet.relays)
+    internet.announce_relays(gateway, [], gone=internet.relays)
 
     internet.inject(gateway, [message], internet.relays[0].listening[0])
 
@@ -184,5 +184,5 @@ def test_the_connection_still_works_afterwards_and_no_slot_is_lost(shared: tuple
 
 @pytest.fixture(scope="module")
 def shared() -> tuple[Internet, Host, Host]:
-    """One connection that has to live with all that the tests above send."""
+    """A connection that has to survive everything that the tests above send."""
     return relayed()

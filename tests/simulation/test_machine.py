@@ -1,4 +1,4 @@
-"""Anything may happen to a network; once it has been healthy for 25 seconds, packets flow both ways."""
+"""After any sequence of events, packets flow both ways once the network has been healthy for 25 seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOMENTS = st.floats(0.0, 20.0, allow_nan=False)
 
 
 class UnreliableInternet(RuleBasedStateMachine):
-    """Two peers, two relays, and a portal that always hears of a lost connection in the end.
+    """Two peers, two relays, and a portal that is always notified of a lost connection eventually.
 
     Punctual hosts also assert that no deadline lies in the past and that timers don't storm.
     """
@@ -50,7 +50,7 @@ class UnreliableInternet(RuleBasedStateMachine):
     def relay_dies(self, index: int, is_announced: bool) -> None:
         self.internet.relays[index].alive = False
         if is_announced:
-            self._tell_relays()
+            self._announce_relays()
 
     @rule(index=st.integers(0, 1), is_announced=st.booleans(), forgets=st.booleans(), other_secret=st.booleans())
     def relay_returns(self, index: int, is_announced: bool, forgets: bool, other_secret: bool) -> None:
@@ -59,15 +59,15 @@ class UnreliableInternet(RuleBasedStateMachine):
         if forgets or other_secret:
             relay.restart(f"secret {self.internet.now}" if other_secret else None)
         if is_announced:
-            self._tell_relays()
+            self._announce_relays()
 
     @rule()
     def client_roams(self) -> None:
-        """Its sockets are others, its key is another, the portal tells it all it needs."""
+        """The client gets other sockets and another key, and the portal sends it relays and its gateway again."""
         self.moves += 1
         self.client.node.reset(self.internet.now)
         self._move(self.client)
-        self._tell_relays()
+        self._announce_relays()
         self.internet.introduce(self.client, self.gateway)
 
     @rule()
@@ -117,13 +117,13 @@ class UnreliableInternet(RuleBasedStateMachine):
         internet.direct = internet.portal_is_up = True
         for relay in internet.relays:
             relay.alive = True
-        self._tell_relays()
+        self._announce_relays()
         self._announce()
 
         end = internet.now + _HEALTHY
         while internet.now < end:
             if not (client.node.has_connection("gateway") and gateway.node.has_connection("client")):
-                internet.introduce(client, gateway)  # a client asks for it when a packet has no way to go
+                internet.introduce(client, gateway)  # a client asks for it when a packet has no path
             client.send(gateway, datagram("ping"))
             gateway.send(client, datagram("pong"))
             internet.run(0.5)
@@ -144,12 +144,12 @@ class UnreliableInternet(RuleBasedStateMachine):
         host.node.set_local_addresses(host.addresses, self.internet.now)
         host.drain()
 
-    def _tell_relays(self) -> None:
-        """The portal names those that it is connected to, and those that went."""
+    def _announce_relays(self) -> None:
+        """Announce the portal's connected and lost relays to both peers."""
         alive = [relay for relay in self.internet.relays if relay.alive]
         gone = [relay for relay in self.internet.relays if not relay.alive]
         for host in (self.client, self.gateway):
-            self.internet.tell_relays(host, alive, gone=gone)
+            self.internet.announce_relays(host, alive, gone=gone)
 
     def _announce(self) -> None:
         for host in (self.client, self.gateway):

@@ -1,4 +1,4 @@
-"""Every pair of NATs comes up, direct where that is possible, and then within three seconds (docs/decisions.md, 8)."""
+"""Every pair of NATs connects, directly if possible, and then within three seconds (docs/decisions.md, 8)."""
 
 from __future__ import annotations
 

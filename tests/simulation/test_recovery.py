@@ -1,4 +1,4 @@
-"""Relays go, fall silent, come back as somebody else: connections go on (docs/decisions.md, 3)."""
+"""Relays disappear, fall silent or restart with another identity: connections go on (docs/decisions.md, 3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.unit.core.snownet.world import Host, assert_no_slot_is_lost, datagram
 
 
 def relayed(*, relays: int = 2, standard: bool = False, families: str = "46") -> tuple[Internet, Host, Host]:
-    """Two hosts that can't do without relays, with some seconds of traffic behind them."""
+    """Two hosts that need relays, after some seconds of traffic."""
     internet = Internet()
     for _ in range(relays):
         internet.relay(standard=standard, families=families)
@@ -38,7 +38,7 @@ def test_a_relay_that_is_killed_and_announced_as_gone_costs_two_seconds_at_most(
 
     answers = ping(internet, client, gateway, seconds=1.0)
     for side in (client, gateway):
-        internet.tell_relays(side, [], gone=[relay])
+        internet.announce_relays(side, [], gone=[relay])
     answers += ping(internet, client, gateway, seconds=5.0)
 
     assert longest_gap(answers, start, internet.now) < 2.0
@@ -50,7 +50,7 @@ def test_a_relay_that_is_taken_away_but_still_works_costs_next_to_nothing() -> N
     start = internet.now
 
     for host, peer in ((client, gateway), (gateway, client)):
-        internet.tell_relays(host, [], gone=[in_use(internet, host, peer)])
+        internet.announce_relays(host, [], gone=[in_use(internet, host, peer)])
         answers = ping(internet, client, gateway, seconds=3.0)
         assert longest_gap(answers, start, internet.now) < 1.0
         start = internet.now
@@ -65,7 +65,7 @@ def test_when_only_one_side_hears_that_a_relay_is_gone_the_other_follows(whose: 
     relay.alive = False
     start = internet.now
 
-    internet.tell_relays(host, [], gone=[relay])
+    internet.announce_relays(host, [], gone=[relay])
     answers = ping(internet, client, gateway, seconds=8.0)
 
     assert longest_gap(answers, start, internet.now) < 5.0
@@ -117,7 +117,7 @@ def test_a_relay_that_restarts_with_other_credentials_is_used_again_once_it_is_a
     start = internet.now
 
     for side in (client, gateway):
-        internet.tell_relays(side, [relay], gone=gone)
+        internet.announce_relays(side, [relay], gone=gone)
     answers = ping(internet, client, gateway, seconds=5.0)
 
     assert longest_gap(answers, start, internet.now) < 1.0
@@ -130,7 +130,7 @@ def test_a_relay_that_restarts_with_the_same_secret_is_used_again_once_it_is_ann
     start = internet.now
 
     for side in (client, gateway):
-        internet.tell_relays(side, internet.relays)
+        internet.announce_relays(side, internet.relays)
     answers = ping(internet, client, gateway, seconds=5.0)
 
     assert longest_gap(answers, start, internet.now) < 1.0
@@ -139,7 +139,7 @@ def test_a_relay_that_restarts_with_the_same_secret_is_used_again_once_it_is_ann
 
 def test_an_unnoticed_restart_of_a_relay_is_detected_before_the_connection_fails() -> None:
     internet, client, gateway = relayed(relays=1)
-    for _ in range(2):  # the second time no check asks for a channel, which would find it out by chance
+    for _ in range(2):  # the second time no check asks for a channel, which would detect it by chance
         internet.relays[0].restart()
         for _ in range(40):
             client.send(gateway, datagram("ping"))
@@ -154,7 +154,7 @@ def test_repeated_updates_of_relays_do_not_harm_traffic() -> None:
     answers = []
     for _ in range(5):
         for host in (client, gateway):
-            internet.tell_relays(host, internet.relays)
+            internet.announce_relays(host, internet.relays)
         answers += ping(internet, client, gateway, seconds=4.0)
 
     assert longest_gap(answers, start, internet.now) < 0.2
@@ -169,7 +169,7 @@ def test_the_newest_of_many_relays_are_kept_and_allocations_at_the_oldest_are_de
     for _ in range(2):
         newest = [internet.relay(), internet.relay()]
         for host in (client, gateway):
-            internet.tell_relays(host, newest)
+            internet.announce_relays(host, newest)
         answers += ping(internet, client, gateway, seconds=5.0)
 
     assert longest_gap(answers, start, internet.now) < 1.0
@@ -228,7 +228,7 @@ def test_a_relay_that_comes_later_rescues_a_connection_that_found_no_path() -> N
 
     internet.relay()
     for side in (client, gateway):
-        internet.tell_relays(side, internet.relays)
+        internet.announce_relays(side, internet.relays)
 
     assert internet.run_until(lambda: gateway.texts() == ["first"], within=1.0) < 0.4
     _assert_healthy(internet, client, gateway)

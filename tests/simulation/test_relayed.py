@@ -1,4 +1,4 @@
-"""Peers that can't reach each other meet at relays: all that a direct path carries, channels carry too."""
+"""Peers without a direct path connect through relays: channels carry everything that a direct path does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WAYS = ("one relay", "two relays", "relay to relay", "client's only", "gateway'
 
 
 def _introduced(topology: str = "one relay", *, ahead: float = 1.0) -> tuple[Internet, Host, Host]:
-    """A client and a gateway whose relays were told `ahead` seconds before they hear of each other."""
+    """A client and a gateway that got their relays `ahead` seconds before they were introduced to each other."""
     internet = Internet()
     first = internet.relay()
     both: list[Relay] = [first] if topology == "one relay" else [first, internet.relay()]
@@ -72,7 +72,9 @@ def test_packets_sent_before_there_is_a_path_all_arrive_in_order(topology: str, 
     assert (way(client, gateway), way(gateway, client)) == ("relayed", "relayed")
     one_way = 0.06 if topology == "relay to relay" else 0.04
     allocating = max(0.0, 0.12 - ahead)  # BINDING, ALLOCATE and again ALLOCATE
-    assert took < allocating + LATENCY + 5 * one_way + 0.015  # told; check, handshake and the packet itself
+    assert (
+        took < allocating + LATENCY + 5 * one_way + 0.015
+    )  # the introduction, a check, the handshake and the packet itself
 
 
 @pytest.mark.parametrize(("near", "far"), [(0.005, 0.06), (0.06, 0.005)])
@@ -233,5 +235,5 @@ def test_when_the_direct_path_dies_the_connection_goes_on_through_the_relay() ->
 
 
 def _inner(sent: bytes) -> bytes:
-    """What channel data carries; anything else as it is."""
+    """The payload of channel data. Other datagrams are returned unchanged."""
     return sent[4:] if 0x40 <= sent[0] <= 0x4F else sent

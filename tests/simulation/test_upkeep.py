@@ -1,4 +1,4 @@
-"""What keeps relayed connections alive for hours, and what becomes of allocations when something ends."""
+"""Relayed connections stay alive for hours, and allocations are released when connections or relays end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def relayed(*, relays: int = 1, nat: str = "udp-blocked") -> tuple[Internet, Hos
 
 
 def requests(host: Host, method: Method) -> list[float]:
-    """When a host asked its relays for this."""
+    """The times at which a host sent these requests to its relays."""
     found = [(at, stun.parse(data)) for at, data in host.sent if data[:1] == b"\0"]
     return [at for at, message in found if message is not None and message.method == method]
 
@@ -166,7 +166,7 @@ def test_a_client_that_resets_forgets_relays_and_connects_anew_with_another_key(
     client.node.reset(internet.now)
     client.drain()
     client.move("10.0.88.1")
-    internet.tell_relays(client, internet.relays)
+    internet.announce_relays(client, internet.relays)
 
     internet.introduce(client, gateway)
     start = internet.now
@@ -209,7 +209,7 @@ def test_a_closed_connection_leaves_the_allocation_to_others() -> None:
 def test_a_dropped_allocation_that_a_path_still_leads_through_swallows_packets_and_nothing_else() -> None:
     internet, client, gateway = relayed()
 
-    internet.tell_relays(client, [], gone=internet.relays)
+    internet.announce_relays(client, [], gone=internet.relays)
     for _ in range(20):
         client.send(gateway, run_of_segments(segments=20), datagram("lone"), run_of_segments(segments=3))
         gateway.send(client, run_of_segments(segments=20), datagram("lone"))
@@ -217,7 +217,7 @@ def test_a_dropped_allocation_that_a_path_still_leads_through_swallows_packets_a
     assert gateway.texts() == client.texts() == []
     assert_no_slot_is_lost([client, gateway])
 
-    internet.tell_relays(client, internet.relays)
+    internet.announce_relays(client, internet.relays)
     exchange(internet, client, gateway, within=1.0)
     assert client.of(ConnectionFailed) == client.of(RelayFailed) == []
     assert client.of(PathChanged)
@@ -229,7 +229,7 @@ def test_runs_sent_while_relays_come_and_go_cost_no_slot() -> None:
         relay = internet.relays[turn // 20 % 2]
         if turn % 10 == 0:
             for host in (client, gateway):
-                internet.tell_relays(host, [relay] if turn % 20 else [], gone=[] if turn % 20 else [relay])
+                internet.announce_relays(host, [relay] if turn % 20 else [], gone=[] if turn % 20 else [relay])
         client.send(gateway, run_of_segments(segments=53, segment_size=1200), *(datagram(str(n)) for n in range(10)))
         gateway.send(client, run_of_segments(segments=53, segment_size=1200), *(datagram(str(n)) for n in range(10)))
         internet.run(0.1)
