@@ -1,4 +1,4 @@
-"""Peers of a portal under test: a portal in this process, and WebSockets that speak to it as anyone could."""
+"""A portal in this process, and peers that connect to it over ordinary WebSockets."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Portal:
         return self.directory / "portal.toml"
 
     async def reseed(self, *changes: tuple[str, str]) -> bool:
-        """Replace texts in the seed file and have it read anew."""
+        """Replace texts in the seed file and reload it."""
         text = self.seed.read_text()
         for old, new in changes:
             assert old in text
@@ -136,7 +136,7 @@ class Portal:
         self.service.handle_timeout()
 
     async def connect(self, path: str, agent: str, *, headers: dict[str, str] | None = None) -> Peer:
-        """Open a WebSocket; fails with the refusal where there is none."""
+        """Open a WebSocket. Raises the refusal if the portal refuses it."""
         peer = await Peer.open(self.address, path, agent, headers or {})
         self.peers.append(peer)
         return peer
@@ -199,7 +199,7 @@ async def stop_portal(portal: Portal) -> None:
 
 
 async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
-    """Wait until it holds; fails after so many seconds."""
+    """Wait until the condition holds. Fails after `seconds`."""
     deadline = boottime() + seconds
     while not condition():
         assert boottime() < deadline, "it did not come true in time"
@@ -220,7 +220,7 @@ class Refusal(Exception):
 
 
 class Peer:
-    """A WebSocket that speaks Phoenix's object form and keeps what it was sent, by event."""
+    """A WebSocket that speaks Phoenix's object form and keeps the frames that it receives, by event."""
 
     def __init__(self, protocol: _PeerProtocol) -> None:
         self.topic = ""
@@ -269,7 +269,7 @@ class Peer:
         return self.frames.pop(number)
 
     async def settle(self) -> list[str]:
-        """What arrived and was not taken, by event, once the portal has dealt with all that was sent."""
+        """The frames that were received and not taken, by event, once the portal has handled every sent frame."""
         reference = self.send("heartbeat", {}, topic="phoenix")
         await until(lambda: any(frame["ref"] == reference for frame in self.frames))
         self.frames = [frame for frame in self.frames if frame["ref"] != reference]

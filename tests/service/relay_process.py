@@ -57,7 +57,7 @@ class RelayProcess:
         assert self._notify.recv(64) == b"READY=1", self.log.read_text()
 
     def events(self, message_type: str, **fields: Any) -> list[dict[str, Any]]:
-        """What it logged so far, with `--log-format json`: messages of a type that have these fields."""
+        """The messages of this type and with these fields that it has logged. Requires `--log-format json`."""
         lines = self.log.read_text().splitlines(keepends=True)
         messages = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
         return [message for message in messages if {**message, "message_type": message_type, **fields} == message]
@@ -80,7 +80,7 @@ class RelayProcess:
 
 
 class TurnClient:
-    """A blocking client on a socket of its own."""
+    """A blocking client with its own socket."""
 
     def __init__(self, relay: int, *, host: str = "127.0.0.1", username: str = USER, password: str = PASSWORD) -> None:
         self.socket = udp(host)
@@ -90,7 +90,7 @@ class TurnClient:
         self._nonce: str | None = None
 
     def request(self, method: int, *attributes: tuple[stun.Attribute[Any], Any]) -> Message:
-        """Ask, and once more if the nonce is wanted; every answer must be signed."""
+        """Send a request, and repeat it if the nonce was missing. Every answer must be signed."""
         answer = self._ask(method, *attributes)
         if self._nonce is None:
             assert code_of(answer) == 401
@@ -124,14 +124,14 @@ class TurnClient:
         return answer
 
     def _exchange(self, request: bytes) -> bytes:
-        """Ask until there is an answer: strangers get so many a second."""
+        """Repeat the request until there is an answer: answers to strangers are limited per second."""
         self.socket.settimeout(RETRANSMISSION)
         try:
             for _ in range(round(PATIENCE / RETRANSMISSION)):
                 self.socket.send(request)
                 with contextlib.suppress(TimeoutError):
                     while (answer := self.socket.recv(2048))[8:20] != request[8:20]:
-                        pass  # a second one, to a question asked twice
+                        pass  # a second answer, to a repeated request
                     return answer
         finally:
             self.socket.settimeout(PATIENCE)

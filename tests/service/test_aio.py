@@ -1,4 +1,4 @@
-"""The asyncio front door: real asyncio programs, each a process of its own."""
+"""The asyncio API: real asyncio programs, each in its own process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _URL = f"ws://{PORTAL}:{PORTAL_PORT}/"
 
 @pytest.fixture
 def product(lab: Lab) -> Iterator[Product]:
-    """Portal and gateway; the client is up to the test."""
+    """A portal and a gateway. The test runs the client."""
     network = Network(lab)
     network.start_servers()
     product = Product(network)
@@ -170,7 +170,7 @@ def test_a_name_that_is_being_resolved_does_not_keep_the_program_from_ending(lab
 
 
 def test_without_the_capability_it_is_one_clear_sentence() -> None:
-    """As root: in a network of its own, without the capability. Else as we are."""
+    """Run without the capability: as root in a network namespace of its own, otherwise as the current user."""
     command = ["unshare", "--net", "setpriv", "--bounding-set=-net_admin", "--"] if os.geteuid() == 0 else []
     done = _run(
         """

@@ -63,7 +63,7 @@ async def test_a_timer_that_is_unset_does_not_fire(timers: Timers) -> None:
 
 @pytest_twisted.ensureDeferred
 async def test_a_timer_that_is_set_anew_after_it_expired_waits_for_the_new_deadline(timers: Timers) -> None:
-    """As when another event of the same turn moves the deadline: the reactor has seen the expiry by then."""
+    """Another event of the same turn moves the deadline after the reactor has seen the expiry."""
     timer, fired = timers.new()
     timer.set(boottime() - 1)
     deadline = boottime() + 0.05
@@ -119,7 +119,7 @@ def test_the_clocks_match_the_kernels() -> None:
 
 
 class Timers:
-    """Makes timers under the running reactor; `fired` becomes the time at which one fired."""
+    """Makes timers under the running reactor; `fired` becomes the time at which a timer fired."""
 
     def __init__(self) -> None:
         self._timers: list[BoottimeTimer] = []

@@ -1,4 +1,4 @@
-"""Log messages on their way out of the process: by a thread, which may wait where the caller must not."""
+"""Log messages leave the process through a thread, which may block although the caller must not."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_twisteds_messages_are_logged_at_their_level(opened: Callable[..., LogWr
 
 
 def _read_until_quiet(descriptor: int) -> str:
-    """All that comes until nothing has come for half a second."""
+    """Read until nothing has arrived for half a second."""
     received = bytearray()
     while select.select([descriptor], [], [], 0.5)[0]:
         received += os.read(descriptor, 1 << 16)

@@ -1,4 +1,4 @@
-"""The endpoint that marks its socket, and the race of several addresses."""
+"""The endpoint that marks its socket, and the race between several addresses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Caller(Protocol):
 
 
 class _Silent(Factory):
-    """Never gets to build anything."""
+    """A factory that never builds a protocol."""
 
     protocol = None
 
@@ -57,7 +57,7 @@ def server(request: pytest.FixtureRequest) -> Generator[tuple[str, int]]:
 
 @pytest.fixture
 def full_backlog() -> Generator[int]:
-    """A port of 127.0.0.1 that answers no SYN: its backlog is full and nobody accepts."""
+    """A port of 127.0.0.1 that answers no SYN: its backlog is full and never accepted."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -215,7 +215,7 @@ class _Recorder:
 
 
 class _without_net_admin:
-    """Takes from this thread what marking needs, for a while."""
+    """Drops the capabilities for marking from this thread temporarily."""
 
     def __enter__(self) -> None:
         self._before = _effective_capabilities()
@@ -256,5 +256,5 @@ def _closed_port() -> int:
 
 
 def _descriptors_of(kind: type) -> list[Any]:
-    """What the reactor still holds of connections in the making."""
+    """The pending connections that the reactor still holds."""
     return [writer for writer in _reactor.getWriters() if writer.logPrefix() == kind.__name__]

@@ -1,4 +1,4 @@
-"""The portal connection against a portal on loopback that does what portals and the ways to them do."""
+"""The portal connection against a portal on loopback that misbehaves as real portals and networks do."""
 
 from __future__ import annotations
 
@@ -356,7 +356,9 @@ async def test_an_unreachable_portal_is_tried_again_and_its_name_resolved_each_t
     lost = await world.inbox.next_of(Lost)
     assert f"127.0.0.1:{world.portal.port}" in lost.reason
     world.addresses = []
-    world.clock.advance(lost.delay)  # no more: an attempt that finds no address ends at once, and the next is due soon
+    world.clock.advance(
+        lost.delay
+    )  # not longer: an attempt that finds no address ends at once, and the next is due soon
     assert "portal.example" in (await world.inbox.next_of(Lost)).reason
 
     assert world.resolved == ["portal.example", "portal.example"]
@@ -641,7 +643,7 @@ async def _joined(world: World) -> Peer:
 
 
 async def _later(read: Any, seconds: float = 0.05) -> Any:
-    """What `read` says after the reactor was busy with other things for a while."""
+    """The value of `read` after the reactor has been busy with other work for a while."""
     await deferLater(_reactor, seconds)
     return read()
 
@@ -654,7 +656,7 @@ def _quiet(portal: UnrulyPortal) -> Peer:
 
 
 def _refusal(status: int, body: Any, headers: str = "", *, kind: str = _PROBLEM) -> tuple[bytes, bytes]:
-    """Head and body of an answer that is no upgrade."""
+    """Head and body of an answer that is not an upgrade."""
     content = json.dumps(body).encode()
     head = f"HTTP/1.1 {status} Reason\r\nContent-Type: {kind}\r\n{headers}Content-Length: {len(content)}\r\n\r\n"
     return head.encode(), content

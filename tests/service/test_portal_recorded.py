@@ -1,4 +1,4 @@
-"""Upstream's programs of both generations, as recorded, talk to our portal: it says what they were told then."""
+"""Recorded programs of both upstream generations get the same answers from our portal as when they were recorded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
 @pytest_twisted.ensureDeferred
 async def test_a_recorded_session_goes_through(portal: Portal, session: str) -> None:
     peers: dict[str, Peer] = {}
-    ours: dict[str, str] = {}  # ids and refs of the recording to those of this portal
+    ours: dict[str, str] = {}  # ids and refs of the recording -> ids and refs of this portal
     answers = 0
 
     for row in recorded(_VECTORS / session):
@@ -66,7 +66,7 @@ def test_there_are_sessions_of_both_generations() -> None:
 
 
 def _compare(then: Any, now: Any, ours: dict[str, str], where: str) -> None:
-    """The same shape: every key of then, with a value of the same type; learn what ids and refs are called now."""
+    """Check that `now` has every key of `then` with a value of the same type, and learn the current ids and refs."""
     if isinstance(then, dict):
         now_keys = {{"sites": "gateway_groups", "site_id": "gateway_group_id"}.get(key, key): key for key in now}
         for key, value in then.items():

@@ -1,4 +1,4 @@
-"""Relays come and go: who is told, when, and with which credentials."""
+"""Announcements of new and lost relays: recipients, times and credentials."""
 
 from __future__ import annotations
 

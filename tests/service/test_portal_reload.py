@@ -1,4 +1,4 @@
-"""A changed seed file: who is told what."""
+"""Notifications after a change of the seed file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets a WebSocket, what is answered to whom gets none, and what Phoenix promises on it."""
+"""Accepted and refused WebSockets, and the guarantees of Phoenix on them."""
 
 from __future__ import annotations
 
@@ -355,7 +355,7 @@ async def test_a_stop_closes_every_socket_so_that_its_peer_comes_back(tmp_path: 
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_port_in_use_is_one_sentence(portal: Portal, tmp_path: Path) -> None:
+async def test_a_port_in_use_is_reported_in_one_sentence(portal: Portal, tmp_path: Path) -> None:
     error = await _start_error(portal, tmp_path / "second.sqlite3", listen=portal.address)
 
     assert re.fullmatch(r"can't listen on 127\.0\.0\.1:\d+: Address already in use; choose another --listen", error)
@@ -381,6 +381,6 @@ async def _start_error(portal: Portal, database: Path, **options: Any) -> str:
 
 
 async def _stop_growing(portal: Portal) -> None:
-    """From now on the database may not grow: what a full disk is to SQLite."""
+    """Forbid the database to grow, which SQLite reports as a full disk."""
     store = portal.service._store
     await store._transact(lambda connection: connection.exec_driver_sql("PRAGMA max_page_count = 1"))

@@ -1,4 +1,4 @@
-"""The database: what was acknowledged is there, whatever happened to the process; what is wrong is one sentence."""
+"""The database: acknowledged changes survive any end of the process, and every error is a single sentence."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_acknowledged_changes_survive_a_kill_at_any_moment(tmp_path: Path)
                 known.setdefault("clients", {})[name] = None
             client.send("create_flow", {"resource_id": LAB_ID, "connected_gateway_ids": []})
             known["flows"].add(((await gateway.receive("authorize_flow"))["client"]["id"], LAB_ID))
-            # Work is under way when the process dies: whether it is kept is open, but it must not damage anything.
+            # The process dies during a change, which may be lost or kept but must not damage anything.
             unfinished = [
                 Deferred.fromCoroutine(_connect_unfinished(portal, f"{attempt}-{number}"))
                 for number in range(attempt * 2)
@@ -80,7 +80,7 @@ async def test_acknowledged_changes_survive_a_kill_at_any_moment(tmp_path: Path)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_file_that_is_not_a_database_is_one_sentence(tmp_path: Path) -> None:
+async def test_a_file_that_is_not_a_database_is_reported_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "portal.sqlite3"
     path.write_bytes(b"not a database" * 1000)
 
@@ -90,7 +90,7 @@ async def test_a_file_that_is_not_a_database_is_one_sentence(tmp_path: Path) -> 
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_damaged_database_is_one_sentence(tmp_path: Path) -> None:
+async def test_a_damaged_database_is_reported_in_one_sentence(tmp_path: Path) -> None:
     portal = await start_portal(tmp_path)
     for number in range(50):
         await portal.join("client", external_id=f"{number}")
@@ -105,7 +105,7 @@ async def test_a_damaged_database_is_one_sentence(tmp_path: Path) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_directory_that_is_missing_is_one_sentence(tmp_path: Path) -> None:
+async def test_a_directory_that_is_missing_is_reported_in_one_sentence(tmp_path: Path) -> None:
     error = await _open_error(tmp_path / "nowhere/portal.sqlite3")
 
     assert error == (
@@ -115,7 +115,7 @@ async def test_a_directory_that_is_missing_is_one_sentence(tmp_path: Path) -> No
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_database_of_a_newer_version_is_one_sentence(tmp_path: Path) -> None:
+async def test_a_database_of_a_newer_version_is_reported_in_one_sentence(tmp_path: Path) -> None:
     await stop_portal(await start_portal(tmp_path))
     path = tmp_path / "portal.sqlite3"
     connection = sqlite3.connect(path)
@@ -184,7 +184,7 @@ async def _open_error(path: Path) -> str:
 
 
 class _Process:
-    """A portal in a process of its own."""
+    """A portal in its own process."""
 
     def __init__(self, directory: Path) -> None:
         seed = directory / "portal.toml"

@@ -1,4 +1,4 @@
-"""How real twistd processes of ours begin and end: exit codes, sentences on stderr, logs, word to a service manager."""
+"""Start and end of real twistd processes: exit codes, errors on stderr, logs, notifications to a service manager."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.system.programs import Program
 
 _ROOT = Path(__file__).parents[2]
 _TWISTD = str(Path(sys.executable).with_name("twistd"))
-_SECRET = "n.a-token-that-nobody-may-see"
+_SECRET = "n.a-secret-token"
 _SEED = f"""
 [account]
 name = "Test"
@@ -41,14 +41,14 @@ token = "{_SECRET}"
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """With a seed file, and everything else that a process writes."""
+    """The directory of the seed file and of all files that a process writes."""
     (tmp_path / "portal.toml").write_text(_SEED)
     return tmp_path
 
 
 @pytest.fixture
 def portal(directory: Path) -> Iterator[Program]:
-    """One that is ready, and logs in JSON."""
+    """Start a process that logs in JSON, and wait until it is ready."""
     program = _start(directory, "firezone-portal", *_PORTAL, "--log-format", "json", "--log-level", "debug")
     program.wait_ready()
     yield program
@@ -104,7 +104,9 @@ def test_no_core_is_dumped(portal: Program) -> None:
         (None, "can't read the seed file portal.toml: No such file or directory\n"),
     ],
 )
-def test_an_invalid_seed_is_one_sentence_and_code_1(directory: Path, seed: str | None, complaint: str) -> None:
+def test_an_invalid_seed_is_reported_in_one_sentence_with_code_1(
+    directory: Path, seed: str | None, complaint: str
+) -> None:
     (directory / "portal.toml").unlink()
     if seed is not None:
         (directory / "portal.toml").write_text(seed)
@@ -112,7 +114,7 @@ def test_an_invalid_seed_is_one_sentence_and_code_1(directory: Path, seed: str |
     _fails(directory, "firezone-portal", *_PORTAL, code=1, complaint=complaint)
 
 
-def test_a_port_in_use_is_one_sentence_and_code_1(directory: Path) -> None:
+def test_a_port_in_use_is_reported_in_one_sentence_with_code_1(directory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
 
@@ -124,7 +126,9 @@ def test_a_port_in_use_is_one_sentence_and_code_1(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"this is no database, and longer than its header would be" * 40])
-def test_a_corrupt_database_is_one_sentence_and_code_1_and_is_left_alone(directory: Path, content: bytes) -> None:
+def test_a_corrupt_database_is_reported_in_one_sentence_with_code_1_and_is_left_alone(
+    directory: Path, content: bytes
+) -> None:
     database = directory / "firezone-portal.sqlite3"
     database.write_bytes(content)
 
@@ -134,7 +138,7 @@ def test_a_corrupt_database_is_one_sentence_and_code_1_and_is_left_alone(directo
 
 
 @pytest.mark.parametrize("role", ["client", "gateway"])
-def test_a_missing_token_is_one_sentence_and_code_1(directory: Path, role: str) -> None:
+def test_a_missing_token_is_reported_in_one_sentence_with_code_1(directory: Path, role: str) -> None:
     path = str(directory / "no-token")
 
     _fails(
@@ -145,7 +149,7 @@ def test_a_missing_token_is_one_sentence_and_code_1(directory: Path, role: str) 
 
 
 @pytest.mark.parametrize("role", ["client", "gateway"])
-def test_an_invalid_url_is_one_sentence_and_code_1(directory: Path, role: str) -> None:
+def test_an_invalid_url_is_reported_in_one_sentence_with_code_1(directory: Path, role: str) -> None:
     _fails(
         *(directory, f"firezone-{role}", "--api-url", "portal.example", "--state-dir", str(directory)),
         code=1,
@@ -164,7 +168,7 @@ def test_an_invalid_url_is_one_sentence_and_code_1(directory: Path, role: str) -
         (("--log-level", "loud"), "--log-level: 'loud' is not a log level: debug, info, warn or error (see --help)"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_code_2(
+def test_a_wrong_command_line_is_reported_in_one_line_with_code_2(
     directory: Path, role: str, arguments: tuple[str, ...], complaint: str
 ) -> None:
     required = ("--seed", "portal.toml") if role == "portal" else ()
@@ -172,7 +176,7 @@ def test_a_wrong_command_line_is_one_line_and_code_2(
     _fails(directory, f"firezone-{role}", *required, *arguments, code=2, complaint=complaint)
 
 
-def test_an_invalid_variable_is_one_line_and_code_2(directory: Path) -> None:
+def test_an_invalid_variable_is_reported_in_one_line_with_code_2(directory: Path) -> None:
     _fails(
         *(directory, "firezone-gateway"),
         code=2,
@@ -213,7 +217,7 @@ def test_logs_also_go_to_a_file_of_their_own(directory: Path) -> None:
     assert stat.S_IMODE(latest.stat().st_mode) == 0o640
 
 
-def test_a_log_directory_that_cannot_be_is_one_sentence_and_code_1(directory: Path) -> None:
+def test_a_log_directory_that_cannot_be_created_is_reported_in_one_sentence_with_code_1(directory: Path) -> None:
     (directory / "file").write_text("")
 
     _fails(
@@ -265,7 +269,7 @@ def test_a_refused_peers_token_is_not_in_the_log_at_debug_level(portal: Program)
     portal.wait_for("portal:connection_refused")
     portal.stop()
 
-    assert "nobody-may-see" not in portal.output()
+    assert "a-secret-token" not in portal.output()
 
 
 @pytest.mark.namespaces
@@ -286,14 +290,14 @@ _PORTAL = ("--seed", "portal.toml", "--listen", "127.0.0.1:0")
 
 
 def _fails(directory: Path, *command: str, code: int, complaint: str, **environment: str) -> None:
-    """It ends with the code and one line on stderr, which begins with its name."""
+    """Check that the process ends with this code and a line on stderr that begins with its name."""
     done = _run(directory, *command, **environment)
 
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"{command[0]}: ")
     assert complaint in done.stderr
-    assert "nobody-may-see" not in done.stderr + done.stdout
+    assert "a-secret-token" not in done.stderr + done.stdout
     assert "Traceback" not in done.stdout
 
 
@@ -326,12 +330,12 @@ def _twistd(command: Sequence[str]) -> list[str]:
 
 
 def _environment(**more: str) -> dict[str, str]:
-    """The sources under test are those next to the tests, wherever the plugins were installed from."""
+    """Use the sources next to the tests, wherever the plugins were installed from."""
     return {"PATH": os.environ.get("PATH", os.defpath), "PYTHONPATH": str(_ROOT), **more}
 
 
 def _fill(pipe: int) -> None:
-    """Write to it until it takes no more; who writes then has to wait."""
+    """Fill the pipe, so that further writers have to wait."""
     os.set_blocking(pipe, False)
     for size in (4096, 1):
         try:

@@ -1,4 +1,4 @@
-"""The relay with real sockets: batches both ways, ports that are taken, limits, and how it ends."""
+"""The relay with real sockets: batches both ways, taken ports, limits, and shutdown."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_batch_stays_a_batch_through_the_relay_in_both_directions(relay: Relay
     payloads = [bytes([number]) * 1312 for number in range(40)] + [b"last"]
     framed = [struct.pack("!HH", 0x4000, len(payload)) + payload for payload in payloads]
     for receiver in (client.socket, peer):
-        # Before anything is sent: what arrives earlier is handed over one datagram at a time.
+        # Before anything is sent: earlier datagrams would be delivered one at a time.
         receiver.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
 
     _send_segmented(client.socket, b"".join(framed), 1316)
@@ -252,7 +252,7 @@ def _send_segmented(sock: socket.socket, data: bytes, size: int) -> None:
 
 
 def _receive_batch(sock: socket.socket) -> tuple[bytes, int]:
-    """What came together, and the size of its datagrams."""
+    """The datagrams received together, and the size of each."""
     data, ancillary, _, _ = sock.recvmsg(65_536, 64)
     sizes = [struct.unpack("=I", value)[0] for _, kind, value in ancillary if kind == _UDP_GRO]
     return data, sizes[0] if sizes else len(data)

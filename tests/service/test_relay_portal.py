@@ -1,4 +1,4 @@
-"""A relay and its portal: peers are told of it with credentials that it takes, and it leaves before it ends."""
+"""A relay and its portal: peers get valid credentials for the relay, and it leaves the portal before it ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large a relay may become (docs/decisions.md, 23), and what a flood of allocations from one address does."""
+"""The size of a relay (docs/decisions.md, 23), and a flood of allocations from one address."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DESCRIPTORS = 20_000  # two for each allocation of half of them, and as many fo
 
 @pytest.fixture
 def descriptors() -> Iterator[None]:
-    """As many as the test itself needs."""
+    """Raise the descriptor limit as far as the test itself needs."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < _DESCRIPTORS:
         pytest.skip(f"a process may have {hard} descriptors only")
@@ -86,7 +86,7 @@ def test_a_flood_of_allocations_from_one_address_ends_at_the_quota_of_its_user(t
 
 
 class _Allocating:
-    """One client on its way to an allocation."""
+    """A client that is about to get an allocation."""
 
     def __init__(self, relay: int, host: str) -> None:
         self.code: int | None = None
@@ -120,7 +120,7 @@ class _Allocating:
 
 
 def _allocate_all(clients: Sequence[_Allocating], patience: float = 60.0) -> None:
-    """Some at a time, until each has an answer that counts."""
+    """Run some clients at a time, until each has a final answer."""
     poll = select.epoll()
     waiting = {client.socket.fileno(): client for client in clients}
     for descriptor in waiting:
@@ -137,7 +137,7 @@ def _allocate_all(clients: Sequence[_Allocating], patience: float = 60.0) -> Non
             client.hear()
             if client.code is not None:
                 del waiting[descriptor], asked[descriptor]
-        if not ready:  # lost on the way, or withheld
+        if not ready:  # lost or withheld
             for client in asked.values():
                 client.ask()
         assert time.monotonic() < deadline, f"{len(waiting)} of {len(clients)} have no answer"

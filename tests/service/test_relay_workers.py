@@ -1,4 +1,4 @@
-"""A relay of several processes on one port: each client stays with its own, and one that dies takes no other along."""
+"""A relay of several processes on one port: clients stay with their worker, and workers fail independently."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_second_signal_ends_all_workers_at_once_even_if_each_process_gets_it(r
 
     for _ in range(2):  # as a terminal and a service manager do it
         for pid in (*workers, relay.process.pid):
-            with contextlib.suppress(ProcessLookupError):  # who serves nobody ends at the first
+            with contextlib.suppress(ProcessLookupError):  # a worker without clients ends at the first signal
                 os.kill(pid, signal.SIGINT)
         until(lambda: relay.events("relay:draining"))
 
@@ -195,14 +195,14 @@ def test_a_worker_shows_neither_token_nor_passwords(tmp_path: Path) -> None:
     relay = RelayProcess(
         tmp_path,
         *("--workers", "2", "--log-format", "json", *_PORTS, "--drain-time", "0s"),
-        environment={"FIREZONE_TOKEN": "nobody-may-see-this"},
+        environment={"FIREZONE_TOKEN": "a-secret-token"},
     )
     with contextlib.closing(relay):
         relay.wait_ready()
         TurnClient(relay.port).allocate()
         for pid in [event["pid"] for event in relay.events("relay:worker_started")]:
             seen = Path(f"/proc/{pid}/environ").read_bytes() + Path(f"/proc/{pid}/cmdline").read_bytes()
-            assert b"nobody-may-see-this" not in seen
+            assert b"a-secret-token" not in seen
         relay.signal()
         assert relay.wait() == 0
         assert len(relay.events("relay:stopped")) == 2
@@ -216,7 +216,7 @@ class _Allocated:
 
 
 def _client_of(relay: RelayProcess, worker: int) -> _Allocated:
-    """A client that the kernel gave to this worker."""
+    """A client that the kernel assigned to this worker."""
     for _ in range(100):
         allocated = _Allocated(TurnClient(relay.port))
         if (allocated.relayed[0].port >= _MIDDLE) == bool(worker):

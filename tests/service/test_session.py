@@ -40,7 +40,7 @@ _INTERFACE = "tun-firezone"
 
 @pytest.fixture
 def host(lab: Lab) -> Iterator[Host]:
-    """All of the test takes place on this host."""
+    """The host on which the whole test runs."""
     host = lab.host("client")
     with inside(host):
         yield host
@@ -103,7 +103,7 @@ async def test_it_can_be_closed_before_anything_has_happened(host: Host, tmp_pat
 @pytest_twisted.ensureDeferred
 async def test_a_wrong_token_ends_it_and_asks_for_a_new_token(host: Host, tmp_path: Path) -> None:
     async with _portal(tmp_path) as portal:
-        session, events = _connect(portal, tmp_path, token="n.somebody-elses")
+        session, events = _connect(portal, tmp_path, token="n.another-token")
 
         (disconnected,) = [event async for event in events]
 
@@ -111,7 +111,7 @@ async def test_a_wrong_token_ends_it_and_asks_for_a_new_token(host: Host, tmp_pa
         assert disconnected.requires_sign_in
         assert isinstance(disconnected.error, AuthenticationError)
         assert "token" in str(disconnected.error)
-        assert "somebody-elses" not in one_line(disconnected.error)
+        assert "another-token" not in one_line(disconnected.error)
         with pytest.raises(SessionClosed):
             session.reset("too late")
         await session.close()
@@ -268,7 +268,7 @@ def _connect(portal: Portal, directory: Path, token: str = CLIENT_TOKEN) -> Conn
 
 
 async def _read(events: EventStream, *kinds: type) -> dict[type, Any]:
-    """Read until there was one event of each kind; the last one of each."""
+    """Read until there was an event of each kind. Returns the last event of each."""
     latest: dict[type, Event] = {}
     while not all(kind in latest for kind in kinds):
         event = await _within(events.next)

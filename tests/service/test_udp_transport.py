@@ -223,7 +223,7 @@ class End:
         return self.transport.getHost()
 
     def datagrams(self, count: int) -> Deferred[None]:
-        """Fires once that many have been received."""
+        """Fires once this many datagrams have been received."""
         arrived: Deferred[None] = Deferred()
         self._waiting = (count, arrived)
         self._check()

@@ -1,4 +1,4 @@
-"""A portal on loopback that misbehaves on demand, and what a `PortalLink` needs around it."""
+"""A portal on loopback that misbehaves on demand, and the environment that a `PortalLink` needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 class Signal:
-    """Something that tests wait for, by the piece. Like the queues of ours, it wakes its reader in a later turn."""
+    """A queue of items that tests wait for. Like our own queues, it wakes its reader in a later turn."""
 
     def __init__(self) -> None:
         self.items: deque[Any] = deque()
@@ -44,7 +44,7 @@ class Signal:
             _reactor.callLater(0, waiting.callback, None)
 
     async def next(self, wanted: Callable[[Any], bool] = lambda _: True) -> Any:
-        """The next item that is wanted; those before it are dropped."""
+        """Return the next wanted item, and drop the items before it."""
         while True:
             while self.items:
                 item = self.items.popleft()
@@ -73,7 +73,7 @@ class Inbox(Signal):
 
 
 class Clock:
-    """Boot time that passes when told to, and the one timer that runs on it."""
+    """A boot-time clock that a test advances, and the only timer on it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -102,7 +102,7 @@ class Clock:
 
 
 class Peer(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn has no types
-    """One WebSocket of the portal: it joins whoever asks, unless told otherwise."""
+    """A WebSocket of the portal. By default it accepts every join."""
 
     answers_join = True
     answers_close = True
@@ -165,14 +165,14 @@ class HastyPeer(Peer):
     """Breaks the connection right after the upgrade: when the first frame shows that its answer has arrived."""
 
     def onOpen(self) -> None:
-        """Nobody gets to meet it."""
+        """Hide this peer from the tests."""
 
     def onMessage(self, payload: bytes, isBinary: bool) -> None:
         self.transport.abortConnection()
 
 
 class Script(Protocol):
-    """Answers the first bytes with some of its own, each in a segment of its own; None closes."""
+    """Answers the first bytes with these parts, each in its own segment. None closes the connection."""
 
     def __init__(self, portal: UnrulyPortal, *parts: bytes | None) -> None:
         self._portal = portal
@@ -203,7 +203,7 @@ class Script(Protocol):
 
 
 class UnrulyPortal(Factory):
-    """Listens on loopback. `script` says what the next connections meet; after that, a well-behaved `Peer`."""
+    """Listens on loopback. `script` makes the protocols of the next connections; then follow well-behaved `Peer`s."""
 
     def __init__(self, tls: DefaultOpenSSLContextFactory | None = None) -> None:
         self.script: deque[Callable[[UnrulyPortal], Any]] = deque()
@@ -211,7 +211,7 @@ class UnrulyPortal(Factory):
         self.peers = Signal()
         self.losses = Signal()
         self._websockets = WebSocketServerFactory(reactor=_reactor)
-        # Autobahn cuts its timeouts to whole seconds of the clock: one of 1 s may be over at once.
+        # Autobahn cuts its timeouts to whole seconds of the clock: a timeout of 1 s may expire at once.
         self._websockets.setProtocolOptions(
             openHandshakeTimeout=0, closeHandshakeTimeout=PATIENCE, maxMessagePayloadSize=1 << 24
         )
@@ -220,7 +220,7 @@ class UnrulyPortal(Factory):
             if tls is None
             else _reactor.listenSSL(0, self, tls, interface="127.0.0.1")
         )
-        self._number = int(self._port.getHost().port)  # a port that has stopped listening can't tell any more
+        self._number = int(self._port.getHost().port)  # a port that has stopped listening no longer knows its number
 
     @property
     def port(self) -> int:
@@ -235,12 +235,12 @@ class UnrulyPortal(Factory):
         await self._port.stopListening()
 
     def answer(self, *parts: bytes | None) -> None:
-        """What the next connection gets for its request."""
+        """Answer the next connection's request with these parts."""
         self.script.append(lambda portal: Script(portal, *parts))
 
 
 class World:
-    """A portal, a service that is to connect to it, and the time of both."""
+    """A portal, a service that connects to it, and their clock."""
 
     def __init__(self, portal: UnrulyPortal, *, host: str = "127.0.0.1", scheme: str = "ws", **options: Any) -> None:
         self.portal = portal
