@@ -182,11 +182,12 @@ class ResourceTable:
 class SiteStatuses:
     """The status of each site: online while a gateway of it is connected, offline if the portal reported it.
 
-    `revision` changes whenever a status may have changed.
+    `revision` changes with the statuses.
     """
 
     def __init__(self) -> None:
         self.revision = 0
+        self._statuses: dict[str, Status] = {}
         self._changed: set[str] = set()
         self._gateways: dict[str, dict[str, None]] = {}  # by site: the connected ones, in order
         self._offline_until: dict[str, float] = {}
@@ -194,41 +195,44 @@ class SiteStatuses:
     def connected(self, site_id: str, gateway_id: str) -> None:
         self._gateways.setdefault(site_id, {})[gateway_id] = None
         self._offline_until.pop(site_id, None)
-        self._mark_changed(site_id)
+        self._follow(site_id)
 
     def disconnected(self, gateway_id: str) -> None:
         for site_id, gateways in self._gateways.items():
             if gateway_id in gateways:
                 del gateways[gateway_id]
-                self._mark_changed(site_id)
+                self._follow(site_id)
 
     def offline(self, site_ids: Iterable[str], now: float) -> None:
         for site_id in site_ids:
             self._offline_until[site_id] = now + OFFLINE_FOR
-            self._mark_changed(site_id)
+            self._follow(site_id)
 
     def status(self, site_id: str) -> Status:
-        if self._gateways.get(site_id):
-            return Status.ONLINE
-        return Status.OFFLINE if site_id in self._offline_until else Status.UNKNOWN
+        return self._statuses.get(site_id, Status.UNKNOWN)
+
+    def take_changed(self) -> set[str]:
+        """The sites whose status has changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def next_timeout(self) -> Timeout | None:
         return earliest(Timeout(until, "offline site to forget") for until in self._offline_until.values())
-
-    def take_changed(self) -> set[str]:
-        """The sites whose status may have changed since the last call."""
-        changed, self._changed = self._changed, set()
-        return changed
 
     def handle_timeout(self, now: float) -> None:
         over = [site_id for site_id, until in self._offline_until.items() if now >= until]
         for site_id in over:
             del self._offline_until[site_id]
-            self._mark_changed(site_id)
+            self._follow(site_id)
 
-    def _mark_changed(self, site_id: str) -> None:
-        self._changed.add(site_id)
-        self.revision += 1
+    def _follow(self, site_id: str) -> None:
+        status = Status.OFFLINE if site_id in self._offline_until else Status.UNKNOWN
+        if self._gateways.get(site_id):
+            status = Status.ONLINE
+        if status is not self.status(site_id):
+            self._statuses[site_id] = status
+            self._changed.add(site_id)
+            self.revision += 1
 
 
 _KINDS: dict[type[Resource], str] = {CidrResource: "cidr", DnsResource: "dns", InternetResource: "internet"}

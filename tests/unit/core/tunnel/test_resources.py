@@ -442,7 +442,10 @@ def test_the_revision_changes_with_what_is_reported_and_only_then() -> None:
     table.add(_cidr("a", name="Else"))
     assert table.revision != revision[0]
     sites.connected("hq", "gateway")
-    assert sites.revision != revision[1]
+    assert sites.revision == revision[1] + 1
+    sites.connected("hq", "another gateway")
+    sites.disconnected("gateway")
+    assert sites.revision == revision[1] + 1
 
 
 def test_a_resource_without_sites_is_offline() -> None:
