@@ -67,7 +67,8 @@ class TunnelRoutes(Part):
     def __init__(self, netlink: RtNetlink, link: TunnelLink) -> None:
         self._netlink = netlink
         self._link = link
-        self._present: dict[Network, int | None] | None = None  # with the interface's index; None: not read
+        self._present: dict[Network, int | None] | None = None  # with the interface's index; None: never read
+        self._kept: tuple[Network, ...] | None = None  # the routes that are right; None: not known
 
     def needs(self, state: HostState) -> object:
         return state.routes, self._link.families
@@ -77,22 +78,24 @@ class TunnelRoutes(Part):
         if not any(works.values()):
             return []
         index = self._link.index()
-        if self._present is None:
-            self._present = self._first_look(index)
-        elif is_suspect:
-            self._present = dict(self._read(USER_TABLE))
-        present = self._present
-        wanted = {network for network in state.routes if works[network.version]}
-        stale = [(network, oif) for network, oif in present.items() if network not in wanted or oif != index]
-        changes = [self._change("del", network, oif) for network, oif in stale]
-        missing = [network for network in state.routes if network in wanted and network not in present]
-        return changes + [self._change("add", network, index) for network in missing]
+        wanted = state.routes if all(works.values()) else tuple(one for one in state.routes if works[one.version])
+        if is_suspect or self._kept is None or self._present is None:
+            self._present = self._first_look(index) if self._present is None else dict(self._read(USER_TABLE))
+            added, networks = list(wanted), set(wanted)
+            stale = [network for network, oif in self._present.items() if network not in networks or oif != index]
+        else:
+            added, removed = _difference(self._kept, wanted)
+            stale = [network for network in removed if network in self._present]
+        changes = [self._change("del", network, self._present[network]) for network in stale]
+        changes += [self._change("add", network, index) for network in added if network not in self._present]
+        self._kept = wanted if all(change.failure is None for change in changes) else None
+        return changes
 
     def remove(self) -> None:
         for table in TABLES:
             for network, oif in list(self._read(table, own=True)):
                 self._request("del", network, oif, table)
-        self._present = None
+        self._present = self._kept = None
 
     def _first_look(self, index: int) -> dict[Network, int | None]:
         """
@@ -140,6 +143,14 @@ _RTN_UNICAST = 1  # <linux/rtnetlink.h>
 _RT_SCOPE_UNIVERSE = 0
 _RT_SCOPE_NOWHERE = 255  # in a deletion this matches any scope
 _FIB_RULE_INVERT = 2  # <linux/fib_rules.h>
+
+
+def _difference(before: tuple[Network, ...], after: tuple[Network, ...]) -> tuple[list[Network], list[Network]]:
+    """The networks added and those removed. Most are the same objects, and comparing these is ten times as fast."""
+    known, wanted = {id(network) for network in before}, {id(network) for network in after}
+    added = [network for network in after if id(network) not in known]
+    removed = [network for network in before if id(network) not in wanted]
+    return added, [network for network in removed if network not in added]
 
 
 def _name(index: int) -> str:
