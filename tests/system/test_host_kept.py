@@ -44,6 +44,7 @@ STATE = HostState(
     uplinks=("eth0",),
 )
 RECOVERY = 1.0  # seconds
+_ETH_P_ALL = 3  # <linux/if_ether.h>
 
 DOCKER = """
 table ip filter {
@@ -257,7 +258,8 @@ def host(lab: Lab) -> Iterator[Host]:
     host.add_address("eth0", "192.0.2.2/24", "2001:db8:113::2/64")
     host.ip("route", "add", "default", "via", "192.0.2.1")
     host.ip("route", "add", "default", "via", "2001:db8:113::1")
-    host.ip("neighbour", "add", "192.0.2.1", "lladdr", "02:00:00:00:00:01", "dev", "eth0")
+    for router in ("192.0.2.1", "2001:db8:113::1"):
+        host.ip("neighbour", "replace", router, "lladdr", "02:00:00:00:00:01", "dev", "eth0")
     with inside(host):
         yield host
 
@@ -297,18 +299,20 @@ def own_rules(host: Host) -> int:
 
 
 def leaves(host: Host, destination: str) -> bool:
-    """Whether a packet of an application leaves by the uplink or could."""
+    """Whether a packet that an application sends by the uplink gets there."""
     family = socket.AF_INET6 if ":" in destination else socket.AF_INET
-    before = sent(host)
-    with socket.socket(family, socket.SOCK_DGRAM) as application:
-        application.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
-        with contextlib.suppress(OSError):
-            application.sendto(b"secret", (destination, 9))
-    return sent(host) > before
-
-
-def sent(host: Host) -> int:
-    return int(host.run("cat", "/sys/class/net/eth0/statistics/tx_packets").stdout)
+    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as uplink:
+        uplink.bind(("eth0", _ETH_P_ALL))
+        uplink.settimeout(0.2)
+        with socket.socket(family, socket.SOCK_DGRAM) as application:
+            application.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+            with contextlib.suppress(OSError):
+                application.sendto(b"secret", (destination, 9))
+        with contextlib.suppress(TimeoutError):
+            while True:
+                if b"secret" in uplink.recv(2048):
+                    return True
+    return False
 
 
 @contextlib.contextmanager
