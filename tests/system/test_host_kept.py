@@ -24,12 +24,14 @@ from firezone_tunnel.shell.host.guard import ResourceGuard
 from firezone_tunnel.shell.host.link import TunnelLink
 from firezone_tunnel.shell.host.parts import HostState, Part
 from firezone_tunnel.shell.host.reconciler import Reconciler
+from firezone_tunnel.shell.host.route_socket import RouteSocket
 from firezone_tunnel.shell.host.routing import TunnelRoutes, TunnelRules
 from firezone_tunnel.shell.host.rpfilter import ReplyMarks
 from firezone_tunnel.shell.host.rtnetlink import RtNetlink
 from firezone_tunnel.shell.host.watcher import NetworkWatcher
 from firezone_tunnel.shell.host.worker_thread import WorkerThread
 from firezone_tunnel.shell.tun.device import TunDevice, open_tun
+from tests.polling import PATIENCE
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
 
@@ -143,6 +145,17 @@ async def test_marks_for_strict_reverse_path_filters_come_with_the_filter_and_st
     assert own_rules(host) == 0
 
 
+@pytest.mark.serial
+@pytest.mark.parametrize("fault", ["ip rule del priority 100", "nft flush ruleset"])
+@pytest_twisted.ensureDeferred
+async def test_a_repair_takes_less_than_a_second(host: Host, kept: Kept, fault: str) -> None:
+    await kept.start(STATE, GatewayFirewall(interface=NAME, state_directory=kept.state))
+    before = routing(host), own_rules(host)
+
+    host.run("sh", "-c", fault)
+    await becomes(lambda: (routing(host), own_rules(host)) == before, within=RECOVERY)
+
+
 @pytest_twisted.ensureDeferred
 async def test_all_faults_at_once_are_repaired(host: Host, kept: Kept) -> None:
     await kept.start(STATE, GatewayFirewall(interface=NAME, state_directory=kept.state))
@@ -173,7 +186,7 @@ async def test_while_another_program_fights_it_is_named_and_nothing_leaves_in_cl
     monkeypatch.setattr(reconciler_module, "CALM", 2.0)
     await kept.start(STATE, ResourceGuard(interface=NAME))
     with fighting(host):
-        await becomes(lambda: message(logged, "host:contested") is not None, within=5.0)
+        await becomes(lambda: message(logged, "host:contested") is not None)
         await becomes(lambda: "firezone_guard" in host.run("nft", "list", "ruleset").stdout)
         repairs = kept.host.repairs
         await deferLater(reactor, 2.0)
@@ -181,7 +194,7 @@ async def test_while_another_program_fights_it_is_named_and_nothing_leaves_in_cl
         for destination in ("10.20.0.7", "2001:db8:20::7"):
             assert not leaves(host, destination)
         assert leaves(host, "192.0.2.1")
-    await becomes(lambda: "firezone_guard" not in host.run("nft", "list", "ruleset").stdout, within=5.0)
+    await becomes(lambda: "firezone_guard" not in host.run("nft", "list", "ruleset").stdout)
     await becomes(lambda: kept.host.is_settled)
 
 
@@ -197,7 +210,7 @@ async def test_what_cannot_be_repaired_is_a_problem_until_it_can(
     await becomes(lambda: not leaves(host, "2001:db8:20::7"))
 
     host.sysctl(f"net.ipv6.conf.{NAME}.disable_ipv6", "0")
-    await becomes(lambda: kept.host.is_settled, within=12.0)
+    await becomes(lambda: kept.host.is_settled)
     assert message(logged, "host:as_wanted_again") is not None
 
 
@@ -230,24 +243,29 @@ class Kept:
         self.failed: list[FirezoneError] = []
         self._settled: list[HostState] = []
         self._netlink = RtNetlink()
+        self._routes = RouteSocket()
         self._worker = WorkerThread(reactor)
 
     async def start(self, state: HostState, *parts: Part) -> None:
         """Returns once the state is there, or has failed."""
         link = TunnelLink(self._netlink, NAME)
-        own = (link, TunnelRoutes(self._netlink, link), TunnelRules(self._netlink, link))
+        own = (link, TunnelRoutes(self._routes, link), TunnelRules(self._netlink, link))
         self.host = Reconciler(
             reactor, self._worker, (*own, *parts), on_settled=self._settled.append, on_failed=self.failed.append
         )
-        self.watcher = NetworkWatcher(reactor, self.host.notice, own_link=NAME, own_port=lambda: self._netlink.port_id)
+        self.watcher = NetworkWatcher(reactor, self.host.notice, own_link=NAME, own_ports=self._own_ports)
         self.host.want(state)
-        await becomes(lambda: bool(self._settled or self.failed), within=10.0)
+        await becomes(lambda: bool(self._settled or self.failed))
         await deferLater(reactor, 0.1)  # our own changes are noticed, too
+
+    def _own_ports(self) -> tuple[int | None, ...]:
+        return self._netlink.port_id, self._routes.port_id
 
     async def stop(self) -> None:
         self.watcher.close()
         await self.host.stop()
         await self._worker.call(self._netlink.close)
+        await self._worker.call(self._routes.close)
         await self._worker.stop()
 
 
@@ -273,7 +291,7 @@ def kept(host: Host, tmp_path: Path) -> Iterator[Kept]:
     device.close()
 
 
-async def becomes(condition: Callable[[], bool], *, within: float = RECOVERY) -> None:
+async def becomes(condition: Callable[[], bool], *, within: float = PATIENCE) -> None:
     """Wait until the condition holds. The commands that read the host's state don't count."""
     waited = 0.0
     while not condition():

@@ -17,6 +17,7 @@ from firezone_tunnel.errors import InUseError, PlatformError
 from firezone_tunnel.shell.host.addresses import Uplink, host_candidates, uplinks
 from firezone_tunnel.shell.host.link import TunnelLink
 from firezone_tunnel.shell.host.parts import Aspect, HostState
+from firezone_tunnel.shell.host.route_socket import RouteSocket
 from firezone_tunnel.shell.host.routing import TunnelRoutes, TunnelRules
 from firezone_tunnel.shell.host.rtnetlink import Families, RtNetlink
 from firezone_tunnel.shell.host.snapshot import read_snapshot
@@ -267,7 +268,10 @@ async def test_own_changes_of_routes_and_rules_are_not_noticed(tunnel: Tunnel) -
     tunnel.want()
     seen: list[Aspect] = []
     watcher = NetworkWatcher(
-        reactor, lambda aspects, _: seen.append(aspects), own_link=NAME, own_port=lambda: tunnel.netlink.port_id
+        reactor,
+        lambda aspects, _: seen.append(aspects),
+        own_link=NAME,
+        own_ports=tunnel.ports,
     )
 
     tunnel.want("10.0.0.0/8", "fd00:1::/64")
@@ -299,8 +303,12 @@ class Tunnel:
 
     def __init__(self, netlink: RtNetlink) -> None:
         self.netlink = netlink
+        self.routes = RouteSocket()
         self.link = TunnelLink(netlink, NAME)
-        self._parts = (self.link, TunnelRoutes(netlink, self.link), TunnelRules(netlink, self.link))
+        self._parts = (self.link, TunnelRoutes(self.routes, self.link), TunnelRules(netlink, self.link))
+
+    def ports(self) -> tuple[int | None, ...]:
+        return self.netlink.port_id, self.routes.port_id
 
     def want(
         self, *routes: str, ipv4: str | None = IPV4, ipv6: str | None = IPV6, is_suspect: bool = False
@@ -336,8 +344,10 @@ def netlink(host: Host) -> Iterator[RtNetlink]:
 
 
 @pytest.fixture
-def tunnel(tun: TunDevice, netlink: RtNetlink) -> Tunnel:
-    return Tunnel(netlink)
+def tunnel(tun: TunDevice, netlink: RtNetlink) -> Iterator[Tunnel]:
+    tunnel = Tunnel(netlink)
+    yield tunnel
+    tunnel.routes.close()
 
 
 def show(host: Host, *arguments: str) -> list[Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 from firezone_tunnel.core.messages.common import Network
 from firezone_tunnel.errors import InUseError
 from firezone_tunnel.shell.host.link import TunnelLink
 from firezone_tunnel.shell.host.parts import Aspect, Change, HostState, Part
+from firezone_tunnel.shell.host.route_socket import RouteSocket
 from firezone_tunnel.shell.host.rtnetlink import EXISTS, FAMILIES, GONE, RtNetlink
 from firezone_tunnel.shell.host.tables import FIREZONE_MARK, ROUTE_PROTOCOL, TABLES, USER_TABLE, Table
 
@@ -53,95 +52,80 @@ class TunnelRules(Part):
         failure = self._netlink.request("rule", command, tolerated=GONE | EXISTS, **rule)
         name = f"the {_NAMES[rule['family']]} rule of priority {rule['priority']}"
         item = name if command == "add" else f"no second rule like {name}"
-        return Change(item, None if failure is None else failure.strerror)
+        return _change(item, failure)
 
 
 class TunnelRoutes(Part):
     """Exactly the wanted routes in our table.
 
-    The table is read only after another program may have changed it: reading 10,000 routes takes half a second.
+    The table is read only after another program may have changed it.
     """
 
     watches = Aspect.ROUTES | Aspect.LINK  # the kernel deletes routes silently with an address or when a link is down
 
-    def __init__(self, netlink: RtNetlink, link: TunnelLink) -> None:
-        self._netlink = netlink
+    def __init__(self, routes: RouteSocket, link: TunnelLink) -> None:
+        self._socket = routes
         self._link = link
-        self._present: dict[Network, int | None] | None = None  # with the interface's index; None: never read
+        self._present: dict[Network, int] | None = None  # with the interface's index; None: never read
         self._kept: tuple[Network, ...] | None = None  # the routes that are right; None: not known
 
     def needs(self, state: HostState) -> object:
         return state.routes, self._link.families
 
     def put_right(self, state: HostState, *, is_suspect: bool) -> list[Change]:
+        """
+        Raises: InUseError, if the routes belong to another program's tunnel; PlatformError.
+        """
         works = {4: self._link.families.ipv4, 6: self._link.families.ipv6}
         if not any(works.values()):
             return []
         index = self._link.index()
         wanted = state.routes if all(works.values()) else tuple(one for one in state.routes if works[one.version])
         if is_suspect or self._kept is None or self._present is None:
-            self._present = self._first_look(index) if self._present is None else dict(self._read(USER_TABLE))
+            self._present = self._first_look(index) if self._present is None else self._socket.read(USER_TABLE.number)
             added, networks = list(wanted), set(wanted)
             stale = [network for network, oif in self._present.items() if network not in networks or oif != index]
         else:
             added, removed = _difference(self._kept, wanted)
             stale = [network for network in removed if network in self._present]
-        changes = [self._change("del", network, self._present[network]) for network in stale]
-        changes += [self._change("add", network, index) for network in added if network not in self._present]
+        self._kept = None
+        changes = self._delete(stale, self._present)
+        changes += self._add([network for network in added if network not in self._present], index, self._present)
         self._kept = wanted if all(change.failure is None for change in changes) else None
         return changes
 
     def remove(self) -> None:
         for table in TABLES:
-            for network, oif in list(self._read(table, own=True)):
-                self._request("del", network, oif, table)
+            self._socket.delete(list(self._socket.read(table.number, only_own=True).items()), table.number)
         self._present = self._kept = None
 
-    def _first_look(self, index: int) -> dict[Network, int | None]:
-        """
-        Raises: InUseError, if the routes belong to another program's tunnel.
-        """
-        present = dict(self._read(USER_TABLE))
+    def _first_look(self, index: int) -> dict[Network, int]:
+        present = self._socket.read(USER_TABLE.number)
         for other in present.values():
-            if other is not None and other != index:
+            if other != index:
                 raise InUseError(
                     f"The routing table {USER_TABLE.number:#x} is in use by the interface {_name(other)}: "
                     "stop the other Firezone program on this host first"
                 )
         return present
 
-    def _read(self, table: Table, *, own: bool = False) -> Iterator[tuple[Network, int | None]]:
-        for family in FAMILIES:
-            for message in self._netlink.dump("route", family=family, table=table.number):
-                if message.get("RTA_TABLE") != table.number or message["type"] != _RTN_UNICAST:
-                    continue
-                if own and message["proto"] != ROUTE_PROTOCOL:
-                    continue
-                base = message.get("RTA_DST") or ("::" if family == socket.AF_INET6 else "0.0.0.0")
-                yield ipaddress.ip_network((base, message["dst_len"])), message.get("RTA_OIF")
+    def _add(self, networks: list[Network], index: int, present: dict[Network, int]) -> list[Change]:
+        errors = self._socket.add([(network, index) for network in networks], USER_TABLE.number)
+        present.update({network: index for network, error in zip(networks, errors, strict=True) if error is None})
+        return [_change(f"the route {network}", error) for network, error in zip(networks, errors, strict=True)]
 
-    def _change(self, command: str, network: Network, oif: int | None) -> Change:
-        assert self._present is not None
-        failure = self._request(command, network, oif, USER_TABLE)
-        if failure is None and command == "add":
-            self._present[network] = oif
-        elif failure is None:
-            del self._present[network]
-        item = f"the route {network}" if command == "add" else f"no route {network}"
-        return Change(item, None if failure is None else failure.strerror)
-
-    def _request(self, command: str, network: Network, oif: int | None, table: Table) -> OSError | None:
-        family = socket.AF_INET6 if network.version == 6 else socket.AF_INET
-        route: dict[str, Any] = {"dst": str(network), "oif": oif, "table": table.number, "family": family}
-        if command == "del":
-            return self._netlink.request("route", "del", tolerated=GONE, **route, scope=_RT_SCOPE_NOWHERE)
-        route |= {"proto": ROUTE_PROTOCOL, "scope": _RT_SCOPE_UNIVERSE}
-        return self._netlink.request("route", "add", tolerated=EXISTS, **route)
+    def _delete(self, networks: list[Network], present: dict[Network, int]) -> list[Change]:
+        errors = self._socket.delete([(network, present[network]) for network in networks], USER_TABLE.number)
+        for network, error in zip(networks, errors, strict=True):
+            if error is None:
+                del present[network]
+        return [_change(f"no route {network}", error) for network, error in zip(networks, errors, strict=True)]
 
 
-_RTN_UNICAST = 1  # <linux/rtnetlink.h>
-_RT_SCOPE_UNIVERSE = 0
-_RT_SCOPE_NOWHERE = 255  # in a deletion this matches any scope
+def _change(item: str, error: OSError | None) -> Change:
+    return Change(item, None if error is None else error.strerror)
+
+
 _FIB_RULE_INVERT = 2  # <linux/fib_rules.h>
 
 
@@ -150,7 +134,8 @@ def _difference(before: tuple[Network, ...], after: tuple[Network, ...]) -> tupl
     known, wanted = {id(network) for network in before}, {id(network) for network in after}
     added = [network for network in after if id(network) not in known]
     removed = [network for network in before if id(network) not in wanted]
-    return added, [network for network in removed if network not in added]
+    present = set(added)
+    return added, [network for network in removed if network not in present]
 
 
 def _name(index: int) -> str:

@@ -9,7 +9,7 @@ import errno
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,9 +34,9 @@ class NetworkWatcher:
         noticed: Noticed,
         *,
         own_link: str,
-        own_port: Callable[[], int | None] = lambda: None,
+        own_ports: Callable[[], Container[int | None]] = tuple,
     ) -> None:
-        """`own_port` gives the netlink port of our own changes, which are not reported.
+        """`own_ports` gives the netlink ports of our own changes, which are not reported.
 
         Raises: OSError.
         """
@@ -46,7 +46,7 @@ class NetworkWatcher:
             own_index = 0
 
         def changed(message: memoryview) -> Change:
-            return routing_change(message, own_index=own_index, own_port=own_port())
+            return routing_change(message, own_index=own_index, own_ports=own_ports())
 
         self._sources = [_Source(reactor, _NETLINK_ROUTE, _ROUTE_GROUPS, changed, noticed)]
         try:
@@ -141,11 +141,11 @@ class _Source:
         return "NetworkWatcher"
 
 
-def routing_change(message: memoryview, *, own_index: int, own_port: int | None) -> Change:
+def routing_change(message: memoryview, *, own_index: int, own_ports: Container[int | None]) -> Change:
     """The change that a message of rtnetlink(7) reports, header included."""
     _, kind, _, _, port = _HEADER.unpack_from(message)
     body = message[_HEADER.size :]
-    if port and port == own_port:
+    if port and port in own_ports:
         return Change(Aspect(0))
     if kind in _LINK_MESSAGES or kind in _ADDRESS_MESSAGES:
         if len(body) < _INDEX.size:

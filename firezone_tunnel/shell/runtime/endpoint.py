@@ -26,6 +26,7 @@ from firezone_tunnel.shell.host.link import TunnelLink
 from firezone_tunnel.shell.host.monitor import NetworkMonitor
 from firezone_tunnel.shell.host.parts import Aspect, HostState, Part
 from firezone_tunnel.shell.host.reconciler import Reconciler
+from firezone_tunnel.shell.host.route_socket import RouteSocket
 from firezone_tunnel.shell.host.routing import TunnelRoutes, TunnelRules
 from firezone_tunnel.shell.host.rtnetlink import Families, RtNetlink
 from firezone_tunnel.shell.host.tables import FIREZONE_MARK
@@ -104,7 +105,8 @@ class TunnelEndpoint(MultiService):
             on_moved=lambda _: self.moved(),
         )
         self._link = TunnelLink(self._netlink, config.interface)
-        routes, rules = TunnelRoutes(self._netlink, self._link), TunnelRules(self._netlink, self._link)
+        self._routes = RouteSocket()
+        routes, rules = TunnelRoutes(self._routes, self._link), TunnelRules(self._netlink, self._link)
         self._host = Reconciler(
             reactor,
             self._worker,
@@ -198,7 +200,7 @@ class TunnelEndpoint(MultiService):
         self._instance = Instance(self._role)
         self._tunnel.startService()
         self._watcher = NetworkWatcher(
-            self._reactor, self._noticed, own_link=self._config.interface, own_port=lambda: self._netlink.port_id
+            self._reactor, self._noticed, own_link=self._config.interface, own_ports=self._own_ports
         )
         await self._monitor.start()
         self.want(uplinks=self._monitor.interfaces)
@@ -216,7 +218,7 @@ class TunnelEndpoint(MultiService):
         if self._portal_link.running:
             steps.append(self._portal_link.stopService)
         if self._instance is not None:
-            steps += [self._host.stop, lambda: self._worker.call(self._netlink.close), self._instance.close]
+            steps += [self._host.stop, self._close_netlink, self._instance.close]
         for step in (*steps, self._worker.stop, lambda: self.ended(self._error)):
             await maybeDeferred(step).addErrback(self._not_stopped)
 
@@ -250,6 +252,16 @@ class TunnelEndpoint(MultiService):
         if Aspect.UPLINKS in aspects:
             self._monitor.notice()
         self._host.notice(aspects, program)
+
+    def _own_ports(self) -> tuple[int | None, ...]:
+        return self._netlink.port_id, self._routes.port_id
+
+    def _close_netlink(self) -> Deferred[None]:
+        def close() -> None:
+            self._netlink.close()
+            self._routes.close()
+
+        return self._worker.call(close)
 
     def _host_settled(self, state: HostState) -> None:
         if not self._host_ready.called:
