@@ -23,6 +23,7 @@ from firezone_tunnel.shell.process.settings import (
     LOG_SETTINGS,
     MAX_PARTITION_TIME,
     Setting,
+    check_private,
     parse_duration,
     read_token,
     token_path,
@@ -112,7 +113,7 @@ class Options(CommonOptions):
         attrs.evolve(MAX_PARTITION_TIME, short=None),
         Setting(
             "users-file",
-            "serve the users in this file instead of a portal; each line is name:password",
+            "serve the users in this file, readable only by its owner, instead of a portal; each line is name:password",
             variables=("FIREZONE_RELAY_USERS_FILE",),
             parse=Path,
         ),
@@ -204,6 +205,7 @@ def make_service(reactor: Any, options: Options) -> Application:
 
 
 def _read_users(path: Path) -> Mapping[str, str]:
+    check_private(path, "users file")
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

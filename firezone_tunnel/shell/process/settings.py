@@ -236,7 +236,7 @@ def read_token(environment: MutableMapping[str, str], path: Path) -> str:
     if not token and credentials:
         token = _read(Path(credentials) / "FIREZONE_TOKEN")
     if not token:
-        _check_owner(path)
+        check_private(path, "token file")
         token = _read(path)
     if not token:
         raise ConfigurationError(
@@ -245,16 +245,20 @@ def read_token(environment: MutableMapping[str, str], path: Path) -> str:
     return token
 
 
-def _check_owner(path: Path) -> None:
+def check_private(path: Path, what: str) -> None:
+    """Refuse a file with secrets that others can read. `what` is its name in the error. A missing file passes.
+
+    Raises: ConfigurationError.
+    """
     try:
         status = path.stat()
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ConfigurationError(f"Can't look at the token file {path}: {error.strerror}") from error
+        raise ConfigurationError(f"Can't look at the {what} {path}: {error.strerror}") from error
     if status.st_uid != os.geteuid() or status.st_mode & 0o177:
         raise ConfigurationError(
-            f"The token file {path} must belong to the user that runs this program, with mode 600: chmod 600 {path}"
+            f"The {what} {path} must belong to the user that runs this program, with mode 600: chmod 600 {path}"
         )
 
 
