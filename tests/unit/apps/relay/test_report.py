@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from twisted.internet.task import Clock
 
-from firezone_tunnel.apps.relay.engine import REPEAT_ADVICE_AFTER, STATISTICS_INTERVAL, Report
+from firezone_tunnel.apps.relay.engine import REPEAT_ADVICE_AFTER, REPEAT_REFUSALS_AFTER, STATISTICS_INTERVAL, Report
 from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.stun.message import NONCE, Method
+from firezone_tunnel.shell.logs import events as log
 from tests.unit.core.relay.world import PEER4, Client, World, code_of
 
 
@@ -48,9 +51,64 @@ def test_advice_about_private_peers_is_given_once_an_hour(logged: list[dict[str,
     report.stop()
 
 
+def test_wrong_passwords_are_logged_once_a_minute_with_their_number(logged: list[dict[str, Any]]) -> None:
+    clock, world = Clock(), World()
+    report = Report(clock, world.server)
+    report.start()
+
+    for _ in range(15):
+        _log_in_with_a_wrong_password(world)
+        clock.advance(STATISTICS_INTERVAL)
+
+    assert [message["count"] for message in _of("relay:logins_rejected", logged)] == [1, 6, 6]
+    report.stop()
+    last = _of("relay:logins_rejected", logged)[-1]
+    assert (last["count"], last["reasons"]) == (2, {"wrong password": 2})
+
+
+@pytest.mark.parametrize(("level", "naming"), [(log.DEBUG, ["relay:login_rejected"]), (log.INFO, [])])
+def test_who_was_rejected_is_logged_at_debug_level_only(
+    level: int, naming: list[str], logged: list[dict[str, Any]]
+) -> None:
+    clock, world = Clock(), World()
+    Report(clock, world.server).start()
+    log.set_threshold(level)
+    try:
+        _log_in_with_a_wrong_password(world)
+        clock.advance(STATISTICS_INTERVAL)
+    finally:
+        log.set_threshold(log.INFO)
+
+    assert [message["message_type"] for message in logged if "alice" in str(message)] == naming
+
+
+def test_forbidden_peers_are_logged_once_a_minute_with_their_number(logged: list[dict[str, Any]]) -> None:
+    clock, client = Clock(), Client(World())
+    client.allocate()
+    Report(clock, client.world.server).start()
+
+    for _ in range(5):
+        client.permit(SocketAddress("127.0.0.1", 22))
+        client.bind(0x4000, SocketAddress("127.0.0.1", 22))
+    clock.pump([STATISTICS_INTERVAL] * round(2 * REPEAT_REFUSALS_AFTER / STATISTICS_INTERVAL))
+
+    assert [message["count"] for message in _of("relay:peers_refused", logged)] == [10]
+
+
 def _refused(logged: list[dict[str, Any]]) -> list[tuple[str, int]]:
     return [
         (message["network"], message["times"])
         for message in logged
         if message["message_type"] == "relay:private_peers_refused"
     ]
+
+
+def _log_in_with_a_wrong_password(world: World) -> None:
+    client = Client(world, username="2000000000:alice", password="wrong")
+    client.nonce = "no nonce"
+    for _ in range(2):
+        client.nonce = client.ask(client.encode(Method.ALLOCATE)).get(NONCE)
+
+
+def _of(message_type: str, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message for message in logged if message["message_type"] == message_type]
