@@ -166,6 +166,18 @@ def parse_address(text: str) -> SocketAddress | None:
     return None if text == "off" else SocketAddress.parse(text)
 
 
+def parse_interface(text: str) -> str:
+    """The name of a network interface (`dev_valid_name` of Linux's net/core/dev.c).
+
+    Raises: ValueError.
+    """
+    if len(text.encode()) > _INTERFACE_MAX:
+        raise ValueError(f"{text!r} is too long for a network interface: at most {_INTERFACE_MAX} bytes")
+    if text in {".", ".."} or not text.isprintable() or any(character in "/:% " for character in text):
+        raise ValueError(f"{text!r} can't be the name of a network interface: use letters, digits, '-', '_' and '.'")
+    return text
+
+
 LOG_SETTINGS = (
     Setting(
         "log-level",
@@ -218,7 +230,7 @@ def device_settings(*, interface: str, token: str, state_directory: str) -> tupl
         Setting("firezone-id", "identity of this device; by default the stored identity", ("FIREZONE_ID",), short="i"),
         FIREZONE_NAME,
         CA_FILE,
-        Setting("interface", "name of the TUN device", ("FIREZONE_INTERFACE",), interface),
+        Setting("interface", "name of the TUN device", ("FIREZONE_INTERFACE",), interface, parse=parse_interface),
         Setting("no-telemetry", telemetry, ("FIREZONE_NO_TELEMETRY",), is_flag=True),
         token_path(token),
         Setting("state-dir", state, ("FIREZONE_STATE_DIR",), state_directory, parse=Path),
@@ -281,6 +293,7 @@ def _describe(setting: Setting) -> str:
     return f"{setting.help}{default}{variables}"
 
 
+_INTERFACE_MAX = 15  # IFNAMSIZ - 1 (<linux/if.h>)
 _FLAGS: Mapping[str, bool] = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
     **dict.fromkeys(("0", "false", "no", "off", ""), False),
