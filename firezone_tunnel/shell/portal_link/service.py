@@ -31,14 +31,17 @@ from firezone_tunnel.core.phoenix.channel import (
     Event,
     Fatal,
     HangUp,
+    IdentityShared,
     Joined,
     Lost,
     PushReceived,
+    Stalled,
     UpgradeRefused,
 )
 from firezone_tunnel.core.sansio import Entropy
 from firezone_tunnel.errors import ConfigurationError, FirezoneError, one_line
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.portal_link.protocol import PortalLinkFactory, PortalLinkProtocol
 from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
@@ -116,6 +119,7 @@ class PortalLink(Service):
         self._tls: Any = None
         self._timer: Timer | None = None
         self._attempt: _DialAttempt | None = None
+        self._limiter = Limiter(clock=clock)
         self._held: deque[Notice] = deque()
         self._retry_put: Any = None
 
@@ -201,6 +205,10 @@ class PortalLink(Service):
             self._dial(event)
         elif isinstance(event, HangUp):
             self._hang_up()
+        elif isinstance(event, Stalled):
+            self._limiter.warning("portal:connection_stalled", portal=str(self._url), missing=event.missing)
+        elif isinstance(event, IdentityShared):
+            self._warn_of_twin("the portal has refused another host with the identity of this device")
         elif isinstance(event, ChannelLost):
             log.info("portal:channel_lost", portal=str(self._url), reason=event.reason)
         else:
@@ -226,8 +234,14 @@ class PortalLink(Service):
         elif isinstance(event, Lost):
             if event.was_joined:
                 log.info("portal:connection_lost", portal=portal, reason=event.reason)
+            if event.is_identity_shared:
+                self._warn_of_twin(event.reason)
             delay, attempt = round(event.delay, 3), event.attempt + 1
             log.info("portal:retry_scheduled", portal=portal, reason=event.reason, attempt=attempt, delay=delay)
+
+    def _warn_of_twin(self, reason: str) -> None:
+        advice = "give each host its own identity: its own --firezone-id, or a state directory that was not copied"
+        self._limiter.warning("portal:identity_shared", portal=str(self._url), reason=reason, advice=advice)
 
     def _put(self, event: Notice) -> None:
         if isinstance(event, Lost | Fatal):  # undelivered events of a lost connection are obsolete
@@ -284,6 +298,7 @@ class _DialAttempt:
         self._utc_clock = utc_clock
         self._connecting: Deferred[None] | None = None
         self._protocol: PortalLinkProtocol | None = None
+        self._missing = ""
         self._is_paused = False
         self._closing: Deferred[None] | None = None
         self._close_timer: Any = None
@@ -336,6 +351,9 @@ class _DialAttempt:
         self._protocol.close()
         return closing
 
+    def secured(self) -> None:
+        self._wait_for("the answer to the WebSocket upgrade")
+
     def opened(self) -> None:
         self._channel.handle_open(self._clock())
         self._pump()
@@ -351,18 +369,21 @@ class _DialAttempt:
         self._channel.handle_refused(refusal, self._clock())
         self._pump()
 
-    def closed(self, reason: str) -> None:
-        self._channel.handle_lost(reason, self._clock())
+    def closed(self, reason: str | None) -> None:
+        dropped = f"the portal dropped the connection: {self._missing} is missing"
+        self._channel.handle_lost(dropped if reason is None else reason, self._clock())
         self._pump()
         self._closed()
 
     async def _connect(
         self, url: LoginUrl, factory: PortalLinkFactory, resolve: Resolver, tls: Any, mark: int | None
     ) -> None:
+        self._wait_for(f"the address of {url.host}")
         hosts = [url.host] if _is_ip(url.host) else await resolve(url.host)
         if not hosts:
             raise error.DNSLookupError(f"no address is known for {url.host}")
         log.debug("portal:resolved", portal=str(url), addresses=hosts)
+        self._wait_for(f"a TCP connection to {url}")
         endpoint: Any = RacingEndpoint(
             self._reactor,
             [MarkedEndpoint(self._reactor, host, url.port, mark, timeout=TCP_TIMEOUT) for host in dict.fromkeys(hosts)],
@@ -370,6 +391,14 @@ class _DialAttempt:
         if tls is not None:
             endpoint = wrapClientTLS(tls, endpoint)
         self._protocol = await endpoint.connect(factory)
+        if tls is not None:
+            self._wait_for("the TLS handshake")
+        else:
+            self.secured()
+
+    def _wait_for(self, missing: str) -> None:
+        self._missing = missing
+        self._channel.handle_progress(missing)
 
     def _failed(self, failure: Failure) -> None:
         problem: Any = failure.value
