@@ -240,7 +240,7 @@ class PortalLink(Service):
             log.info("portal:retry_scheduled", portal=portal, reason=event.reason, attempt=attempt, delay=delay)
 
     def _warn_of_twin(self, reason: str) -> None:
-        advice = "give each host its own identity: its own --firezone-id, or a state directory that was not copied"
+        advice = "give each host its own identity: its own --firezone-id, or a state directory of its own"
         self._limiter.warning("portal:identity_shared", portal=str(self._url), reason=reason, advice=advice)
 
     def _put(self, event: Notice) -> None:
