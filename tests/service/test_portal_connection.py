@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest_twisted
 import txaio
 from twisted.internet import reactor as any_reactor
 from twisted.internet.defer import Deferred
+from twisted.internet.error import DNSLookupError
 from twisted.internet.task import deferLater
 from twisted.logger import globalLogPublisher, textFileLogObserver
 
@@ -24,7 +26,8 @@ from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.portal_link import protocol as protocol_module
 from firezone_tunnel.shell.portal_link import service as service_module
 from firezone_tunnel.shell.portal_link.protocol import parse_retry_after
-from firezone_tunnel.shell.portal_link.service import resolve_host, trust_from_file
+from firezone_tunnel.shell.portal_link.resolver import MAX_LOOKUPS, HostResolver
+from firezone_tunnel.shell.portal_link.service import trust_from_file
 from tests.service.unruly_portal import (
     TOKEN,
     HastyPeer,
@@ -428,10 +431,30 @@ async def test_an_address_that_is_dead_does_not_hide_the_next(world: World) -> N
 
 @pytest_twisted.ensureDeferred
 async def test_the_systems_resolver_knows_localhost() -> None:
-    hosts = await resolve_host(_reactor, "localhost")
+    hosts = await HostResolver(_reactor).resolve("localhost")
 
     assert {"127.0.0.1", "::1"} & set(hosts)
-    assert await resolve_host(_reactor, "no-such-host.invalid") == []
+    with pytest.raises(DNSLookupError, match="no address is known for no-such-host"):
+        await HostResolver(_reactor).resolve("no-such-host.invalid")
+
+
+@pytest_twisted.ensureDeferred
+async def test_lookups_that_hang_are_limited_and_in_threads_that_nothing_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: released.wait(10) and [])
+    resolver = HostResolver(_reactor)
+
+    waiting = [resolver.resolve("portal.example") for _ in range(MAX_LOOKUPS)]
+    with pytest.raises(DNSLookupError, match="name servers of this host don't answer"):
+        await resolver.resolve("portal.example")
+
+    threads = [thread for thread in threading.enumerate() if thread.name == "resolve portal.example"]
+    assert [thread.daemon for thread in threads] == [True] * MAX_LOOKUPS
+    released.set()
+    assert [await one for one in waiting] == [[]] * MAX_LOOKUPS
+    await resolver.resolve("portal.example")
 
 
 @pytest_twisted.ensureDeferred

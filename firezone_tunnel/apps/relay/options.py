@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from twisted.internet.defer import Deferred
 
 from firezone_tunnel.apps.relay.service import RelayService
 from firezone_tunnel.core.relay.peer_policy import PRIVATE, Network
@@ -165,6 +166,11 @@ class Application(ApplicationService):
         health = HealthServer(reactor, options["health-check-addr"], self._relay.obstacles)
         super().__init__(reactor, "firezone-relay", options, health, self._relay)
         self.process.on_second_signal(self._relay.stop_draining)
+        self._drain_time = options["drain-time"]
+
+    def stopService(self) -> Deferred[Any] | None:
+        self.process.prolong_end(self._drain_time)
+        return super().stopService()
 
     async def watch(self) -> None:
         self._relay.ready.addCallback(lambda _: self.process.ready())

@@ -18,9 +18,7 @@ from OpenSSL import crypto
 from twisted.internet import error, ssl
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.endpoints import wrapClientTLS
-from twisted.internet.interfaces import IResolutionReceiver
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from firezone_tunnel.core.phoenix.channel import (
     Channel,
@@ -43,6 +41,7 @@ from firezone_tunnel.errors import ConfigurationError, FirezoneError, one_line
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.portal_link.protocol import PortalLinkFactory, PortalLinkProtocol
+from firezone_tunnel.shell.portal_link.resolver import HostResolver
 from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.shell.reactor.service import Service
@@ -99,7 +98,7 @@ class PortalLink(Service):
         :param mark: firewall mark of the sockets; None where nothing of ours leads into a tunnel.
         :param trust: whom to trust with the portal's certificate (`trust_from_file`); None: whom the host trusts.
         :param max_partition_time: give up when the delays between attempts sum up to more seconds; None: never.
-        :param resolve: in place of the reactor's name resolver.
+        :param resolve: in place of the host's name resolver.
         :param clock: `now`, and :param utc_clock: unix time, both in seconds; :param make_timer: runs on `clock`.
         """
         self.events = events
@@ -107,7 +106,7 @@ class PortalLink(Service):
         self._url = url
         self._mark = mark
         self._trust = trust
-        self._resolve = resolve or (lambda host: resolve_host(reactor, host))
+        self._resolve = resolve or HostResolver(reactor).resolve
         self._clock = clock
         self._utc_clock = utc_clock
         self._make_timer = make_timer or (lambda callback: BoottimeTimer(reactor, callback))
@@ -260,13 +259,6 @@ class PortalLink(Service):
             self._attempt.pause_reading(paused=bool(self._held))
 
 
-def resolve_host(reactor: Any, host: str) -> Deferred[list[str]]:
-    """Ask the reactor's name resolver, which asks the system's in a thread. Cancelling it only stops the waiting."""
-    receiver = _Addresses()
-    reactor.nameResolver.resolveHostName(receiver, host, transportSemantics="TCP")
-    return receiver.done
-
-
 def trust_from_file(path: Path) -> Any:
     """The certificates of a PEM file as the only ones to trust: for portals with a private CA.
 
@@ -414,24 +406,6 @@ class _DialAttempt:
         closing, self._closing = self._closing, None
         if closing is not None:
             closing.callback(None)
-
-
-@implementer(IResolutionReceiver)
-class _Addresses:
-    """Collects what a name resolves to."""
-
-    def __init__(self) -> None:
-        self.done: Deferred[list[str]] = Deferred()
-        self._hosts: list[str] = []
-
-    def resolutionBegan(self, resolutionInProgress: object) -> None:
-        pass
-
-    def addressResolved(self, address: Any) -> None:
-        self._hosts.append(address.host)
-
-    def resolutionComplete(self) -> None:
-        self.done.callback(self._hosts)
 
 
 def _tls_options(host: str, trust: Any) -> Any:
