@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,8 +76,7 @@ def test_a_limit_does_not_stop_other_checks(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_portal_is_checked_only_if_it_is_named() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    with _server(b"HTTP/1.1 401 Unauthorized\r\n\r\n") as port:
         answers = _portal(f"ws://127.0.0.1:{port}")
     refuses = _portal(f"ws://127.0.0.1:{port}")
 
@@ -86,18 +88,28 @@ def test_the_portal_is_checked_only_if_it_is_named() -> None:
     assert "portal" not in {check["check"] for check in unasked["checks"]}
 
 
-def test_a_portal_without_tls_fails_the_wss_check() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        script = (
-            "import socket,sys; s=socket.socket(fileno=int(sys.argv[1])); c,_=s.accept(); c.sendall(b'no TLS\\r\\n')"
-        )
-        descriptor = listener.fileno()
-        peer = subprocess.Popen([sys.executable, "-c", script, str(descriptor)], pass_fds=[descriptor])
-        found = _portal(f"wss://127.0.0.1:{listener.getsockname()[1]}")
-        peer.wait(10)
+@pytest.mark.parametrize(
+    ("scheme", "answer", "reason"),
+    [
+        ("wss", b"no TLS\r\n", "the TLS handshake is missing: "),
+        ("wss", b"", "the TLS handshake is missing: "),
+        ("wss", None, "the TLS handshake is missing: "),
+        ("ws", b"", "the answer to the WebSocket upgrade is missing: the portal dropped the connection"),
+        ("ws", None, "the answer to the WebSocket upgrade is missing: timed out"),
+        ("ws", b"SSH-2.0-OpenSSH_9.6\r\n", "what answers is not HTTP"),
+        ("ws", b"HTTP/1.1 200 OK\r\n\r\n", "what answers is not a portal: HTTP 200"),
+        ("ws", b"HTTP/1.1 302 Found\r\n\r\n", "what answers is not a portal: HTTP 302"),
+    ],
+)
+def test_what_accepts_tcp_but_is_no_portal_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch, scheme: str, answer: bytes | None, reason: str
+) -> None:
+    monkeypatch.setattr("firezone_tunnel.apps.cli.diagnose._PORTAL_TIMEOUT", 0.5)
+    with _server(answer) as port:
+        found = _portal(f"{scheme}://127.0.0.1:{port}")
 
     assert found["state"] == "missing"
-    assert "does not answer: " in found["found"]
+    assert reason in found["found"]
 
 
 def test_it_loads_no_reactor() -> None:
@@ -112,6 +124,32 @@ _FINDINGS = [
     Finding("privileges", CheckState.OK, "root"),
     Finding("nftables", CheckState.MISSING, "no [nft]", "install it", needed_by=("gateway",)),
 ]
+
+
+@contextlib.contextmanager
+def _server(answer: bytes | None) -> Iterator[int]:
+    """The port of a server that gives one client this answer, and drops it; None: no answer."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1)
+            if answer is None:
+                done.wait(10)
+            else:
+                connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionResetError):
+                    while connection.recv(4096):
+                        pass
+
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listener.getsockname()[1]
+        done.set()
+        thread.join(10)
 
 
 def _portal(url: str) -> dict[str, str]:
