@@ -163,16 +163,9 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
         self.dropConnection(abort=False)
 
     def _answer_refusal(self, refused: Refused) -> None:
-        status = HTTPStatus(refused.status)
-        body = {
-            "type": "about:blank",
-            "title": status.phrase,
-            "status": refused.status,
-            "detail": refused.detail,
-            "code": refused.code,
-        }
         extra = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
-        self._answer(status, "application/problem+json", json.dumps(body).encode(), extra)
+        body = json.dumps(refused.document()).encode()
+        self._answer(HTTPStatus(refused.status), "application/problem+json", body, extra)
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes, extra: dict[str, str] | None = None) -> None:
         headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **(extra or {})}

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from datetime import tzinfo
 from typing import Annotated, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -289,8 +290,7 @@ class _Reader:
     def _dns(self, table: _DnsTable) -> DnsSettings:
         self._at = ("dns", None)
         for url in table.upstream_doh:
-            if not url.startswith("https://"):
-                self._fail(f"{url!r} is not an https:// URL")
+            self._try(_check_https_url, url)
         if table.search_domain is not None:
             self._try(_check_host, table.search_domain)
         upstream = tuple(self._try(_resolver, text) for text in table.upstream)
@@ -345,6 +345,8 @@ def _address(table: _ResourceTable) -> str:
         return ""
     if table.type == "dns":
         return _pattern(table.address)
+    if "%" in table.address:
+        raise ValueError(f"{table.address!r} has a scope, which peers can't parse")
     network = ipaddress.ip_network(table.address, strict=False)
     if table.type == "ip" and network.num_addresses != 1:
         raise ValueError(f"{table.address!r} is a network, not an address: use type cidr")
@@ -375,6 +377,13 @@ def _check_host(text: str) -> None:
         raise ValueError(f"{text!r} is not a domain name")
 
 
+def _check_https_url(text: str) -> None:
+    """An unreadable URL would make clients drop the whole `init`."""
+    url = urlsplit(text) if text.isascii() and text.isprintable() and " " not in text else None
+    if url is None or url.scheme != "https" or not url.hostname or url.port == 0:
+        raise ValueError(f"{text!r} is not a https:// URL")
+
+
 def _filter(text: str) -> Filter:
     """`icmp`, `tcp`, `udp/53` or `tcp/8000-8080`."""
     protocol, _, ports = text.replace(" ", "").lower().partition("/")
@@ -397,7 +406,7 @@ def _resolver(text: str) -> tuple[str, int]:
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
     address = ipaddress.ip_address(host)
-    if not port.isdigit() or not 0 < int(port) <= 0xFFFF:
+    if not port.isdigit() or not 0 < int(port) <= 0xFFFF or "%" in host:
         raise ValueError(f"{text!r} is not the address of a resolver")
     if any(address in one for one in RESERVED):
         raise ValueError(f"the resolver {text} lies in the tunnel's own addresses")
