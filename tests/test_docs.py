@@ -61,7 +61,7 @@ def test_every_variable_that_is_named_exists(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [_ROOT / "docs/examples/portal.toml", _ROOT / "docker/portal.toml"], ids=str)
 def test_a_portal_would_serve_the_seed_files(path: Path) -> None:
-    account = parse_seed(path.read_text(), SeedContext(lambda name: (path.parent / name).read_text(), ZoneInfo))
+    account = parse_seed(path.read_text(), SeedContext(lambda name: (path.parent / name).read_text(), ZoneInfo)).account
 
     assert len(account.tokens) >= 2
     assert len(account.resources) >= 1

@@ -21,8 +21,8 @@ from tests.unit.apps.portal.world import OURS, Peer, World
 
 _VECTORS = sorted((Path(__file__).parents[3] / "data/vectors").glob("*.jsonl"))
 _AGENTS: dict[str, list[str | None]] = {
-    "client": [None, OURS, "Debian/12 headless-client/1.5.8 (x86_64)", "Windows/10 gui-client/1.5.7", "connlib/1.2.0"],
-    "gateway": [None, OURS, "connlib/1.3.0", "gateway/1.4.0"],
+    "client": [*[None] * 4, OURS, "headless-client/1.5.8 (x86_64)", "Windows/10 gui-client/1.5.7", "connlib/1.2.0"],
+    "gateway": [*[None] * 4, OURS, "connlib/1.3.0", "gateway/1.4.0"],
     "relay": [None],
 }
 _UNKNOWN_ID = "0a6e2f91-4c1d-4f5e-b1b2-6e8f9d3c1a05"
@@ -50,16 +50,18 @@ def test_the_portal_sends_every_row_of_the_table() -> None:
     assert sorted(map(str, table.rows() - table.seen)) == []
 
 
-@settings(max_examples=examples(200))
+@settings(max_examples=examples(100))
 @given(st.data())
 def test_whatever_the_seed_and_the_course_every_message_fits_the_table(data: st.DataObject) -> None:
     with _world(read_table(), data.draw(SEEDS)) as world:
         for role in ("relay", "gateway", "client"):
             _join(world, role, data)
-        for _ in range(data.draw(st.integers(0, 20))):
+        _ask(world)
+        _answer_all(world)
+        for _ in range(10):
             _step(world, data)
 
-        assert not [peer for peer in world.peers if peer.received("phx_error")]
+        assert world.crashes == 0
 
 
 def test_an_address_that_peers_cannot_parse_is_refused_where_it_comes_from() -> None:
@@ -187,12 +189,9 @@ def _step(world: World, data: st.DataObject) -> None:
         case "join":
             _join(world, data.draw(st.sampled_from(["relay", "gateway", "client"])), data)
         case "ask":
-            ids = list(world.state.account.resources)
-            for client in _peers(world, "client"):
-                client.say(_request(client), _flow(data.draw(st.sampled_from([*ids, _UNKNOWN_ID]))))
+            _ask(world)
         case "answer":
-            for gateway in _peers(world, "gateway"):
-                _answer(gateway)
+            _answer_all(world)
         case "talk":
             _talk(world, data)
         case "junk" if world.peers:
@@ -206,6 +205,17 @@ def _step(world: World, data: st.DataObject) -> None:
             world.advance(data.draw(st.sampled_from([0.5, 2.0, 20.0, 61.0, 3600.0])))
         case "lose" if world.peers:
             data.draw(st.sampled_from(world.peers)).close()
+
+
+def _ask(world: World) -> None:
+    for client in _peers(world, "client"):
+        for id_ in [*world.state.account.resources, _UNKNOWN_ID]:
+            client.say(_request(client), _flow(id_))
+
+
+def _answer_all(world: World) -> None:
+    for gateway in _peers(world, "gateway"):
+        _answer(gateway)
 
 
 def _join(world: World, role: str, data: st.DataObject) -> None:

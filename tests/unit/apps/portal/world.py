@@ -67,6 +67,7 @@ class Peer:
             _, ref, topic, event, payload = frame
             frame = {"topic": topic, "event": event, "payload": payload, "ref": ref}
         self.frames.append(frame)
+        self.world.crashes += frame["event"] == "phx_error"
         try:
             self.world.table.check_frame(frame, self.receiver)
         except Violation as violation:
@@ -105,6 +106,7 @@ class World:
     def __init__(self, directory: Path, table: MessageTable, seed: str, *, entropy: int = 0) -> None:
         self.table = table
         self.violations: list[str] = []
+        self.crashes = 0
         self.peers: list[Peer] = []
         self.elapsed = 0.0
         self.refused: list[Refused] = []
@@ -191,7 +193,7 @@ def account(seed: str) -> Account:
 
     Raises: ConfigurationError.
     """
-    return parse_seed(seed, SeedContext(lambda name: name, ZoneInfo))
+    return parse_seed(seed, SeedContext(lambda name: name, ZoneInfo)).account
 
 
 def run(work: Coroutine[Any, Any, _T]) -> _T:
