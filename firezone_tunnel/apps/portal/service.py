@@ -17,7 +17,6 @@ from twisted.internet.ssl import CertificateOptions
 from twisted.python.failure import Failure
 
 from firezone_tunnel.apps.portal.hub import Hub
-from firezone_tunnel.apps.portal.seed_file import load_seed
 from firezone_tunnel.apps.portal.state import PortalState
 from firezone_tunnel.apps.portal.store import Store
 from firezone_tunnel.apps.portal.web import PortalFactory
@@ -26,6 +25,7 @@ from firezone_tunnel.core.portal.flows import FlowAuthorizer
 from firezone_tunnel.core.sansio import Entropy, SocketAddress
 from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.process.seed_file import load_seed
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.shell.reactor.service import Service
 

@@ -9,15 +9,21 @@ import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from firezone_tunnel import __version__
 from firezone_tunnel.apps.cli.diagnose import CheckState, Finding, is_usable
 from firezone_tunnel.apps.cli.main import main
+from firezone_tunnel.core.portal.account import PeerRole
+from firezone_tunnel.core.portal.seed import SeedContext, parse_seed
 
 _ROOT = Path(__file__).parents[4]
 
@@ -26,7 +32,7 @@ def test_help_lists_exactly_the_commands() -> None:
     done = CliRunner().invoke(main, ["--help"])
 
     commands = done.output.partition("Commands:")[2].split("\n")
-    assert [line.split()[0] for line in commands if line.strip()] == ["diagnose", "token"]
+    assert [line.split()[0] for line in commands if line.strip()] == ["diagnose", "portal", "token"]
     assert CliRunner().invoke(main, ["--version"]).output == f"{__version__}\n"
 
 
@@ -44,6 +50,85 @@ def test_the_hash_is_printed_as_the_seed_file_has_it() -> None:
 
     token = first.removeprefix("token:").strip()
     assert second == f'sha3_256 = "{hashlib.sha3_256(token.encode()).hexdigest()}"'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "role", "owner"),
+    [
+        (("--client", "Me"), PeerRole.CLIENT, "Me"),
+        (("--gateway", "HQ"), PeerRole.GATEWAY, "HQ"),
+        (("--relay",), PeerRole.RELAY, "acme"),
+    ],
+)
+def test_the_table_of_a_token_is_pasted_as_it_is(arguments: tuple[str, ...], role: PeerRole, owner: str) -> None:
+    first, table = CliRunner().invoke(main, ["token", *arguments]).output.split("\n", 1)
+    record = json.loads(CliRunner().invoke(main, ["token", *arguments, "--json"]).output)
+
+    account = parse_seed(_SEED + table, SeedContext(str, ZoneInfo)).account
+    token = account.token(role, first.removeprefix("token:").strip(), utc_now=0)
+    assert token is not None
+    names = {one.id: one.name for one in (*account.actors.values(), *account.sites.values())} | {
+        account.id: account.slug
+    }
+    assert names[token.owner] == owner
+    pasted = parse_seed(f"{_SEED}\n{record['seed']}\n", SeedContext(str, ZoneInfo)).account
+    assert pasted.token(role, record["token"], utc_now=0) is not None
+
+
+@given(st.text(st.characters(codec="utf-8"), min_size=1))
+def test_any_name_is_quoted(name: str) -> None:
+    table = CliRunner().invoke(main, ["token", "--client", name]).output.partition("\n")[2]
+
+    assert tomllib.loads(table)["tokens"][0]["actor"] == name
+
+
+def test_a_token_is_for_one_role() -> None:
+    done = CliRunner().invoke(main, ["token", "--client", "Me", "--relay"])
+
+    assert done.exit_code == 2
+    assert "exclude each other" in done.output
+
+
+def test_a_valid_seed_file_is_summed_up(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("a token")
+    path = _write(tmp_path, _SEED + '[[tokens]]\nkind = "relay"\ntoken_file = "token"\n')
+
+    done = CliRunner().invoke(main, ["portal", "check", path])
+
+    assert done.exit_code == 0
+    assert done.output.splitlines() == [
+        "warning: [[sites]] 'HQ' in line 4: no token of kind gateway is for this site, so nothing can reach it",
+        "warning: [[groups]] 'Everyone' in line 6: no actor is a member",
+        f"{path} is valid (sites: 1, groups: 1, actors: 1, tokens: 1)",
+    ]
+
+
+def test_all_errors_of_a_seed_file_are_printed(tmp_path: Path) -> None:
+    path = _write(tmp_path, _SEED + '[[sites]]\nname = ""\n[[tokens]]\nkind = "relai"\n')
+
+    done = CliRunner().invoke(main, ["portal", "check", path])
+
+    assert done.exit_code == 1
+    first, second = done.output.splitlines()
+    assert first == "error: [[sites]] '' in line 11: `name` must be text of 1 to 255 characters"
+    assert second.startswith("error: [[tokens]] in line 13: `kind` can't be 'relai'; did you mean 'relay'? (known: ")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(None, "No such file or directory"), (b"\xff", "is not UTF-8 text"), (b"[account", "not valid TOML in line 1")],
+)
+def test_a_seed_file_that_cannot_be_read_is_one_error(tmp_path: Path, content: bytes | None, complaint: str) -> None:
+    path = tmp_path / "portal.toml"
+    if content is not None:
+        path.write_bytes(content)
+
+    done = CliRunner().invoke(main, ["portal", "check", str(path)])
+
+    assert done.exit_code == 1
+    (line,) = done.output.splitlines()
+    assert line.startswith("error: ")
+    assert complaint in line
 
 
 def test_the_table_and_the_object_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +205,17 @@ def test_it_loads_no_reactor() -> None:
     assert done.stdout == "False\n"
 
 
+_SEED = """\
+[account]
+name = "Acme"
+slug = "acme"
+[[sites]]
+name = "HQ"
+[[groups]]
+name = "Everyone"
+[[actors]]
+name = "Me"
+"""
 _FINDINGS = [
     Finding("privileges", CheckState.OK, "root"),
     Finding("nftables", CheckState.MISSING, "no [nft]", "install it", needed_by=("gateway",)),
@@ -150,6 +246,12 @@ def _server(answer: bytes | None) -> Iterator[int]:
         yield listener.getsockname()[1]
         done.set()
         thread.join(10)
+
+
+def _write(directory: Path, seed: str) -> str:
+    path = directory / "portal.toml"
+    path.write_text(seed)
+    return str(path)
 
 
 def _portal(url: str) -> dict[str, str]:
