@@ -224,6 +224,17 @@ async def test_what_has_no_effect_is_logged_at_each_load(portal: Portal, logged:
     ]
 
 
+@pytest_twisted.ensureDeferred
+async def test_many_warnings_are_logged_in_part(portal: Portal, logged: list[dict[str, Any]]) -> None:
+    groups = "".join(f'[[groups]]\nname = "{number}"\n' for number in range(30))
+
+    assert await portal.reseed(("[[sites]]", f"{groups}[[sites]]"))
+
+    reasons = [message["reason"] for message in logged if message["message_type"] == "portal:seed_incomplete"]
+    assert len(reasons) == 21
+    assert reasons[-1] == "11 more: firezone-tunnel portal check prints them"  # one is of a group in the usual file
+
+
 async def _with_flow(portal: Portal, *, v2: bool = False) -> tuple[Peer, Peer, str]:
     """A gateway, a client with a flow for the lab through it, and the client's id."""
     gateway = await portal.join("gateway", v2=v2)

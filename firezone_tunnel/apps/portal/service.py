@@ -29,6 +29,7 @@ from firezone_tunnel.shell.process.seed_file import load_seed
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.shell.reactor.service import Service
 
+_LOGGED_WARNINGS = 20
 _PEM_BEGIN = "-----BEGIN CERTIFICATE-----"
 
 
@@ -110,8 +111,11 @@ class PortalService(Service):
     def _load_seed(self) -> Account:
         """Raises: ConfigurationError."""
         account, warnings = load_seed(self._seed_path)
-        for what in warnings:
+        for what in warnings[:_LOGGED_WARNINGS]:
             log.warning("portal:seed_incomplete", path=self._seed_path, reason=what)
+        if len(warnings) > _LOGGED_WARNINGS:
+            more = f"{len(warnings) - _LOGGED_WARNINGS} more: firezone-tunnel portal check prints them"
+            log.warning("portal:seed_incomplete", path=self._seed_path, reason=more)
         return account
 
     async def _stop(self) -> None:

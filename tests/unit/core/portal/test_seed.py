@@ -319,3 +319,30 @@ def test_any_value_is_accepted_or_an_error(key: str, value: str) -> None:
         _parse(text)
     except ConfigurationError as error:
         assert str(error)
+
+
+_KEYS = sorted(set(re.findall(r"^(\w+) = ", _EXAMPLE.read_text(), re.MULTILINE)))
+_TABLES = sorted(set(re.findall(r"^\[+(\w+)", _EXAMPLE.read_text(), re.MULTILINE)))
+_VALUES = ["7", "1.5", "true", "[]", "[7]", '[""]', "{}", "[{}]", "{ name = 7 }", "[{ name = 7 }]", "2030-01-01", '""']
+
+
+@pytest.mark.parametrize("key", _KEYS)
+@pytest.mark.parametrize("value", _VALUES)
+def test_a_value_of_another_type_is_accepted_or_an_error(key: str, value: str) -> None:
+    changed = re.sub(rf"^{key} = .*$", f"{key} = {value}", _EXAMPLE.read_text().replace("[\n", "["), flags=re.MULTILINE)
+
+    try:
+        _parse(changed)
+    except SeedError as error:
+        assert all(" in line " in problem for problem in error.problems)
+
+
+@pytest.mark.parametrize("kind", _TABLES)
+@pytest.mark.parametrize("value", _VALUES)
+def test_a_table_of_another_type_is_accepted_or_an_error(kind: str, value: str) -> None:
+    kept = re.sub(rf"^\[+{kind}\]+\n(?:[^\[\n].*\n)*", "", _HEAD, flags=re.MULTILINE)
+
+    try:
+        _parse(f"{kind} = {value}\n{kept}")
+    except SeedError as error:
+        assert str(error)
