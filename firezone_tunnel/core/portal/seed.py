@@ -74,7 +74,8 @@ class SeedError(ConfigurationError):
 
     def __init__(self, *problems: str) -> None:
         others = len(problems) - 1
-        super().__init__(problems[0] + (f" (and {others} more error{'s'[: others - 1]})" if others else ""))
+        more = f" (and {others} more {'error' if others == 1 else 'errors'})" if others else ""
+        super().__init__(problems[0] + more)
         self.problems = problems
 
 
@@ -85,7 +86,7 @@ def parse_seed(text: str, context: SeedContext) -> Seed:
     """
     try:
         content = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not all of tomllib's are TOMLDecodeErrors
         raise SeedError(_explain(text, error)) from None
     return _Reader(SeedLines(text, content), content, context).seed()
 
@@ -398,7 +399,7 @@ _TOML_ADVICE = {
 }
 
 
-def _explain(text: str, error: tomllib.TOMLDecodeError) -> str:
+def _explain(text: str, error: Exception) -> str:
     """Our words for the parser's error, where it has an equivalent."""
     found = _TOML_PLACE.fullmatch(str(error))
     if found is None:

@@ -163,6 +163,8 @@ def test_an_address_that_cannot_be_served_is_refused(kind: str, address: str, co
         ("", "[account]: the table is missing"),
         ("\nname = \n", "not valid TOML in line 2, column 8: a value is missing, or a text is not in quotes"),
         ("\nname =", "not valid TOML in line 2, the last: a value is missing"),
+        ("x = " + "1" * 5000, "not valid TOML: "),
+        ("x = " + "[" * 5000, "not valid TOML: "),
         (_HEAD.replace("acme", "A!"), "[account] in line 3: `slug` must be 1 to 63 lower-case letters"),
         (_HEAD + '[[actors]]\nname = "Dev"\n', "[[actors]] 'Dev' in line 15: the name is used twice, also in line 11"),
         (
