@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from firezone_tunnel.core.portal.account import PeerRole
+from firezone_tunnel.core.portal.presence import SWAPS_TOLERATED
 from firezone_tunnel.core.sansio import SocketAddress
 from tests.hypothesis_profiles import examples
 from tests.unit.apps.portal.message_table import MessageTable, Receiver, Violation, frames_in, read_table
@@ -26,6 +28,7 @@ _AGENTS: dict[str, list[str | None]] = {
     "relay": [None],
 }
 _UNKNOWN_ID = "0a6e2f91-4c1d-4f5e-b1b2-6e8f9d3c1a05"
+_KEYS = ("A" * 43 + "=", "B" * 43 + "=")
 _EXPIRY = {"client_id": _UNKNOWN_ID, "resource_id": _UNKNOWN_ID, "expires_at": 1}
 _CANDIDATE = "candidate:1 1 udp 2113929471 192.0.2.5 51820 typ host"
 
@@ -46,6 +49,7 @@ def test_the_portal_sends_every_row_of_the_table() -> None:
     _send_everything(table, v2=True)
     _send_everything(table, v2=False, client_agent="Debian/12 headless-client/1.5.8 (x86_64)")
     _send_everything(table, v2=False, client_agent=OURS, gateway_agent=OURS)
+    _send_everything(table, v2=True, client_agent=OURS, gateway_agent=OURS)
 
     assert sorted(map(str, table.rows() - table.seen)) == []
 
@@ -134,6 +138,8 @@ def _send_everything(
         peers["relay"].close()
         world.advance(2.0)
         world.connect("client", v2=v2, token="unknown")
+        for role in ("client", "gateway"):
+            _contest(world, role, options[role])
         for end in (_leave, _crash, _lose_token):
             world.reload(seed.text())
             for role, one in options.items():
@@ -158,6 +164,20 @@ def _use(client: Peer, gateway: Peer) -> None:
         client.say(event, {"gateway_ids": [gateway_id], "candidates": [_CANDIDATE]})
         gateway.say(event, {"client_ids": [client_id], "candidates": [_CANDIDATE]})
     client.say("surprise", {})
+
+
+def _contest(world: World, role: str, options: Mapping[str, Any]) -> None:
+    """Two hosts with one identity, until the portal says so to the one that is connected."""
+    for _ in range(SWAPS_TOLERATED + 1):
+        for key in _KEYS:
+            world.join(role, **options, public_key=key)
+    (present,) = world.state.presence.joined(PeerRole(role))
+    (other,) = [key for key in _KEYS if key != present.device.public_key]
+    world.connect(role, **options, public_key=other)
+    world.advance(11.0)  # longer than a host that is gone is kept
+    world.connect(role, **options, public_key=other)
+    for peer in _peers(world, role):
+        peer.close()
 
 
 def _leave(world: World, peer: Peer) -> None:

@@ -80,6 +80,9 @@ class Peer:
             assert self.connection is not None
             self.connection.lost()
 
+    def probe(self) -> None:
+        """The peer's host is there."""
+
     def pause_reading(self, *, paused: bool) -> None:
         """Nothing is read: each frame is handled at once."""
 
