@@ -7,19 +7,19 @@ from types import TracebackType
 
 from firezone_tunnel.errors import one_line
 from firezone_tunnel.shell.logs import events as log
-
-_MAX_LOGGED = 10
+from firezone_tunnel.shell.logs.limiter import Limiter
 
 
 class Boundary:
     """`with boundary:` swallows an exception and logs it with its traceback.
 
-    It logs only the first ten, so that no peer can fill the disk.
+    It logs each type of exception at most once a minute, so that no peer can fill the disk.
     """
 
     def __init__(self, message_type: str) -> None:
         self.failures = 0
         self._message_type = message_type
+        self._limiter = Limiter()
 
     def __enter__(self) -> None:
         pass
@@ -30,6 +30,8 @@ class Boundary:
         if not isinstance(error, Exception):
             return False
         self.failures += 1
-        if self.failures <= _MAX_LOGGED:
-            log.error(self._message_type, reason=one_line(error), traceback="".join(format_exception(error)))
+        suppressed = self._limiter.admit(type(error).__name__)
+        if suppressed is not None:
+            text = "".join(format_exception(error))
+            log.error(self._message_type, reason=one_line(error), traceback=text, suppressed=suppressed)
         return True

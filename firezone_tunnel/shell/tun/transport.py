@@ -22,6 +22,7 @@ from firezone_tunnel.core.packet.superpacket import (
     virtio_header,
 )
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.tun.device import Offload, TunDevice
 
 
@@ -81,7 +82,7 @@ class TunTransport:
         # IP protocols whose super-packets the kernel refuses, and IP protocols whose it has accepted.
         self._refused = {kind for kind, needed in _RUNS.items() if device.offload < needed}
         self._taken: set[int] = set()
-        self._logged: set[int] = set()
+        self._limiter = Limiter()
         self._ended = perf_counter()  # of the last turn
         self._was_single = False
         protocol.makeConnection(self)
@@ -185,7 +186,8 @@ class TunTransport:
             self._lose(_removed(self.device))
             return
         self.counters.read_errors += 1
-        self._log_once(error, "tun:read_failed")
+        name, number = self.device.name, error.errno
+        self._limiter.warning("tun:read_failed", key=number, interface=name, errno=number, reason=error.strerror)
 
     def _run_refused(self, packet: SuperPacket) -> None:
         """The kernel refuses super-packets of this protocol; or only this one, if it has accepted others."""
@@ -214,12 +216,8 @@ class TunTransport:
             counters.no_buffers += 1
         else:
             counters.write_errors += 1
-            self._log_once(error, "tun:write_failed")
-
-    def _log_once(self, error: OSError, message_type: str) -> None:
-        if error.errno not in self._logged:
-            self._logged.add(error.errno or 0)
-            log.warning(message_type, interface=self.device.name, errno=error.errno, reason=error.strerror)
+            name, number = self.device.name, error.errno
+            self._limiter.warning("tun:write_failed", key=number, interface=name, errno=number, reason=error.strerror)
 
     def _lose(self, reason: Failure) -> None:
         if self._fd == -1:

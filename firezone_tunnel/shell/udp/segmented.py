@@ -15,6 +15,7 @@ import attrs
 from firezone_tunnel.core.sansio import SocketAddress, Transmit
 from firezone_tunnel.errors import is_unreachable
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.udp.sockets import Ancillary, remember, sending
 
 RETRY_SEGMENTATION_AFTER = 600.0  # seconds: a path may have changed without any sign of it here
@@ -45,7 +46,7 @@ class SegmentedSender:
         self._clock = clock
         self._ancillary: dict[tuple[SocketAddress | None, int, int], list[Ancillary]] = {}
         self._unsegmented: dict[SocketAddress, float] = {}  # until when
-        self._logged: set[int] = set()
+        self._limiter = Limiter(clock=clock)
 
     def send(self, udp: socket.socket, transmit: Transmit, offset: int = 0) -> int | None:
         """Send a transmit from the byte at `offset` on, where an earlier attempt has blocked.
@@ -131,17 +132,13 @@ class SegmentedSender:
             log.debug("udp:unreachable", destination=str(transmit.destination), reason=error.strerror)
         elif isinstance(error, PermissionError):
             counters.forbidden += 1
-            self._log_once(error, log.info, "udp:sending_forbidden", "a local firewall refuses some of our datagrams")
+            reason = "a local firewall refuses some of our datagrams"
+            self._limiter.info("udp:sending_forbidden", errno=error.errno, reason=reason)
         elif error.errno == errno.ENOBUFS:
             counters.no_buffers += 1
         else:
             counters.send_errors += 1
-            self._log_once(error, log.warning, "udp:send_failed", error.strerror)
-
-    def _log_once(self, error: OSError, write: Callable[..., None], message_type: str, reason: str | None) -> None:
-        if error.errno not in self._logged:
-            self._logged.add(error.errno or 0)
-            write(message_type, errno=error.errno, reason=reason)
+            self._limiter.warning("udp:send_failed", key=error.errno, errno=error.errno, reason=error.strerror)
 
 
 _SEGMENTATION_REFUSED = frozenset({errno.EMSGSIZE, errno.EINVAL, errno.EIO})

@@ -19,7 +19,7 @@ from zope.interface import Interface, implementer
 
 from firezone_tunnel.core.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.core.sansio import SocketAddress, Transmit
-from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.reactor.clock import boottime
 from firezone_tunnel.shell.udp.segmented import SegmentedSender, SendCounters
 from firezone_tunnel.shell.udp.sockets import ANCILLARY_SPACE, Ancillary, Arrival, bind, configure, received, remember
@@ -112,7 +112,7 @@ class UdpTransport:
         self._arrivals: dict[tuple[Ancillary, ...], tuple[Arrival, SocketAddress | None]] = {}
         self._sources: dict[tuple[Any, ...], SocketAddress] = {}
         self._queue: deque[tuple[Transmit, int]] = deque()  # and the byte from which on it has yet to leave
-        self._logged: set[int] = set()
+        self._limiter = Limiter(clock=clock)
         self._ended = perf_counter()  # of the last turn
         self._was_single = False
         reactor.addReader(self)
@@ -161,7 +161,7 @@ class UdpTransport:
                 break
             except OSError as error:
                 self.counters.receive_errors += 1
-                self._log_once(error, "udp:receive_failed")
+                self._limiter.warning("udp:receive_failed", key=error.errno, errno=error.errno, reason=error.strerror)
                 break
             batch = self._batch(length, tuple(ancillary), address)
             if batch is not None:
@@ -234,8 +234,3 @@ class UdpTransport:
             self.counters.paused += 1
             self._reactor.addWriter(self)
             self._protocol.sendingPaused()
-
-    def _log_once(self, error: OSError, message_type: str) -> None:
-        if error.errno not in self._logged:
-            self._logged.add(error.errno or 0)
-            log.warning(message_type, errno=error.errno, reason=error.strerror)

@@ -119,15 +119,13 @@ def test_an_address_of_the_other_family_is_unreachable(end: End) -> None:
     assert (end.socket.sent, end.transport.counters.unreachable, end.released) == ([], 1, 1)
 
 
-def test_a_local_firewall_is_mentioned_once(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
-    mentioned: list[str] = []
-    monkeypatch.setattr(udp_transport.log, "info", lambda message_type, **_: mentioned.append(message_type))
+def test_a_local_firewall_is_mentioned_once(end: End, logged: list[dict[str, Any]]) -> None:
     end.socket.failures.extend([errno.EPERM, errno.EPERM])
 
     end.send(PEER)
     end.send(PEER)
 
-    assert mentioned == ["udp:sending_forbidden"]
+    assert [message["message_type"] for message in logged] == ["udp:sending_forbidden"]
 
 
 def test_a_full_socket_pauses_the_protocol_and_keeps_the_order(end: End) -> None:
