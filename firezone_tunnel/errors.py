@@ -26,6 +26,14 @@ class InUseError(PlatformError):
     """Another instance owns a resource of the host that this one needs."""
 
 
+class InternalError(FirezoneError):
+    """A bug ended a service. `traceback` is the text of the original exception's traceback."""
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
 class ProtocolError(FirezoneError):
     """A peer sent bytes that violate its protocol."""
 

@@ -176,7 +176,7 @@ async def test_a_failure_at_the_end_is_logged_and_the_host_is_restored(
         await session.close()
 
     assert _host_state(host) == before
-    (message,) = [message for message in logged if message["message_type"] == "client:crashed"]
+    (message,) = [message for message in logged if message["message_type"] == "tunnel:crashed"]
     assert "a failure" in message["traceback"]
 
 

@@ -32,6 +32,7 @@ def start(
         "FIREZONE_API_URL": f"ws://{PORTAL}:{PORTAL_PORT}",
         "FIREZONE_NAME": role,
         "FIREZONE_LOG_FORMAT": "json",
+        "FIREZONE_LOG_LEVEL": "debug",
         "FIREZONE_TOKEN": TOKENS.get(role, "") if token is None else token,
     }
     paths: tuple[str, ...] = ("--state-dir", str(host.state_directory))

@@ -21,7 +21,7 @@ _TWISTD = Path(sys.executable).with_name("twistd")
 class Product:
     """The portal, the relays, the gateway and the client, each on its own host of the demo's network."""
 
-    def __init__(self, network: Network, *, relays: Sequence[str] = (), log_level: str = "info") -> None:
+    def __init__(self, network: Network, *, relays: Sequence[str] = (), log_level: str = "debug") -> None:
         """`relays` are the relays to start, by their names in `network.RELAYS`."""
         self._network = network
         self._relays = tuple(relays)

@@ -18,7 +18,7 @@ from firezone_tunnel.apps.relay.ports import AllocationPorts, PortTaken, is_bind
 from firezone_tunnel.core.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.core.relay.outputs import ClosePort, Command, Drained, OpenPort
 from firezone_tunnel.core.relay.server import RelayServer
-from firezone_tunnel.errors import FirezoneError, PlatformError
+from firezone_tunnel.errors import FirezoneError, InternalError
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.reactor.boundary import Boundary
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
@@ -100,7 +100,7 @@ class Engine:
         May be called more than once.
         """
         if self._stopped is None:
-            self._stopped = Deferred.fromCoroutine(self._stop()).addErrback(self._crashed)
+            self._stopped = Deferred.fromCoroutine(self._stop()).addErrback(self._not_stopped)
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
@@ -133,8 +133,10 @@ class Engine:
         self._settle()
 
     def _crashed(self, reason: Failure) -> None:
-        log.error("relay:crashed", reason=reason.getErrorMessage(), traceback=reason.getTraceback())
-        self._failed(PlatformError(f"The relay failed: {reason.getErrorMessage()}"))
+        self._failed(InternalError(f"The relay failed: {reason.getErrorMessage()}", reason.getTraceback()))
+
+    def _not_stopped(self, failure: Failure) -> None:
+        log.error("relay:crashed", reason=failure.getErrorMessage(), traceback=failure.getTraceback())
 
     def _settle(self) -> None:
         """Execute the core's transmits and commands. Opening a port makes it answer."""
@@ -186,7 +188,7 @@ class Engine:
             self._timer.close()
         self._report.stop()
         counters = {**log.nonzero(self._server.counters), **log.nonzero(self._ports.counters)}
-        log.info("relay:stopped", failures=self._boundary.failures, **counters)
+        log.debug("relay:stopped", failures=self._boundary.failures, **counters)
 
     async def _drain(self) -> None:
         log.info("relay:draining", allocations=self._server.allocations, seconds=self._config.drain_time)

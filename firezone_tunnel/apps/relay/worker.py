@@ -31,7 +31,7 @@ from firezone_tunnel.apps.relay.worker_messages import (
     decode_order,
     encode,
 )
-from firezone_tunnel.errors import FirezoneError, one_line
+from firezone_tunnel.errors import FirezoneError, InternalError, one_line
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.writer import LogWriter, TwistedMessages
 
@@ -104,6 +104,8 @@ class WorkerProtocol(Protocol):
 
     def _fail(self, error: BaseException) -> None:
         self.exit_code = 1
+        if isinstance(error, InternalError):  # the parent learns the reason only
+            log.error("relay:crashed", reason=one_line(error), traceback=error.traceback)
         self.transport.write(encode(WorkerFailed(one_line(error))))
         self._end()
 

@@ -147,7 +147,7 @@ class PortalLink(Service):
         self._is_wanted = False
         self._channel.close()
         self._pump()
-        log.info("portal:closed", portal=str(self._url), **log.nonzero(self.counters))
+        log.debug("portal:closed", portal=str(self._url), **log.nonzero(self.counters))
         self._held.clear()
         if self._retry_put is not None and self._retry_put.active():
             self._retry_put.cancel()
@@ -228,8 +228,6 @@ class PortalLink(Service):
         portal = str(self._url)
         if isinstance(event, Joined):
             log.info("portal:joined", portal=portal)
-        elif isinstance(event, Fatal):
-            log.info("portal:failed", portal=portal, reason=one_line(event.error))
         elif isinstance(event, Lost):
             if event.was_joined:
                 log.info("portal:connection_lost", portal=portal, reason=event.reason)

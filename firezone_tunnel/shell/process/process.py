@@ -21,7 +21,7 @@ from collections.abc import Callable
 from traceback import format_exception
 from typing import Any, TextIO
 
-from firezone_tunnel.errors import FirezoneError, one_line
+from firezone_tunnel.errors import FirezoneError, InternalError, one_line
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.writer import LogWriter
 from firezone_tunnel.shell.reactor.clock import boottime
@@ -98,10 +98,10 @@ class Process:
         if self._is_ending:
             return
         fields = {"reason": one_line(error), "error": type(error).__name__}
-        if isinstance(error, FirezoneError):
-            self._code = error.exit_code
-        else:
-            self._code = 1
+        self._code = error.exit_code if isinstance(error, FirezoneError) else 1
+        if isinstance(error, InternalError):
+            fields["traceback"] = error.traceback
+        elif not isinstance(error, FirezoneError):
             fields["traceback"] = "".join(format_exception(error))
         log.error("process:failed", **fields)
         _write_stderr(f"{self.name}: {one_line(error)}")

@@ -20,7 +20,7 @@ from firezone_tunnel.core.snownet.events import (
     PathChanged,
 )
 from firezone_tunnel.core.snownet.relays import RelayAllocated, RelayFailed
-from firezone_tunnel.errors import FirezoneError, PlatformError, ProtocolError, one_line
+from firezone_tunnel.errors import FirezoneError, InternalError, PlatformError, ProtocolError, one_line
 from firezone_tunnel.shell.host.instance import Instance
 from firezone_tunnel.shell.host.link import TunnelLink
 from firezone_tunnel.shell.host.monitor import NetworkMonitor
@@ -252,15 +252,13 @@ class TunnelEndpoint(MultiService):
         if isinstance(error, FirezoneError):
             log.error("host:not_restored", reason=one_line(error))
         else:
-            log.error(f"{self._role}:crashed", reason=one_line(error), traceback=failure.getTraceback())
+            log.error("tunnel:crashed", reason=one_line(error), traceback=failure.getTraceback())
 
     def _failed(self, failure: Failure) -> None:
         error: Any = failure.value
-        if isinstance(error, FirezoneError):
-            self._fail(error)
-            return
-        log.error(f"{self._role}:crashed", reason=one_line(error), traceback=failure.getTraceback())
-        self._fail(PlatformError(f"The {self._role} failed: {one_line(error)}"))
+        if not isinstance(error, FirezoneError):
+            error = InternalError(f"The {self._role} failed: {one_line(error)}", failure.getTraceback())
+        self._fail(error)
 
     def _fail(self, error: FirezoneError) -> None:
         if self.running:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
-from twisted.internet.error import ConnectionDone
+from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -19,7 +19,7 @@ from firezone_tunnel.core.sansio import SocketAddress, Timeout, Transmit
 from firezone_tunnel.core.snownet.node import Node
 from firezone_tunnel.core.tunnel.client import ClientCounters
 from firezone_tunnel.core.tunnel.gateway import GatewayCounters
-from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.errors import FirezoneError, InternalError, PlatformError
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.reactor.boundary import Boundary
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
@@ -72,7 +72,7 @@ class TunnelService(Service):
         *,
         open_device: Callable[[], TunDevice],
         on_event: Callable[[Any], object],
-        on_lost: Callable[[PlatformError], object],
+        on_lost: Callable[[FirezoneError], object],
         mark: int | None,
     ) -> None:
         """`on_event` gets the core's events, in order. `on_lost` is called once if the TUN device or a socket is gone.
@@ -202,9 +202,11 @@ class TunnelService(Service):
             self._tun.resumeProducing()
 
     def lost(self, reason: Failure) -> None:
-        if reason.check(ConnectionDone) is None:  # else: by our own `close`
-            log.error("tunnel:transport_lost", reason=reason.getErrorMessage(), traceback=reason.getTraceback())
-            self._on_lost(PlatformError(f"The tunnel broke: {reason.getErrorMessage()}"))
+        sentence = f"The tunnel broke: {reason.getErrorMessage()}"
+        if reason.check(ConnectionLost):
+            self._on_lost(PlatformError(sentence))
+        elif reason.check(ConnectionDone) is None:  # else: by our own `close`
+            self._on_lost(InternalError(sentence, reason.getTraceback()))
 
     def _write(self, packets: list[SuperPacket]) -> None:
         if self._tun is not None:
@@ -232,13 +234,13 @@ class TunnelService(Service):
         """Log the counters of the core and the transports that are not zero."""
         node = self._core.node
         counters = {**log.nonzero(self._core.counters), **log.nonzero(node.counters), **log.nonzero(node.layers)}
-        log.info("tunnel:closed", failures=self._boundary.failures, **counters)
+        log.debug("tunnel:closed", failures=self._boundary.failures, **counters)
         if self._tun is not None:
-            log.info("tun:closed", interface=self._tun.device.name, **log.nonzero(self._tun.counters))
+            log.debug("tun:closed", interface=self._tun.device.name, **log.nonzero(self._tun.counters))
         for transport in self._udp.values():
-            log.info("udp:closed", port=transport.getHost().port, **log.nonzero(transport.counters))
+            log.debug("udp:closed", port=transport.getHost().port, **log.nonzero(transport.counters))
         late = {"late_p999_ms": self.lag.quantile_ms(0.999), "late_max_ms": round(self.lag.worst * 1000, 1)}
-        log.info("tunnel:loop_measured", **late)
+        log.debug("tunnel:loop_measured", **late)
 
 
 def _portions(packets: list[SuperPacket]) -> Iterator[list[SuperPacket]]:

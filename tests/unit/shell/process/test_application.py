@@ -10,7 +10,7 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.internet.testing import MemoryReactorClock
 
-from firezone_tunnel.errors import ConfigurationError, InUseError
+from firezone_tunnel.errors import ConfigurationError, InternalError, InUseError
 from firezone_tunnel.shell.process.application import ApplicationService
 from firezone_tunnel.shell.process.settings import LOG_SETTINGS, Options
 
@@ -47,6 +47,19 @@ def test_a_later_failure_ends_the_process(capfd: pytest.CaptureFixture[str], log
     assert capfd.readouterr().err == "example: a bug\n"
     (message,) = [message for message in logged if message["message_type"] == "process:failed"]
     assert "in watch" in message["traceback"]
+
+
+def test_a_bug_within_a_service_is_reported_once_and_with_its_traceback(
+    capfd: pytest.CaptureFixture[str], logged: list[dict[str, Any]]
+) -> None:
+    application = Example(Part())
+    application.startService()
+
+    application.later.errback(InternalError("The tunnel broke: a bug", "Traceback of the bug"))
+
+    assert capfd.readouterr().err == "example: The tunnel broke: a bug\n"
+    (message,) = [message for message in logged if message["level"] == "error"]
+    assert (message["message_type"], message["traceback"]) == ("process:failed", "Traceback of the bug")
 
 
 def test_it_has_stopped_when_all_parts_have_stopped() -> None:

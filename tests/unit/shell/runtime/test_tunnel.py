@@ -10,12 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from twisted.internet import reactor
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.python.failure import Failure
 
 from firezone_tunnel.core.datagrams import DatagramBatch, receive_buffer
 from firezone_tunnel.core.packet.superpacket import SuperPacket
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.snownet.events import LayerCounters, NodeCounters
 from firezone_tunnel.core.tunnel.client import ClientCounters
+from firezone_tunnel.errors import FirezoneError, InternalError, PlatformError
+from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.runtime.tunnel import TunnelService
 
 PEER, OURS = SocketAddress("192.0.2.1", 1), SocketAddress("192.0.2.2", 2)
@@ -95,7 +99,27 @@ def test_failures_do_not_fill_the_log(core: FailingCore, tunnel: TunnelService, 
     assert len([message for message in logged if message["message_type"] == "tunnel:callback_failed"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("reason", "kind"),
+    [(ConnectionLost("the network interface was removed"), PlatformError), (KeyError("a bug"), InternalError)],
+)
+def test_a_lost_transport_is_reported_once_by_the_owner(
+    core: FailingCore, logged: list[dict[str, Any]], reason: Exception, kind: type[FirezoneError]
+) -> None:
+    lost: list[FirezoneError] = []
+    tunnel = TunnelService(reactor, core, open_device=[].append, on_event=[].append, on_lost=lost.append, mark=None)
+
+    tunnel.lost(Failure(reason))
+    tunnel.lost(Failure(ConnectionDone()))
+
+    (error,) = lost
+    assert type(error) is kind
+    assert str(reason) in str(error)
+    assert logged == []
+
+
 def test_dropped_packets_are_logged_at_the_end(core: FailingCore, logged: list[dict[str, Any]]) -> None:
+    log.set_threshold(log.DEBUG)
     core.node.counters.unrecognized = 3
     core.node.layers.wireguard.forged = 2
     _tunnel(core).stopService()
