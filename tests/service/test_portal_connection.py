@@ -470,11 +470,29 @@ async def test_losing_and_regaining_the_portal_is_logged(world: World, logged: l
     assert [message["message_type"] for message in messages] == [
         "portal:joined",
         "portal:connection_lost",
-        "portal:retry_scheduled",
         "portal:joined",
     ]
-    assert messages[1]["reason"] == lost.reason
-    assert (messages[2]["reason"], messages[2]["attempt"], messages[2]["delay"]) == (lost.reason, 1, 0.25)
+    assert (messages[1]["reason"], messages[1]["delay"]) == (lost.reason, 0.25)
+
+
+@pytest_twisted.ensureDeferred
+async def test_an_unreachable_portal_is_a_warning_once_a_minute_with_a_count(logged: list[dict[str, Any]]) -> None:
+    world = World(UnrulyPortal())
+    await world.portal.stop()
+    world.start()
+    for _ in range(14):
+        world.clock.advance((await world.inbox.next_of(Lost)).delay)
+    await world.service.stopService()
+
+    warnings = [message for message in logged if message["message_type"] == "portal:retry_scheduled"]
+    assert {message["level"] for message in warnings} == {"warning"}
+    assert 2 <= len(warnings) <= 6
+    assert [message.get("suppressed", 0) > 0 for message in warnings][:2] == [False, True]
+    assert warnings[0]["portal"] == f"ws://127.0.0.1:{world.portal.port}/client/websocket"
+    assert warnings[0]["reason"].startswith("Connection was refused")
+    assert warnings[0]["advice"] == "check --api-url, name resolution and the firewall"
+    assert (warnings[0]["attempt"], warnings[0]["delay"]) == (2, 0.25)
+    assert warnings[0]["meanwhile"] == "existing connections go on"
 
 
 @pytest_twisted.ensureDeferred
@@ -514,7 +532,9 @@ async def test_a_certificate_that_is_not_trusted_is_retried_and_named(
     lost = await world.inbox.next_of(Lost)
 
     assert lost.reason == reason
-    assert [m["reason"] for m in logged if m["message_type"] == "portal:retry_scheduled"] == [reason]
+    (message,) = [message for message in logged if message["message_type"] == "portal:retry_scheduled"]
+    assert message["reason"] == reason
+    assert message["advice"] == "check the portal's certificate, or pass its CA with --ca-file"  # as `diagnose` says
     assert len(world.portal.requests.items) == 0  # no token was sent
     await world.stop()
 

@@ -22,6 +22,7 @@ from firezone_tunnel.shell.host.rpfilter import is_strict
 from firezone_tunnel.shell.host.rtnetlink import RtNetlink
 from firezone_tunnel.shell.host.snapshot import read_snapshot
 from firezone_tunnel.shell.host.sysctl import PROC_SYS
+from firezone_tunnel.shell.portal_link.failures import explain
 from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME, Offload, open_tun
 from firezone_tunnel.shell.udp import sockets
@@ -222,13 +223,10 @@ def _portal(api_url: str, ca_file: Path | None) -> Finding:
                 _upgrade(connection, portal)
     except ConfigurationError as error:
         return Finding("portal", CheckState.MISSING, one_line(error), "check --api-url")
-    except ssl.SSLCertVerificationError as error:
-        advice = "check the portal's certificate, or pass its CA with --ca-file"
-        return Finding("portal", CheckState.MISSING, f"{portal} is not trusted: {error.verify_message}", advice)
     except OSError as error:
-        advice = "check --api-url, name resolution and the firewall"
-        return Finding("portal", CheckState.MISSING, f"{portal} does not answer: {missing}{_reason(error)}", advice)
-    return Finding("portal", CheckState.OK, f"{portal} answers at {address}")
+        reason, advice = explain(error)
+        return Finding("portal", CheckState.MISSING, f"{portal.origin} does not answer: {missing}{reason}", advice)
+    return Finding("portal", CheckState.OK, f"{portal.origin} answers at {address}")
 
 
 def _upgrade(connection: socket.socket, portal: LoginUrl) -> None:
@@ -248,10 +246,6 @@ def _upgrade(connection: socket.socket, portal: LoginUrl) -> None:
         raise OSError("what answers is not HTTP")
     if status[:1] in {b"2", b"3"} or status[:3] == b"404":
         raise OSError(f"what answers is not a portal: HTTP {status[:3].decode('ascii', 'replace')}")
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error) or type(error).__name__
 
 
 def _read(path: Path) -> str | None:

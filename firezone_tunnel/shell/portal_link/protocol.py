@@ -16,14 +16,12 @@ from typing import Any, Protocol
 
 import msgspec
 from autobahn.twisted.websocket import WebSocketClientFactory, WebSocketClientProtocol
-from OpenSSL import SSL
-from service_identity import VerificationError
 from twisted.internet.interfaces import IHandshakeListener, IPushProducer
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from firezone_tunnel.core.phoenix.channel import DIAL_TIMEOUT, UpgradeRefused
-from firezone_tunnel.errors import one_line
+from firezone_tunnel.shell.portal_link.failures import Explanation, explain_tls
 
 MAX_MESSAGE = 16 << 20
 HEADER_LIMIT = 16 << 10
@@ -46,7 +44,7 @@ class Listener(Protocol):
 
     def refused(self, refusal: UpgradeRefused) -> None: ...
 
-    def closed(self, reason: str | None) -> None:
+    def closed(self, reason: str | None, advice: str = "") -> None:
         """`reason` is None where the portal dropped the connection before it had answered the upgrade."""
 
 
@@ -64,7 +62,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
         self._utc_clock = utc_clock
         self._refusal: _RefusalReader | None = None
         self._refusal_timer: Any = None
-        self._tls_failure: str | None = None
+        self._tls_failure: Explanation | None = None
         self._was_dropped = False
         self.websocket_key = key
 
@@ -86,7 +84,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
 
     def connectionLost(self, reason: Failure) -> None:
         self._is_lost = True
-        self._tls_failure = _describe_tls(reason.value)
+        self._tls_failure = explain_tls(reason.value)
         self._was_dropped = self.state == self.STATE_CONNECTING and self.wasNotCleanReason is None
         self._stop_reading_refusal()
         super().connectionLost(reason)
@@ -146,7 +144,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
             return
         listener, self._listener = self._listener, None
         if self._tls_failure is not None:
-            listener.closed(self._tls_failure)
+            listener.closed(*self._tls_failure)
         elif self._was_dropped:
             listener.closed(None)
         elif wasClean:
@@ -288,17 +286,6 @@ def _upgrade_request(target: str, headers: tuple[tuple[str, str], ...], key: byt
         f"Sec-WebSocket-Key: {key.decode()}",
     ]
     return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
-
-
-def _describe_tls(error: BaseException | None) -> str | None:
-    """Why TLS failed in one line; None where it was something else that ended the connection."""
-    if isinstance(error, VerificationError):
-        return "TLS: the portal's certificate is for another host"
-    if not isinstance(error, SSL.Error):
-        return None
-    entries = error.args[0] if error.args and isinstance(error.args[0], list | tuple) else []
-    reasons = [str(entry[-1]) for entry in entries if entry]
-    return f"TLS: {'; '.join(reasons) or one_line(error)}"
 
 
 def _clean(text: str) -> str:

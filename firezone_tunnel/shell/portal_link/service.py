@@ -37,9 +37,10 @@ from firezone_tunnel.core.phoenix.channel import (
     UpgradeRefused,
 )
 from firezone_tunnel.core.sansio import Entropy
-from firezone_tunnel.errors import ConfigurationError, FirezoneError, one_line
+from firezone_tunnel.errors import ConfigurationError, FirezoneError
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.limiter import Limiter
+from firezone_tunnel.shell.portal_link.failures import explain
 from firezone_tunnel.shell.portal_link.protocol import PortalLinkFactory, PortalLinkProtocol
 from firezone_tunnel.shell.portal_link.resolver import HostResolver
 from firezone_tunnel.shell.portal_link.url import LoginUrl
@@ -118,6 +119,7 @@ class PortalLink(Service):
         self._tls: Any = None
         self._timer: Timer | None = None
         self._attempt: _DialAttempt | None = None
+        self._advice = ""  # of the last attempt
         self._limiter = Limiter(clock=clock)
         self._held: deque[Notice] = deque()
         self._retry_put: Any = None
@@ -222,19 +224,30 @@ class PortalLink(Service):
     def _hang_up(self) -> None:
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
+            self._advice = attempt.advice
             attempt.abort()
 
     def _log(self, event: Notice) -> None:
         portal = str(self._url)
         if isinstance(event, Joined):
             log.info("portal:joined", portal=portal)
-        elif isinstance(event, Lost):
-            if event.was_joined:
-                log.info("portal:connection_lost", portal=portal, reason=event.reason)
+        elif isinstance(event, Lost) and event.was_joined:
+            delay = round(event.delay, 3)
+            log.info("portal:connection_lost", portal=portal, reason=event.reason, delay=delay)
             if event.is_identity_shared:
                 self._warn_of_twin(event.reason)
-            delay, attempt = round(event.delay, 3), event.attempt + 1
-            log.info("portal:retry_scheduled", portal=portal, reason=event.reason, attempt=attempt, delay=delay)
+        elif isinstance(event, Lost):
+            if event.is_identity_shared:
+                self._warn_of_twin(event.reason)
+            self._limiter.warning(
+                "portal:retry_scheduled",
+                portal=portal,
+                reason=event.reason,
+                attempt=event.attempt + 1,
+                delay=round(event.delay, 3),
+                meanwhile="existing connections go on",
+                **({"advice": self._advice} if self._advice else {}),
+            )
 
     def _warn_of_twin(self, reason: str) -> None:
         advice = "give each host its own identity: its own --firezone-id, or a state directory of its own"
@@ -286,6 +299,8 @@ class _DialAttempt:
         self._pump = pump
         self._clock = clock
         self._utc_clock = utc_clock
+        self.advice = ""
+        """What the operator can do if it has failed; empty if nothing is known."""
         self._connecting: Deferred[None] | None = None
         self._protocol: PortalLinkProtocol | None = None
         self._missing = ""
@@ -359,7 +374,8 @@ class _DialAttempt:
         self._channel.handle_refused(refusal, self._clock())
         self._pump()
 
-    def closed(self, reason: str | None) -> None:
+    def closed(self, reason: str | None, advice: str = "") -> None:
+        self.advice = advice
         dropped = f"the portal dropped the connection: {self._missing} is missing"
         self._channel.handle_lost(dropped if reason is None else reason, self._clock())
         self._pump()
@@ -396,7 +412,7 @@ class _DialAttempt:
             return
         if not isinstance(problem, FirezoneError | OSError | error.ConnectError | error.DNSLookupError):
             log.error("portal:attempt_crashed", traceback=failure.getTraceback())
-        self.closed(one_line(problem))
+        self.closed(*explain(problem))
 
     def _closed(self) -> None:
         if self._close_timer is not None and self._close_timer.active():

@@ -52,7 +52,7 @@ def default_name() -> str:
 class LoginUrl:
     """A portal and the login parameters of a role, but for the tunnel's public key, which changes.
 
-    `str()` is the portal without path and query, and the only form that belongs into a log.
+    `str()` is the URL without its query, which holds the token, and the only form that belongs into a log.
     """
 
     host: str  # ASCII name, or IP address without brackets
@@ -141,9 +141,19 @@ class LoginUrl:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if self.port == (443 if self.is_secure else 80) else f"{host}:{self.port}"
 
-    def __str__(self) -> str:
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'wss' if self.is_secure else 'ws'}://{host}:{self.port}"
+
+    @property
+    def identity(self) -> str | None:
+        """The device's identity as the portal sees it. A relay has none."""
+        return dict(self.parameters).get("external_id")
+
+    def __str__(self) -> str:
+        return f"{self.origin}{self.path}"
 
     @classmethod
     def _build(cls, base: str, role: str, token: str, user_agent: str, **parameters: str | None) -> LoginUrl:

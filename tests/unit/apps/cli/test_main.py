@@ -167,7 +167,7 @@ def test_the_portal_is_checked_only_if_it_is_named() -> None:
 
     assert answers == {"state": "ok", "found": f"ws://127.0.0.1:{port} answers at 127.0.0.1"}
     assert refuses["state"] == "missing"
-    assert "does not answer: Connection refused" in refuses["found"]
+    assert refuses["found"] == f"ws://127.0.0.1:{port} does not answer: Connection refused"
     assert "must begin with https://" in _portal("portal.example")["found"]
     unasked = json.loads(CliRunner().invoke(main, ["diagnose", "--json"], env={"FIREZONE_API_URL": None}).output)
     assert "portal" not in {check["check"] for check in unasked["checks"]}

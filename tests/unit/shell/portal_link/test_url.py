@@ -178,3 +178,11 @@ def test_the_agent_claims_a_version_that_portals_can_read() -> None:
     assert agent.isascii()
     assert next(word for word in agent.split(" ") if word.startswith("connlib/")) == "connlib/1.5.12"
     assert "firezone_tunnel/" in agent
+
+
+def test_its_text_has_the_whole_url_but_its_secrets() -> None:
+    url = LoginUrl.gateway("wss://portal.example/base/?token=a", "tok", device_id="a", name="gw")
+
+    assert str(url) == "wss://portal.example:443/base/gateway/websocket"
+    assert url.origin == "wss://portal.example:443"
+    assert url.identity == "a"
