@@ -15,6 +15,7 @@ from firezone_tunnel.core.snownet.events import (
     ConnectionEstablished,
     ConnectionFailed,
     Outbox,
+    PairNominated,
     PathChanged,
     Role,
     Terms,
@@ -245,6 +246,9 @@ class Connection:
         agent = self.agent
         for event in agent.events():
             if isinstance(event, Nominated):
+                local, remote = event.local, event.remote
+                pair = (local.kind.value, local.address, remote.kind.value, remote.address)
+                self._outbox.events.append(PairNominated(self.peer_id, *pair))
                 self._use(self._path(event), now, utc_now)
             elif event.state is AgentState.DISCONNECTED:
                 self._disconnected_at = now

@@ -52,6 +52,17 @@ class InvalidatedCandidates:
 
 
 @attrs.frozen
+class PairNominated:
+    """ICE selected a pair. The kinds are those of `ice.candidate.CandidateKind`: "host", "srflx", "prflx", "relay"."""
+
+    peer_id: str
+    local_kind: str
+    local: SocketAddress
+    remote_kind: str
+    remote: SocketAddress
+
+
+@attrs.frozen
 class ConnectionEstablished:
     """There is a path and a session. `path` is "direct" or "relayed"."""
 
@@ -86,7 +97,7 @@ class ConnectionClosed:
     peer_id: str
 
 
-ConnectionEvent = ConnectionEstablished | PathChanged | ConnectionFailed | ConnectionClosed
+ConnectionEvent = PairNominated | ConnectionEstablished | PathChanged | ConnectionFailed | ConnectionClosed
 RelayNews = RelayAllocated | RelayFailed
 NodeEvent = ConnectionEvent | RelayNews | NewCandidates | InvalidatedCandidates
 

@@ -81,7 +81,25 @@ class FlowIgnored:
     reason: str
 
 
-ClientEvent = ToPortal | TunConfigChanged | ResourcesChanged | FlowRefused | FlowIgnored | ConnectionEvent | RelayNews
+@attrs.frozen
+class PacketFiltered:
+    """The filters of a resource refused a packet. `port` is its destination port; 0 if it has none."""
+
+    rid: str
+    protocol: int
+    port: int
+
+
+ClientEvent = (
+    PacketFiltered
+    | ToPortal
+    | TunConfigChanged
+    | ResourcesChanged
+    | FlowRefused
+    | FlowIgnored
+    | ConnectionEvent
+    | RelayNews
+)
 """The `peer_id` of a connection event is the gateway's id."""
 
 
@@ -141,6 +159,7 @@ class ClientTunnel(Tunnel):
                     break
             else:
                 counters.filtered += packet.segments
+                self._events.append(PacketFiltered(candidates[0].id, packet.protocol, port))
                 if (answer := icmp_error(packet)) is not None:
                     answers.append(answer)
                 continue

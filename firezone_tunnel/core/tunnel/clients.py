@@ -78,6 +78,11 @@ class AdmittedClient:
         changed = msgspec.structs.replace(resource, address=allowed.resource.address)
         self.allow(attrs.evolve(allowed, resource=changed))
 
+    def resource_at(self, address: bytes) -> CidrResource | None:
+        """The most specific resource that holds an address."""
+        networks = self._networks.holding(address)
+        return self.resources[next(iter(networks[0]))].resource if networks else None
+
     def _rules(self, address: bytes) -> Rules:
         if is_tunnel_address(address):
             return PERMIT_NOTHING  # whatever resource covers it: no client reaches another through a gateway

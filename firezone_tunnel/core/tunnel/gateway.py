@@ -64,7 +64,26 @@ class FlowEnded:
     reason: str
 
 
-GatewayEvent = InterfaceChanged | ToPortal | FlowAuthorized | FlowIgnored | FlowEnded | ConnectionEvent | RelayNews
+@attrs.frozen
+class PacketFiltered:
+    """The filters of a client's resources refused a packet. `port` is its destination port; 0 if it has none."""
+
+    cid: str
+    destination: bytes
+    protocol: int
+    port: int
+
+
+GatewayEvent = (
+    PacketFiltered
+    | InterfaceChanged
+    | ToPortal
+    | FlowAuthorized
+    | FlowIgnored
+    | FlowEnded
+    | ConnectionEvent
+    | RelayNews
+)
 """The `peer_id` of a connection event is the client's id."""
 
 
@@ -164,6 +183,11 @@ class GatewayTunnel(Tunnel):
             case RelaysPresence():
                 self._update_relays(message, now)
         self._follow_node(now)
+
+    def resource_at(self, cid: str, address: bytes) -> messages.CidrResource | None:
+        """The narrowest of a client's resources that contains an address of 4 or 16 bytes."""
+        client = self._clients.get(cid)
+        return None if client is None else client.resource_at(address)
 
     def restart_relays(self, now: float) -> None:
         """Allocate again: the relays don't know our new sockets."""
@@ -267,6 +291,8 @@ class GatewayTunnel(Tunnel):
     def _refuse(self, client: AdmittedClient, packet: SuperPacket, now: float, utc_now: float) -> None:
         if packet.source in client.addresses:
             self.counters.filtered += packet.segments
+            refused = (packet.destination, packet.protocol, packet.destination_port)
+            self._events.append(PacketFiltered(client.id, *refused))
         else:
             self.counters.foreign_source += packet.segments
         answer = icmp_error(packet)

@@ -12,6 +12,7 @@ from firezone_tunnel.core.snownet.events import (
     ConnectionEstablished,
     ConnectionFailed,
     NewCandidates,
+    PairNominated,
     PathChanged,
 )
 from firezone_tunnel.core.tunnel import control
@@ -57,6 +58,9 @@ def test_an_established_connection_is_reported_once_with_its_path() -> None:
     ]
     assert len(gateway.of(ConnectionEstablished)) == 1
     assert client.of(PathChanged) == []
+    ours, theirs = client.addresses[0], gateway.addresses[0]
+    assert client.of(PairNominated) == [PairNominated("gateway", "host", ours, "host", theirs)]
+    assert gateway.of(PairNominated) == [PairNominated("client", "host", theirs, "host", ours)]
 
 
 def test_candidates_are_signalled_best_first_and_with_our_ufrag() -> None:

@@ -12,7 +12,7 @@ from firezone_tunnel.core.messages import gateway as messages
 from firezone_tunnel.core.messages.common import Authorization, Filter
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.snownet.events import ConnectionClosed, ConnectionEstablished, ConnectionFailed
-from firezone_tunnel.core.tunnel.gateway import FlowAuthorized, FlowEnded, FlowIgnored, InterfaceChanged
+from firezone_tunnel.core.tunnel.gateway import FlowAuthorized, FlowEnded, FlowIgnored, InterfaceChanged, PacketFiltered
 from tests.unit.core.packet.packets import ICMP, IP, TCP, UDP, built
 from tests.unit.core.snownet.world import LATENCY
 from tests.unit.core.tunnel.world import (
@@ -66,6 +66,7 @@ def test_without_an_authorization_nothing_passes() -> None:
 
     assert gateway.received == []
     assert gateway.tunnel.counters.filtered == 1
+    assert gateway.of(PacketFiltered) == [PacketFiltered("client", bytes((10, 30, 0, 5)), 17, 5000)]
     assert client.tunnel.counters.unexpected_source == 1  # the ICMP error; the client has no such flow
 
 
