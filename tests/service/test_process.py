@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from firezone_tunnel import __version__
 from tests.system.hosts import Lab
 from tests.system.network import Network
 from tests.system.product import CLIENT_TOKEN, GATEWAY_TOKEN, Product
@@ -68,6 +69,13 @@ def test_it_is_ready_when_it_serves_and_not_before(portal: Program) -> None:
 
     with urllib.request.urlopen(f"http://127.0.0.1:{listening['port']}/healthz", timeout=5) as answer:
         assert answer.status == 200
+
+
+def test_the_first_line_says_what_it_is(portal: Program) -> None:
+    first = next(message for message in portal.events() if message.get("level") == "info")
+
+    assert (first["message_type"], first["role"], first["version"]) == ("service:started", "portal", __version__)
+    assert (first["listen"], first["seed"]) == ("127.0.0.1:0", "portal.toml")
 
 
 def test_hangup_reloads_the_seed_and_an_invalid_seed_changes_nothing(portal: Program, directory: Path) -> None:

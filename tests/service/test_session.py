@@ -24,10 +24,12 @@ from firezone_tunnel import (
     Session,
     SessionClosed,
     TunInterfaceUpdated,
+    __version__,
 )
 from firezone_tunnel.core.portal.account import PeerRole
 from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
 from firezone_tunnel.shell.host.monitor import NetworkMonitor
+from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.runtime.tunnel import TunnelService
 from tests.service.portal_peers import CLIENT_TOKEN, Portal, start_portal, stop_portal, until
 from tests.system.hosts import Host, Lab
@@ -63,6 +65,23 @@ async def test_it_comes_up_reports_its_resources_and_leaves_nothing_behind(host:
         await session.close()
     assert await events.next() is None
     assert _host_state(host) == before
+
+
+@pytest_twisted.ensureDeferred
+async def test_the_log_begins_with_what_it_is_and_names_no_secret(
+    host: Host, tmp_path: Path, logged: list[dict[str, Any]]
+) -> None:
+    log.set_threshold(log.DEBUG)
+    async with _portal(tmp_path) as portal:
+        session, events = _connect(portal, tmp_path)
+        await _read(events, TunInterfaceUpdated)
+        await session.close()
+
+    first = next(message for message in logged if message.get("role") == "client")
+    assert (first["message_type"], first["version"], first["interface"]) == ("service:started", __version__, _INTERFACE)
+    assert first["portal"] == f"ws://{portal.address}/client/websocket"
+    assert len(first["identity"]) == 64
+    assert CLIENT_TOKEN not in str(logged)
 
 
 @pytest_twisted.ensureDeferred

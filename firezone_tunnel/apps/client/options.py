@@ -9,7 +9,6 @@ import attrs
 from firezone_tunnel.apps.client.events import Disconnected, EventStream, TunInterfaceUpdated
 from firezone_tunnel.apps.client.service import ClientService
 from firezone_tunnel.apps.client.session import DEFAULT_STATE_DIRECTORY, IDENTITY_FILE, Session
-from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.portal_link.service import trust_from_file
 from firezone_tunnel.shell.portal_link.url import LoginUrl, default_name
 from firezone_tunnel.shell.process.application import ApplicationService
@@ -80,7 +79,6 @@ class Application(ApplicationService):
             match event:
                 case TunInterfaceUpdated() if not is_ready:
                     is_ready = True
-                    log.info("client:tunnel_ready", ipv4=str(event.ipv4), ipv6=str(event.ipv6))
                     self.process.ready()
                     if self._exit_when_ready:
                         self.process.stop()

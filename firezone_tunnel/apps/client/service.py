@@ -15,12 +15,14 @@ from firezone_tunnel.apps.client.events import (
     ResourcesUpdated,
     TunInterfaceUpdated,
 )
+from firezone_tunnel.apps.client.resource_log import ResourceLog
 from firezone_tunnel.core.messages import client as messages
 from firezone_tunnel.core.tunnel.base import ToPortal
 from firezone_tunnel.core.tunnel.client import (
     ClientTunnel,
     FlowIgnored,
     FlowRefused,
+    PacketFiltered,
     ResourcesChanged,
     TunConfig,
     TunConfigChanged,
@@ -31,8 +33,9 @@ from firezone_tunnel.shell.host.guard import ResourceGuard
 from firezone_tunnel.shell.host.parts import HostState
 from firezone_tunnel.shell.host.rpfilter import ReplyMarks
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.names import Names
 from firezone_tunnel.shell.reactor.clock import boottime
-from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint
+from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint, describe_packet
 
 _REFUSALS: dict[str, Callable[[str], Event]] = {
     "offline": AllGatewaysOffline,
@@ -52,11 +55,12 @@ class ClientService(TunnelEndpoint):
             config,
             self._client,
             role=messages.TOPIC,
-            peer_field="gid",
             parse=messages.parse,
             # Replies to our own sockets arrive whatever the tunnel's routes are (docs/decisions.md, 13).
             parts=(ReplyMarks(state_directory=config.state_directory), ResourceGuard(interface=config.interface)),
         )
+        self._resources = ResourceLog(reactor)
+        self._sites = Names()  # of gateways
         self.events = EventBuffer()
         self._tun_config: TunConfig | None = None
         self._tun_interface: TunInterfaceUpdated | None = None
@@ -75,6 +79,8 @@ class ClientService(TunnelEndpoint):
     def handle_event(self, event: Any) -> None:
         match event:
             case ToPortal(message):
+                if isinstance(message, messages.CreateFlow):
+                    log.debug("tunnel:flow_requested", **self._resources.fields(message.resource_id))
                 self.say(message)
             case TunConfigChanged(config):
                 self._tun_config = config
@@ -82,13 +88,44 @@ class ClientService(TunnelEndpoint):
             case ResourcesChanged(resources):
                 self.events.put(ResourcesUpdated(resources))
             case FlowRefused(rid, reason):
-                log.debug("tunnel:flow_refused", rid=rid, reason=reason)
                 if reason in _REFUSALS:
                     self._put_once(_REFUSALS[reason](rid))
             case FlowIgnored(rid, gid, reason):
-                log.warning("tunnel:flow_ignored", rid=rid, gid=gid, reason=reason)
+                flow = {**self._resources.fields(rid), **self.peer_fields(gid)}
+                self.limiter.warning("tunnel:flow_ignored", key=rid, **flow, reason=reason)
+            case PacketFiltered(rid, protocol, port):
+                self.limiter.warning(
+                    "tunnel:packet_filtered",
+                    key=rid,
+                    **self._resources.fields(rid),
+                    packet=describe_packet(protocol, port),
+                    allows=self._resources.allows(rid),
+                )
+
+    def peer_fields(self, peer_id: str) -> dict[str, str]:
+        site = self._sites.get(peer_id)
+        return {"gid": peer_id} if site is None else {"gid": peer_id, "site": site}
+
+    def message_received(self, message: messages.FromPortal) -> None:
+        self._resources.handle_message(message)
+        match message:
+            case messages.FlowCreated(resource_id=rid, gateway_id=gid):
+                self._sites.learn(gid, self._resources.site_name(message.gateway_group_id, rid))
+                log.debug("tunnel:flow_created", **self._resources.fields(rid), **self.peer_fields(gid))
+            case messages.FlowCreationFailed(resource_id=rid, reason="offline"):
+                flow = {**self._resources.fields(rid), "site": self._resources.site(rid)}
+                self.limiter.warning("tunnel:gateway_offline", key=rid, **flow)
+            case messages.FlowCreationFailed(resource_id=rid):
+                self.limiter.warning(
+                    "tunnel:flow_refused",
+                    key=rid,
+                    **self._resources.fields(rid),
+                    reason=message.reason,
+                    violated=message.violated_properties,
+                )
 
     def ended(self, error: FirezoneError | None) -> None:
+        self._resources.close()
         if error is not None:
             self.events.put(Disconnected(error))
         self.events.end()
@@ -110,6 +147,10 @@ class ClientService(TunnelEndpoint):
             search_domain=config.search_domain,
             routes=tuple(network for network in state.routes if works[network.version]),
         )
-        if interface != self._tun_interface:
-            self._tun_interface = interface
-            self.events.put(interface)
+        if interface == self._tun_interface:
+            return
+        if self._tun_interface is None:
+            log.info("client:tunnel_ready", ipv4=str(config.ipv4), ipv6=str(config.ipv6))
+            self._resources.ready()
+        self._tun_interface = interface
+        self.events.put(interface)

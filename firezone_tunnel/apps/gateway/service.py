@@ -9,6 +9,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 
 from firezone_tunnel.core.messages import gateway as messages
+from firezone_tunnel.core.messages.common import describe_filters
 from firezone_tunnel.core.tunnel.base import ToPortal
 from firezone_tunnel.core.tunnel.gateway import (
     FlowAuthorized,
@@ -16,6 +17,7 @@ from firezone_tunnel.core.tunnel.gateway import (
     FlowIgnored,
     GatewayTunnel,
     InterfaceChanged,
+    PacketFiltered,
 )
 from firezone_tunnel.core.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 from firezone_tunnel.core.wireguard.seal import seal_pool
@@ -23,11 +25,12 @@ from firezone_tunnel.errors import FirezoneError
 from firezone_tunnel.shell.host.firewall import GatewayFirewall
 from firezone_tunnel.shell.host.parts import HostState
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.names import Names
 from firezone_tunnel.shell.portal_link.service import trust_from_file
 from firezone_tunnel.shell.portal_link.url import LoginUrl, default_name
 from firezone_tunnel.shell.process.identity import load_identity
 from firezone_tunnel.shell.reactor.clock import boottime, utc
-from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint
+from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint, describe_packet
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME
 
 DEFAULT_STATE_DIRECTORY = Path("/var/lib/firezone")
@@ -85,10 +88,10 @@ class GatewayService(TunnelEndpoint):
             config,
             self._gateway,
             role=messages.TOPIC,
-            peer_field="cid",
             parse=messages.parse,
             parts=(GatewayFirewall(interface=interface, state_directory=state_directory),),
         )
+        self._names = Names()  # of clients and resources
         self.ready: Deferred[None] = Deferred()
         self.failed: Deferred[FirezoneError] = Deferred()
 
@@ -119,11 +122,51 @@ class GatewayService(TunnelEndpoint):
             case InterfaceChanged(ipv4, ipv6):
                 self.want(ipv4=str(ipv4), ipv6=str(ipv6), routes=(TUNNEL_IPV4, TUNNEL_IPV6))
             case FlowAuthorized(cid, rid, expires_at):
-                log.info("gateway:flow_authorized", cid=cid, rid=rid, expires_at=expires_at)
+                log.info("gateway:flow_authorized", **self._flow_fields(cid, rid), expires_at=expires_at)
             case FlowIgnored(cid, rid, reason):
-                log.warning("gateway:flow_ignored", cid=cid, rid=rid, reason=reason)
+                flow = self._flow_fields(cid, rid)
+                self.limiter.warning("gateway:flow_ignored", key=(cid, rid), **flow, reason=reason)
             case FlowEnded(cid, rid, reason):
-                log.info("gateway:flow_ended", cid=cid, rid=rid, reason=reason)
+                log.info("gateway:flow_ended", **self._flow_fields(cid, rid), reason=reason)
+            case PacketFiltered():
+                self._packet_filtered(event)
+
+    def peer_fields(self, peer_id: str) -> dict[str, str]:
+        name = self._names.get(peer_id)
+        return {"cid": peer_id} if name is None else {"cid": peer_id, "client": name}
+
+    def message_received(self, message: messages.FromPortal) -> None:
+        match message:
+            case messages.AuthorizeFlow(client=client, resource=messages.CidrResource() as resource):
+                self._names.learn(client.id, client.name)
+                self._names.learn(resource.id, resource.name)
+            case messages.ExpiryUpdated(client_id=cid, resource_id=rid):
+                log.debug("gateway:expiry_changed", **self._flow_fields(cid, rid), expires_at=message.expires_at)
+            case messages.ResourceUpdated(resource=messages.CidrResource() as resource):
+                self._names.learn(resource.id, resource.name)
+                allows = describe_filters(resource.filters)
+                log.debug("gateway:filters_changed", rid=resource.id, resource=resource.name, allows=allows)
+
+    def _flow_fields(self, cid: str, rid: str) -> dict[str, str]:
+        name = self._names.get(rid)
+        resource = {"rid": rid} if name is None else {"rid": rid, "resource": name}
+        return {**self.peer_fields(cid), **resource}
+
+    def _packet_filtered(self, refused: PacketFiltered) -> None:
+        # One message a minute for each client, not for each resource: finding that costs too much for every packet.
+        suppressed = self.limiter.admit(refused.cid)
+        if suppressed is not None:
+            log.warning("gateway:packet_filtered", **self._refusal_fields(refused), suppressed=suppressed)
+        elif log.enabled(log.DEBUG):
+            log.debug("gateway:packet_filtered", **self._refusal_fields(refused))
+
+    def _refusal_fields(self, refused: PacketFiltered) -> dict[str, str]:
+        packet = describe_packet(refused.protocol, refused.port)
+        resource = self._gateway.resource_at(refused.cid, refused.destination)
+        if resource is None:
+            return {**self.peer_fields(refused.cid), "packet": packet, "allows": "nothing"}
+        flow = self._flow_fields(refused.cid, resource.id)
+        return {**flow, "packet": packet, "allows": describe_filters(resource.filters)}
 
     def ended(self, error: FirezoneError | None) -> None:
         if error is not None:

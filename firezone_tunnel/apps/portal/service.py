@@ -16,6 +16,7 @@ from twisted.internet.interfaces import IListeningPort, IStreamServerEndpoint
 from twisted.internet.ssl import CertificateOptions
 from twisted.python.failure import Failure
 
+from firezone_tunnel import __version__
 from firezone_tunnel.apps.portal.hub import Hub
 from firezone_tunnel.apps.portal.state import PortalState
 from firezone_tunnel.apps.portal.store import Store
@@ -67,7 +68,8 @@ class PortalService(Service):
         self._listen = SocketAddress(*listen)
         self._seed_path = str(seed_path)
         self._tls = (tls_cert, tls_key)
-        self._store = Store(reactor, str(database), entropy)
+        self._database = str(database)
+        self._store = Store(reactor, self._database, entropy)
         self._entropy = entropy
         self._clocks = (now, utc_now)
         self._lock = DeferredLock()  # a stop waits for a start in progress
@@ -76,6 +78,14 @@ class PortalService(Service):
 
     def startService(self) -> None:
         super().startService()
+        log.info(
+            "service:started",
+            role="portal",
+            version=__version__,
+            listen=str(self._listen),
+            seed=self._seed_path,
+            database=self._database,
+        )
         started = self._lock.run(lambda: Deferred.fromCoroutine(self._start()))
         started.addCallbacks(self.ready.callback, self.ready.errback)
 

@@ -9,6 +9,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
+from firezone_tunnel import __version__
 from firezone_tunnel.apps.relay.config import DRAIN_TIME, EngineConfig, Secrets
 from firezone_tunnel.apps.relay.engine import Engine
 from firezone_tunnel.apps.relay.listening import bind_listening
@@ -103,10 +104,12 @@ class RelayService(Service):
         self._stopped: Deferred[None] | None = None
         self._portal_events: BoundedQueue[Notice] = BoundedQueue(reactor, _PORTAL_EVENTS, self._handle_notice)
         self._portal: PortalLink | None = None
+        self._url: LoginUrl | None = None
         if url is not None and token is not None:
+            self._url = LoginUrl.relay(url, token, ipv4=public_ipv4, ipv6=public_ipv6, port=listen_port, name=name)
             self._portal = PortalLink(
                 reactor,
-                url=LoginUrl.relay(url, token, ipv4=public_ipv4, ipv6=public_ipv6, port=listen_port, name=name),
+                url=self._url,
                 topic=messages.TOPIC,
                 events=self._portal_events,
                 join_payload={"stamp_secret": self._secrets.stamp_secret},
@@ -134,6 +137,15 @@ class RelayService(Service):
         Raises: PlatformError, ConfigurationError.
         """
         super().startService()
+        log.info(
+            "service:started",
+            role="relay",
+            version=__version__,
+            portal=None if self._url is None else str(self._url),
+            public=list(self._engine.relaying.hosts.values()),
+            port=self._listen_port,
+            workers=self._engine.relaying.workers,
+        )
         sockets = bind_listening(self._engine, self._listen_port)
         if len(sockets) == 1:
             self._relaying = Engine(self._reactor, self._engine, self._secrets, sockets[0], self._fail)

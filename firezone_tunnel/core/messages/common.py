@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
@@ -104,6 +104,17 @@ class Filter(Record, frozen=True, kw_only=True, omit_defaults=False):
     protocol: Literal["tcp", "udp", "icmp"]
     port_range_start: Port = 0
     port_range_end: Port = 0xFFFF
+
+    def __str__(self) -> str:
+        first, last = self.port_range_start, self.port_range_end
+        if self.protocol == "icmp" or (first, last) == (0, 0xFFFF):
+            return self.protocol
+        return f"{self.protocol}/{first}" if first == last else f"{self.protocol}/{first}-{last}"
+
+
+def describe_filters(filters: Sequence[Filter]) -> str:
+    """The traffic that a resource's filters allow, such as "tcp/80, icmp"; without filters all of it passes."""
+    return ", ".join(map(str, filters)) or "everything"
 
 
 class Site(Record, frozen=True, kw_only=True):

@@ -64,9 +64,10 @@ class Init(PortalMessage, frozen=True, kw_only=True):
 
 
 class AuthorizedClient(Record, frozen=True, kw_only=True):
-    """The client that an authorization is for."""
+    """The client that an authorization is for. `name` is an extension of ours, sent to our own gateways only."""
 
     id: str
+    name: str | None = None
     public_key: Key
     preshared_key: Key
     ipv4: str

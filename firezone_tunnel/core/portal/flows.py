@@ -177,6 +177,7 @@ class FlowAuthorizer:
                 "preshared_key": base64.b64encode(preshared_key(client_.party, gateway.device.party)).decode(),
                 "ipv4": client_.ipv4,
                 "ipv6": client_.ipv6,
+                **({"name": client_.name} if gateway.agent.is_ours else {}),
             },
             "client_ice_credentials": write(credentials.client),
             "gateway_ice_credentials": write(credentials.gateway),

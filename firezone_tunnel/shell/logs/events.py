@@ -35,7 +35,7 @@ def enabled(level: int) -> bool:
 
 
 def debug(message_type: str, **fields: Any) -> None:
-    """Details for a developer: unreachable addresses, ignored messages, users' addresses and names."""
+    """Details for a developer: unreachable addresses, ignored messages, users' addresses."""
     _log(DEBUG, message_type, fields)
 
 
@@ -45,7 +45,7 @@ def info(message_type: str, **fields: Any) -> None:
 
 
 def warning(message_type: str, **fields: Any) -> None:
-    """An unexpected condition that neither the network nor a peer can cause."""
+    """A condition that users notice, or that is unexpected. What may repeat goes through a `limiter`."""
     _log(WARNING, message_type, fields)
 
 

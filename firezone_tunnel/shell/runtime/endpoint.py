@@ -10,13 +10,18 @@ import attrs
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.python.failure import Failure
 
+from firezone_tunnel import __version__
+from firezone_tunnel.core.messages import client as to_client
+from firezone_tunnel.core.messages import gateway as to_gateway
 from firezone_tunnel.core.messages.common import Generation, PortalMessage, write
+from firezone_tunnel.core.packet.superpacket import ICMP, ICMPV6, TCP, UDP
 from firezone_tunnel.core.phoenix.channel import Fatal, Joined, PushReceived
 from firezone_tunnel.core.snownet.events import (
     ConnectionClosed,
     ConnectionEstablished,
     ConnectionEvent,
     ConnectionFailed,
+    PairNominated,
     PathChanged,
 )
 from firezone_tunnel.core.snownet.relays import RelayAllocated, RelayFailed
@@ -33,6 +38,7 @@ from firezone_tunnel.shell.host.tables import FIREZONE_MARK
 from firezone_tunnel.shell.host.watcher import NetworkWatcher
 from firezone_tunnel.shell.host.worker_thread import WorkerThread
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.portal_link.service import Notice, PortalLink
 from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.reactor.clock import boottime, utc
@@ -41,6 +47,7 @@ from firezone_tunnel.shell.reactor.service import MultiService
 from firezone_tunnel.shell.runtime.tunnel import TunnelCore, TunnelService
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME, open_tun
 
+_MAX_CANDIDATES = 20  # in a message of the log
 _PORTAL_EVENTS = 128  # docs/protocol/client-application.md, 0.3
 
 
@@ -82,11 +89,10 @@ class TunnelEndpoint(MultiService):
         core: EndpointCore,
         *,
         role: str,
-        peer_field: str,
         parse: Callable[[str, object, list[str]], Any],
         parts: Sequence[Part],
     ) -> None:
-        """`role` is the portal's topic, `peer_field` the log field for a peer's id: "cid" or "gid".
+        """`role` is the portal's topic.
 
         `parts` of the host's network are kept right in addition to the interface, its routes and rules.
 
@@ -121,7 +127,7 @@ class TunnelEndpoint(MultiService):
         self._config = config
         self._core = core
         self._role = role
-        self._peer_field = peer_field
+        self.limiter = Limiter()
         self._parse = parse
         self._tunnel = TunnelService(
             reactor,
@@ -150,6 +156,14 @@ class TunnelEndpoint(MultiService):
 
     def startService(self) -> None:
         self.running = 1
+        log.info(
+            "service:started",
+            role=self._role,
+            version=__version__,
+            portal=str(self._config.url),
+            identity=self._config.url.identity,
+            interface=self._config.interface,
+        )
         self._started = Deferred()
         Deferred.fromCoroutine(self._start()).addBoth(self._start_ended)
 
@@ -198,6 +212,7 @@ class TunnelEndpoint(MultiService):
 
     def say(self, message: PortalMessage) -> None:
         """Send a message to the portal. V2 portals understand the names of V1, too (docs/decisions.md, 10)."""
+        self._log_candidates(message)
         self._portal_link.send(message.event(Generation.V1), write(message))
 
     def rebind(self) -> None:
@@ -315,6 +330,8 @@ class TunnelEndpoint(MultiService):
             return
         if left_out:  # unknown or malformed
             log.info("portal:entries_left_out", event=event, count=len(left_out), reasons=left_out[:5])
+        self._log_candidates(message)
+        self.message_received(message)
         self._core.handle_message(message, boottime(), utc())
 
     def _handle_event(self, event: Any) -> None:
@@ -328,8 +345,11 @@ class TunnelEndpoint(MultiService):
             self.handle_event(event)
 
     def _log_connection(self, event: ConnectionEvent) -> None:
-        peer = {self._peer_field: event.peer_id}
+        peer = self.peer_fields(event.peer_id)
         match event:
+            case PairNominated(_, local_kind, local, remote_kind, remote):
+                ends = {"local": f"{local_kind} {local}", "remote": f"{remote_kind} {remote}"}
+                log.debug("tunnel:pair_nominated", **peer, **ends)
             case ConnectionEstablished(_, path, local, remote):
                 log.info("tunnel:connection_established", **peer, path=path, local=str(local), remote=str(remote))
             case PathChanged(_, path, local, remote):
@@ -339,9 +359,33 @@ class TunnelEndpoint(MultiService):
             case ConnectionClosed():
                 log.info("tunnel:connection_closed", **peer)
 
+    def _log_candidates(self, message: Any) -> None:
+        match message:
+            case to_client.IceCandidates(gateway_id=peer_id) | to_gateway.IceCandidates(client_id=peer_id):
+                peer, candidates = self.peer_fields(peer_id), message.candidates[:_MAX_CANDIDATES]
+                log.debug("tunnel:candidates_added", **peer, side="remote", candidates=candidates)
+            case (
+                to_client.InvalidateIceCandidates(gateway_id=peer_id)
+                | to_gateway.InvalidateIceCandidates(client_id=peer_id)
+            ):
+                peer, candidates = self.peer_fields(peer_id), message.candidates[:_MAX_CANDIDATES]
+                log.debug("tunnel:candidates_removed", **peer, side="remote", candidates=candidates)
+            case (
+                to_client.BroadcastIceCandidates(gateway_ids=[peer_id])
+                | to_gateway.BroadcastIceCandidates(client_ids=[peer_id])
+            ):
+                peer, candidates = self.peer_fields(peer_id), message.candidates
+                log.debug("tunnel:candidates_added", **peer, side="local", candidates=candidates)
+            case (
+                to_client.BroadcastInvalidatedIceCandidates(gateway_ids=[peer_id])
+                | to_gateway.BroadcastInvalidatedIceCandidates(client_ids=[peer_id])
+            ):
+                peer, candidates = self.peer_fields(peer_id), message.candidates
+                log.debug("tunnel:candidates_removed", **peer, side="local", candidates=candidates)
+
     def summary(self) -> str:
         """The state in a few words, for a `repr`."""
-        return f"{self._config.url}, {self._config.interface}, {'running' if self.running else 'stopped'}"
+        return f"{self._config.url.origin}, {self._config.interface}, {'running' if self.running else 'stopped'}"
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.summary()}>"
@@ -350,6 +394,14 @@ class TunnelEndpoint(MultiService):
 
     def host_settled(self, state: HostState) -> None:
         """The host is in this state now, as far as it can be."""
+        raise NotImplementedError
+
+    def peer_fields(self, peer_id: str) -> dict[str, str]:
+        """The log fields of a peer: its id, and a name if one is known."""
+        raise NotImplementedError
+
+    def message_received(self, message: Any) -> None:
+        """Log a message of the portal, and learn the names in it, before the core handles it."""
         raise NotImplementedError
 
     def moved(self) -> None:
@@ -363,3 +415,12 @@ class TunnelEndpoint(MultiService):
     def ended(self, error: FirezoneError | None) -> None:
         """The service has stopped, because of `error` if there was one."""
         raise NotImplementedError
+
+
+def describe_packet(protocol: int, port: int) -> str:
+    """A packet in the form of the filters: "tcp/22"."""
+    name = _PROTOCOLS.get(protocol, f"protocol {protocol}")
+    return f"{name}/{port}" if protocol in {TCP, UDP} else name
+
+
+_PROTOCOLS = {ICMP: "icmp", ICMPV6: "icmp", TCP: "tcp", UDP: "udp"}
