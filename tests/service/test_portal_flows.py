@@ -150,6 +150,40 @@ async def test_a_gateway_that_does_not_answer_in_15_seconds_is_offline_and_its_l
 
 
 @pytest_twisted.ensureDeferred
+async def test_the_log_names_devices_and_resources_beside_their_ids(
+    portal: Portal, logged: list[dict[str, Any]]
+) -> None:
+    gateway = await portal.join("gateway", name="rack 1")
+    client = await portal.join("client", name="laptop")
+    await _flow(gateway, client)
+    assert await portal.reseed(("172.20.0.0/16", "172.40.0.0/16"))
+
+    by_type = {message["message_type"]: message for message in logged}
+    for kind in ("granted", "authorized", "revoked"):
+        message = by_type[f"portal:flow_{kind}"]
+        assert (message["rid"], message["resource"]) == (LAB_ID, "Lab")
+        assert (message["client"], message["gateway"]) == ("laptop", "rack 1")
+        assert {"cid", "gid"} <= message.keys()
+    connected = [message for message in logged if message["message_type"] == "portal:device_connected"]
+    assert [message.get("gateway") or message.get("client") for message in connected] == ["rack 1", "laptop"]
+    assert connected[0]["site"] == "HQ"
+
+
+@pytest.mark.parametrize(("agent", "is_sent"), [(None, False), ("firezone_tunnel/0.1.0", True)])
+@pytest_twisted.ensureDeferred
+async def test_only_our_own_gateways_are_sent_the_clients_name(
+    portal: Portal, agent: str | None, is_sent: bool
+) -> None:
+    agent = agent and f"Linux/6.1 connlib/1.5.12 (x86_64; {agent})"
+    gateway = await portal.join("gateway", agent=agent)
+    client = await portal.join("client", name="laptop")
+
+    asked, _ = await _flow(gateway, client)
+
+    assert asked["client"].get("name") == ("laptop" if is_sent else None)
+
+
+@pytest_twisted.ensureDeferred
 async def test_a_second_request_takes_the_place_of_the_first(portal: Portal) -> None:
     gateway, client = await _pair(portal)
     for _ in range(2):

@@ -118,7 +118,7 @@ class ClientChannel:
         if state.presence.connected(PeerRole.CLIENT, session.device.id) is not session:
             state.flows.discard(answer)  # it is gone, or a newer connection has replaced it
             return
-        log.info("portal:flow_granted", cid=session.device.id, gid=answer.flow.gateway_id, rid=message.resource_id)
+        log.info("portal:flow_granted", **state.flow_fields(answer.flow))
         state.flows.admit(state.account, answer)
 
     def _forward(self, event: str, gateway_ids: list[str], candidates: list[str]) -> None:
@@ -167,8 +167,7 @@ class GatewayChannel:
         if pending == "invalid_ref":
             return "invalid_ref"
         if pending is not None:
-            flow = pending.flow
-            log.info("portal:flow_authorized", cid=flow.client_id, gid=flow.gateway_id, rid=flow.resource_id)
+            log.info("portal:flow_authorized", **self._state.flow_fields(pending.flow))
             self._state.flows.push_created(self._state.account, pending)
         return None
 
@@ -206,7 +205,10 @@ class RelayChannel:
 
 def refuse_flow(session: DeviceSession, resource_id: str, failure: Failure) -> None:
     """Push the refusal of a flow and its reason to the client."""
-    log.info("portal:flow_refused", cid=session.device.id, rid=resource_id, reason=failure.reason)
+    known = session.resources.get(resource_id, {})
+    resource = {"resource": known["name"]} if "name" in known else {}
+    client_ = {"cid": session.device.id, "client": session.device.name}
+    log.info("portal:flow_refused", **client_, rid=resource_id, **resource, reason=failure.reason)
     message = client.FlowCreationFailed(
         resource_id=resource_id, reason=failure.reason, violated_properties=list(failure.violated)
     )

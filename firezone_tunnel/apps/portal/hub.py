@@ -189,7 +189,7 @@ class Hub:
         )
         is_client = session.role is PeerRole.CLIENT
         connection.channel = ClientChannel(state, session) if is_client else GatewayChannel(state, session)
-        connection.fields["cid" if is_client else "gid"] = device.id
+        connection.fields |= _device_fields(state.account, device)
         displaced = state.presence.arrive(session)
         if displaced is not None:
             self._displace(displaced, admitted)
@@ -327,7 +327,7 @@ class Hub:
         return True
 
     def _push_rejection(self, flow: Flow) -> None:
-        log.info("portal:flow_revoked", cid=flow.client_id, gid=flow.gateway_id, rid=flow.resource_id)
+        log.info("portal:flow_revoked", **self._state.flow_fields(flow))
         session = self._state.presence.connected(PeerRole.GATEWAY, flow.gateway_id)
         if session is not None:
             message = gateway.RejectAccess(client_id=flow.client_id, resource_id=flow.resource_id)
@@ -351,3 +351,13 @@ def _twins(present: DeviceSession, other: AdmittedDevice) -> dict[str, Any]:
         "name": present.device.name,
         "addresses": [present.device.remote_ip, other.remote_ip],
     }
+
+
+def _device_fields(account: Account, device: Device) -> dict[str, str]:
+    """The log fields of a device: its id and name, and the name of a client's actor or of a gateway's site."""
+    is_client = device.identity.role is PeerRole.CLIENT
+    owner = (account.actors if is_client else account.sites).get(device.identity.owner)
+    owner_name = "" if owner is None else owner.name
+    if is_client:
+        return {"cid": device.id, "client": device.name, "actor": owner_name}
+    return {"gid": device.id, "gateway": device.name, "site": owner_name}

@@ -9,9 +9,9 @@ import attrs
 
 from firezone_tunnel.apps.portal.store import Store
 from firezone_tunnel.core.phoenix.channel import IDENTITY_SHARED
-from firezone_tunnel.core.portal.account import Account
+from firezone_tunnel.core.portal.account import Account, PeerRole
 from firezone_tunnel.core.portal.devices import PeerSocket
-from firezone_tunnel.core.portal.flows import FlowAuthorizer
+from firezone_tunnel.core.portal.flows import Flow, FlowAuthorizer
 from firezone_tunnel.core.portal.presence import Presence, SwapCounter
 from firezone_tunnel.core.portal.relay_registry import RelayRegistry
 from firezone_tunnel.core.sansio import Entropy
@@ -33,6 +33,16 @@ class PortalState:
     relays: RelayRegistry = attrs.Factory(RelayRegistry)
 
     limiter: Limiter = attrs.Factory(lambda self: Limiter(clock=self.now), takes_self=True)
+
+    def flow_fields(self, flow: Flow) -> dict[str, str]:
+        """The log fields of a flow: its ids, and the names of its resource and of the devices that are connected."""
+        fields = {"cid": flow.client_id, "gid": flow.gateway_id, "rid": flow.resource_id}
+        for role, id_ in ((PeerRole.CLIENT, flow.client_id), (PeerRole.GATEWAY, flow.gateway_id)):
+            session = self.presence.connected(role, id_)
+            if session is not None:
+                fields[role.value] = session.device.name
+        resource = self.account.resources.get(flow.resource_id)
+        return fields if resource is None else {**fields, "resource": resource.name}
 
     def displace(self, id_: str, socket: PeerSocket, **fields: Any) -> None:
         """Close the older connection of a device or relay that a newer one replaced (docs/decisions.md, 25)."""
