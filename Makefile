@@ -40,9 +40,10 @@ lint: $(VENV)/installed ## check style, types, imports and shell scripts
 	$(BIN)/lint-imports
 	tools/lint-shell
 
-docs: $(VENV)/installed ## generate the pages on options and state machines
+docs: $(VENV)/installed ## generate the pages on options, state machines and log messages
 	$(BIN)/python tools/options_reference.py docs/options.md
 	$(BIN)/python tools/state_diagrams.py docs/state-machines.md
+	$(BIN)/python tools/log_messages.py docs/log-messages.md
 
 clean: ## remove .venv and all build products
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from firezone_tunnel.core.portal.seed import SeedContext, parse_seed
-from tools import state_diagrams
+from tools import log_messages, state_diagrams
 from tools.options_reference import page, roles
 
 _ROOT = Path(__file__).parents[1]
@@ -31,6 +31,27 @@ def test_the_options_page_is_what_the_declarations_say() -> None:
 def test_the_page_of_state_machines_is_what_their_tables_say() -> None:
     """If not: make docs."""
     assert (_ROOT / "docs/state-machines.md").read_text() == state_diagrams.page()
+
+
+def test_each_message_type_that_the_source_logs_has_a_meaning_and_each_meaning_a_message_type() -> None:
+    assert set(log_messages.message_types()) == set(log_messages.MEANINGS)
+
+
+def test_no_message_is_logged_in_a_way_that_the_page_does_not_know() -> None:
+    assert log_messages.mentioned() - set(log_messages.message_types()) == set()
+
+
+def test_the_page_of_log_messages_is_what_the_source_logs() -> None:
+    """If not: make docs."""
+    assert (_ROOT / "docs/log-messages.md").read_text() == log_messages.page()
+
+
+@pytest.mark.parametrize("path", _PAGES, ids=lambda path: path.name)
+def test_every_log_message_that_is_named_exists(path: Path) -> None:
+    areas = {name.partition(":")[0] for name in log_messages.MEANINGS}
+    named = set(re.findall(r"`([a-z]+:[a-z][a-z0-9_]+)`", path.read_text()))
+
+    assert {name for name in named if name.partition(":")[0] in areas} - set(log_messages.MEANINGS) == set()
 
 
 @pytest.mark.parametrize("path", [*_PAGES, *_REFERENCE_PAGES], ids=lambda path: str(path.relative_to(_ROOT)))

@@ -91,8 +91,13 @@ class ClientService(TunnelEndpoint):
                 if reason in _REFUSALS:
                     self._put_once(_REFUSALS[reason](rid))
             case FlowIgnored(rid, gid, reason):
-                flow = {**self._resources.fields(rid), **self.peer_fields(gid)}
-                self.limiter.warning("tunnel:flow_ignored", key=rid, **flow, reason=reason)
+                self.limiter.warning(
+                    "tunnel:flow_ignored",
+                    key=rid,
+                    **self._resources.fields(rid),
+                    **self.peer_fields(gid),
+                    reason=reason,
+                )
             case PacketFiltered(rid, protocol, port):
                 self.limiter.warning(
                     "tunnel:packet_filtered",
@@ -113,8 +118,12 @@ class ClientService(TunnelEndpoint):
                 self._sites.learn(gid, self._resources.site_name(message.gateway_group_id, rid))
                 log.debug("tunnel:flow_created", **self._resources.fields(rid), **self.peer_fields(gid))
             case messages.FlowCreationFailed(resource_id=rid, reason="offline"):
-                flow = {**self._resources.fields(rid), "site": self._resources.site(rid)}
-                self.limiter.warning("tunnel:gateway_offline", key=rid, **flow)
+                self.limiter.warning(
+                    "tunnel:gateway_offline",
+                    key=rid,
+                    **self._resources.fields(rid),
+                    site=self._resources.site(rid),
+                )
             case messages.FlowCreationFailed(resource_id=rid):
                 self.limiter.warning(
                     "tunnel:flow_refused",

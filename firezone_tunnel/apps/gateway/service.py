@@ -124,8 +124,9 @@ class GatewayService(TunnelEndpoint):
             case FlowAuthorized(cid, rid, expires_at):
                 log.info("gateway:flow_authorized", **self._flow_fields(cid, rid), expires_at=expires_at)
             case FlowIgnored(cid, rid, reason):
-                flow = self._flow_fields(cid, rid)
-                self.limiter.warning("gateway:flow_ignored", key=(cid, rid), **flow, reason=reason)
+                self.limiter.warning(
+                    "gateway:flow_ignored", key=(cid, rid), **self._flow_fields(cid, rid), reason=reason
+                )
             case FlowEnded(cid, rid, reason):
                 log.info("gateway:flow_ended", **self._flow_fields(cid, rid), reason=reason)
             case PacketFiltered():

@@ -265,11 +265,10 @@ class _Pipes(ProcessProtocol):
         """Log a message of the worker's log as ours."""
         try:
             message = json.loads(line)
-        except ValueError:
+            message_type, write = message.pop("message_type"), _WRITERS[message.pop("level")]
+        except (ValueError, KeyError, TypeError, AttributeError):
             self._printed(line)
             return
-        write = _WRITERS.get(message.pop("level", ""), log.info)
-        message_type = message.pop("message_type", "relay:worker_logged")
         for name in ("timestamp", "task_uuid", "task_level", "worker"):
             message.pop(name, None)
         write(message_type, worker=self._worker.number, **message)
