@@ -41,10 +41,11 @@ _CONNECTION = ("role", "cid", "client", "actor", "gid", "gateway", "site", "rela
 _BOUNDARY = ("reason", "traceback", "suppressed")
 _COUNTERS = ("…counters that are not zero",)
 
-# The fields that a `**expression` in a call adds.
+# The fields that a `**expression` or `details=expression` in a call adds.
 _EXPANSIONS = {
     "self._flow_fields(cid, rid)": _FLOW,
-    "self._refusal_fields(refused)": (*_FLOW, "packet", "allows"),
+    "partial(self._refusal_fields, event)": (*_FLOW, "packet", "allows"),
+    "partial(self._packet_fields, event)": ("rid", "resource", "packet", "allows"),
     "self._resources.fields(rid)": ("rid", "resource"),
     "self._resources.fields(message.resource_id)": ("rid", "resource"),
     "self._state.flow_fields(flow)": ("cid", "client", "gid", "gateway", "rid", "resource"),
@@ -64,7 +65,7 @@ _EXPANSIONS = {
     "log.nonzero(transport.counters)": _COUNTERS,
     "self.fields": _CONNECTION,
     "connection.fields": _CONNECTION,
-    "{'advice': self._advice} if self._advice else {}": ("advice",),
+    "advice": ("advice",),
 }
 
 MEANINGS = {
@@ -184,7 +185,7 @@ _HEAD = (
     "`timestamp`, `level`, `message_type` and the fields below. A field whose value is unknown is absent.",
     "`cid`, `gid` and `rid` are the ids of a client, a gateway and a resource. `client`, `gateway`, `resource`, `site` "
     "and `actor` are the names that the portal sends for them; Firezone's own portal sends no names of clients.",
-    "A message with the level *warning, limited* or *info, limited* is logged at most once a minute for each resource, "
+    "A *limited* message is logged at most once a minute for each resource, "
     "client or error. Its field `suppressed` counts those left out since, which are logged at DEBUG. Messages that "
     "report a bug have a field `traceback`, and those of a relay's worker a field `worker`.",
 )
@@ -215,7 +216,7 @@ def page() -> str:
 def message_types() -> dict[str, MessageType]:
     """All message types that the source logs.
 
-    Raises: KeyError, if a call passes `**fields` that `_EXPANSIONS` lacks.
+    Raises: KeyError, if a call passes `**fields` or `details` that `_EXPANSIONS` lacks.
     """
     found: dict[str, MessageType] = {}
     for path, tree in _modules():
@@ -254,14 +255,16 @@ def _messages(tree: ast.Module) -> Iterator[tuple[str, str, list[str]]]:
                 fields = [field for keyword in node.keywords for field in _fields(keyword) if field != "key"]
                 yield name, f"{level}, limited" if is_limited else level, fields + ["suppressed"] * is_limited
             case ast.Call(func=ast.Name(id="Boundary"), args=[ast.Constant(value=str(name))]):
-                yield name, "error", list(_BOUNDARY)
+                yield name, "error, limited", list(_BOUNDARY)
             case ast.Dict(keys=[ast.Constant(value="message_type"), ast.Constant(value="level")]):
                 name, level = (ast.literal_eval(value) for value in node.values)
                 yield name, level, ["count"]
 
 
 def _fields(keyword: ast.keyword) -> tuple[str, ...]:
-    return (keyword.arg,) if keyword.arg is not None else _EXPANSIONS[ast.unparse(keyword.value)]
+    if keyword.arg is None or keyword.arg == "details":
+        return _EXPANSIONS[ast.unparse(keyword.value)]
+    return (keyword.arg,)
 
 
 def _roles(path: str) -> str:

@@ -56,7 +56,7 @@ class ResourceLog:
             self._timer.close()
             self._timer = None
 
-    def fields(self, rid: str) -> dict[str, str]:
+    def fields(self, rid: str) -> dict[str, Any]:
         """The log fields of a resource: its id, and its name if it is known."""
         resource = self._resources.get(rid)
         return {"rid": rid} if resource is None else {"rid": rid, "resource": resource.name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from firezone_tunnel.apps.client.events import (
@@ -98,16 +99,10 @@ class ClientService(TunnelEndpoint):
                     **self.peer_fields(gid),
                     reason=reason,
                 )
-            case PacketFiltered(rid, protocol, port):
-                self.limiter.warning(
-                    "tunnel:packet_filtered",
-                    key=rid,
-                    **self._resources.fields(rid),
-                    packet=describe_packet(protocol, port),
-                    allows=self._resources.allows(rid),
-                )
+            case PacketFiltered(rid):
+                self.limiter.warning("tunnel:packet_filtered", key=rid, details=partial(self._packet_fields, event))
 
-    def peer_fields(self, peer_id: str) -> dict[str, str]:
+    def peer_fields(self, peer_id: str) -> dict[str, Any]:
         site = self._sites.get(peer_id)
         return {"gid": peer_id} if site is None else {"gid": peer_id, "site": site}
 
@@ -132,6 +127,10 @@ class ClientService(TunnelEndpoint):
                     reason=message.reason,
                     violated=message.violated_properties,
                 )
+
+    def _packet_fields(self, refused: PacketFiltered) -> dict[str, Any]:
+        packet = describe_packet(refused.protocol, refused.port)
+        return {**self._resources.fields(refused.rid), "packet": packet, "allows": self._resources.allows(refused.rid)}
 
     def ended(self, error: FirezoneError | None) -> None:
         self._resources.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +130,11 @@ class GatewayService(TunnelEndpoint):
                 )
             case FlowEnded(cid, rid, reason):
                 log.info("gateway:flow_ended", **self._flow_fields(cid, rid), reason=reason)
-            case PacketFiltered():
-                self._packet_filtered(event)
+            case PacketFiltered(cid):
+                # For each client, not for each resource: finding that costs too much for every packet.
+                self.limiter.warning("gateway:packet_filtered", key=cid, details=partial(self._refusal_fields, event))
 
-    def peer_fields(self, peer_id: str) -> dict[str, str]:
+    def peer_fields(self, peer_id: str) -> dict[str, Any]:
         name = self._names.get(peer_id)
         return {"cid": peer_id} if name is None else {"cid": peer_id, "client": name}
 
@@ -148,20 +150,12 @@ class GatewayService(TunnelEndpoint):
                 allows = describe_filters(resource.filters)
                 log.debug("gateway:filters_changed", rid=resource.id, resource=resource.name, allows=allows)
 
-    def _flow_fields(self, cid: str, rid: str) -> dict[str, str]:
+    def _flow_fields(self, cid: str, rid: str) -> dict[str, Any]:
         name = self._names.get(rid)
         resource = {"rid": rid} if name is None else {"rid": rid, "resource": name}
         return {**self.peer_fields(cid), **resource}
 
-    def _packet_filtered(self, refused: PacketFiltered) -> None:
-        # One message a minute for each client, not for each resource: finding that costs too much for every packet.
-        suppressed = self.limiter.admit(refused.cid)
-        if suppressed is not None:
-            log.warning("gateway:packet_filtered", **self._refusal_fields(refused), suppressed=suppressed)
-        elif log.enabled(log.DEBUG):
-            log.debug("gateway:packet_filtered", **self._refusal_fields(refused))
-
-    def _refusal_fields(self, refused: PacketFiltered) -> dict[str, str]:
+    def _refusal_fields(self, refused: PacketFiltered) -> dict[str, Any]:
         packet = describe_packet(refused.protocol, refused.port)
         resource = self._gateway.resource_at(refused.cid, refused.destination)
         if resource is None:

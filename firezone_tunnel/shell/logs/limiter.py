@@ -12,6 +12,8 @@ from firezone_tunnel.shell.logs import events as log
 INTERVAL = 60.0
 MAX_KEYS = 64
 
+Details = Callable[[], dict[str, Any]]
+
 _boottime = partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # `reactor.clock` is above this package
 
 
@@ -37,19 +39,41 @@ class Limiter:
         self._suppressed: dict[Hashable, int] = {}
         self._suppressed_others = 0  # of keys that found the table full
 
-    def info(self, message_type: str, *, key: Hashable = None, **fields: Any) -> None:
-        """`key` distinguishes messages of one type."""
-        self._log(log.info, message_type, key, fields)
+    def info(self, message_type: str, *, key: Hashable = None, details: Details | None = None, **fields: Any) -> None:
+        """`key` distinguishes messages of one type. `details` makes further fields, and is called only if needed."""
+        self._log(log.info, message_type, key, details, fields)
 
-    def warning(self, message_type: str, *, key: Hashable = None, **fields: Any) -> None:
-        """`key` distinguishes messages of one type."""
-        self._log(log.warning, message_type, key, fields)
+    def warning(
+        self, message_type: str, *, key: Hashable = None, details: Details | None = None, **fields: Any
+    ) -> None:
+        """As `info`."""
+        self._log(log.warning, message_type, key, details, fields)
 
-    def admit(self, key: Hashable) -> int | None:
-        """The number of messages with this key that were suppressed since the last one; None: suppress this one, too.
+    def error(self, message_type: str, *, key: Hashable = None, details: Details | None = None, **fields: Any) -> None:
+        """As `info`."""
+        self._log(log.error, message_type, key, details, fields)
 
-        For messages whose fields are costly.
-        """
+    def _log(
+        self,
+        write: Callable[..., None],
+        message_type: str,
+        key: Hashable,
+        details: Details | None,
+        fields: dict[str, Any],
+    ) -> None:
+        suppressed = self._admit((message_type, key))
+        if suppressed is None:
+            if not log.enabled(log.DEBUG):
+                return
+            write = log.debug
+        if details is not None:
+            fields |= details()
+        if suppressed:
+            fields["suppressed"] = suppressed
+        write(message_type, **fields)
+
+    def _admit(self, key: Hashable) -> int | None:
+        """The number of messages with this key that were suppressed since the last one; None: suppress this one."""
         now = self._clock()
         last = self._logged_at.get(key)
         if last is not None and now < last + self._interval:
@@ -64,15 +88,6 @@ class Limiter:
         if last is None:
             suppressed, self._suppressed_others = suppressed + self._suppressed_others, 0
         return suppressed
-
-    def _log(self, write: Callable[..., None], message_type: str, key: Hashable, fields: dict[str, Any]) -> None:
-        suppressed = self.admit((message_type, key))
-        if suppressed is None:
-            log.debug(message_type, **fields)
-        elif suppressed:
-            write(message_type, **fields, suppressed=suppressed)
-        else:
-            write(message_type, **fields)
 
     def _forget_oldest(self, now: float) -> bool:
         """False: it was logged less than an interval ago."""

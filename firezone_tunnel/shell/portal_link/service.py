@@ -239,6 +239,7 @@ class PortalLink(Service):
         elif isinstance(event, Lost):
             if event.is_identity_shared:
                 self._warn_of_twin(event.reason)
+            advice: dict[str, Any] = {"advice": self._advice} if self._advice else {}
             self._limiter.warning(
                 "portal:retry_scheduled",
                 portal=portal,
@@ -246,7 +247,7 @@ class PortalLink(Service):
                 attempt=event.attempt + 1,
                 delay=round(event.delay, 3),
                 meanwhile="existing connections go on",
-                **({"advice": self._advice} if self._advice else {}),
+                **advice,
             )
 
     def _warn_of_twin(self, reason: str) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from traceback import format_exception
 from types import TracebackType
+from typing import Any
 
 from firezone_tunnel.errors import one_line
-from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.limiter import Limiter
 
 
@@ -30,8 +31,10 @@ class Boundary:
         if not isinstance(error, Exception):
             return False
         self.failures += 1
-        suppressed = self._limiter.admit(type(error).__name__)
-        if suppressed is not None:
-            text = "".join(format_exception(error))
-            log.error(self._message_type, reason=one_line(error), traceback=text, suppressed=suppressed)
+        details = partial(_fields, error)
+        self._limiter.error(self._message_type, key=type(error).__name__, details=details)
         return True
+
+
+def _fields(error: Exception) -> dict[str, Any]:
+    return {"reason": one_line(error), "traceback": "".join(format_exception(error))}

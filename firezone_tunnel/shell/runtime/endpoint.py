@@ -323,13 +323,14 @@ class TunnelEndpoint(MultiService):
         try:
             message = self._parse(event, payload, left_out)
         except ProtocolError as error:
-            log.warning("portal:message_malformed", event=event, reason=one_line(error))
+            self.limiter.warning("portal:message_malformed", key=event, event=event, reason=one_line(error))
             return
         if message is None:
             log.debug("portal:message_unknown", event=event)
             return
         if left_out:  # unknown or malformed
-            log.info("portal:entries_left_out", event=event, count=len(left_out), reasons=left_out[:5])
+            count, reasons = len(left_out), left_out[:5]
+            self.limiter.info("portal:entries_left_out", key=event, event=event, count=count, reasons=reasons)
         self._log_candidates(message)
         self.message_received(message)
         self._core.handle_message(message, boottime(), utc())
@@ -396,7 +397,7 @@ class TunnelEndpoint(MultiService):
         """The host is in this state now, as far as it can be."""
         raise NotImplementedError
 
-    def peer_fields(self, peer_id: str) -> dict[str, str]:
+    def peer_fields(self, peer_id: str) -> dict[str, Any]:
         """The log fields of a peer: its id, and a name if one is known."""
         raise NotImplementedError
 

@@ -103,3 +103,17 @@ def test_a_known_key_keeps_its_count_while_others_come_and_go(clock: Clock, logg
         ("a", 1),
         ("c", 1),
     ]
+
+
+def test_costly_details_are_made_only_for_what_is_logged(clock: Clock, logged: list[dict[str, Any]]) -> None:
+    limiter, made = Limiter(clock=clock), []
+
+    def details() -> dict[str, Any]:
+        made.append(1)
+        return {"allows": "tcp/80"}
+
+    for _ in range(1000):
+        limiter.warning("area:happened", details=details)
+
+    assert len(made) == len(logged) == 1
+    assert logged[0]["allows"] == "tcp/80"
