@@ -54,6 +54,16 @@ def test_every_log_message_that_is_named_exists(path: Path) -> None:
     assert {name for name in named if name.partition(":")[0] in areas} - set(log_messages.MEANINGS) == set()
 
 
+def test_what_debug_is_said_to_show_is_logged_at_debug() -> None:
+    text = (_ROOT / "docs/troubleshooting.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("* ")]
+    named = [name for line in lines for name in re.findall(r"`([a-z]+:[a-z_]+)`", line)]
+    levels = {name: list(log_messages.message_types()[name].levels) for name in named}
+
+    assert len(named) >= 10
+    assert [name for name in named if not any(re.search("debug|limited", level) for level in levels[name])] == []
+
+
 @pytest.mark.parametrize("path", [*_PAGES, *_REFERENCE_PAGES], ids=lambda path: str(path.relative_to(_ROOT)))
 def test_every_link_within_the_repository_leads_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text())

@@ -257,6 +257,8 @@ def test_its_log_names_no_secret(start: Start) -> None:
     text = relay.log.read_text()
     events = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert {event["message_type"] for event in events} >= {"relay:listening", "relay:ready", "relay:stopped"}
+    first = next(event for event in events if event["level"] == "info")
+    assert (first["message_type"], first["role"], first["port"]) == ("service:started", "relay", relay.port)
     assert "secret" not in text
 
 

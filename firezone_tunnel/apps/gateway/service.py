@@ -140,9 +140,10 @@ class GatewayService(TunnelEndpoint):
 
     def message_received(self, message: messages.FromPortal) -> None:
         match message:
-            case messages.AuthorizeFlow(client=client, resource=messages.CidrResource() as resource):
+            case messages.AuthorizeFlow(client=client, resource=resource):
                 self._names.learn(client.id, client.name)
-                self._names.learn(resource.id, resource.name)
+                named = None if isinstance(resource, messages.InternetResource) else resource.name
+                self._names.learn(resource.id, named)
             case messages.ExpiryUpdated(client_id=cid, resource_id=rid):
                 log.debug("gateway:expiry_changed", **self._flow_fields(cid, rid), expires_at=message.expires_at)
             case messages.ResourceUpdated(resource=messages.CidrResource() as resource):

@@ -20,8 +20,8 @@ _boottime = partial(time.clock_gettime, time.CLOCK_BOOTTIME)  # `reactor.clock` 
 class Limiter:
     """Logs a message at most once per interval and key, and the repetitions at DEBUG.
 
-    A message that follows suppressed ones has a field `suppressed`, their number. At most `max_keys` messages are
-    logged per interval, however many keys there are.
+    A message that follows suppressed ones has a field `suppressed`, their number. Of one type at most `max_keys`
+    messages are logged per interval, however many keys there are.
     """
 
     def __init__(
@@ -35,9 +35,7 @@ class Limiter:
         self._interval = interval
         self._max_keys = max_keys
         self._clock = clock
-        self._logged_at: dict[Hashable, float] = {}  # the oldest first
-        self._suppressed: dict[Hashable, int] = {}
-        self._suppressed_others = 0  # of keys that found the table full
+        self._by_type: dict[str, _Counts] = {}
 
     def info(self, message_type: str, *, key: Hashable = None, details: Details | None = None, **fields: Any) -> None:
         """`key` distinguishes messages of one type. `details` makes further fields, and is called only if needed."""
@@ -61,7 +59,10 @@ class Limiter:
         details: Details | None,
         fields: dict[str, Any],
     ) -> None:
-        suppressed = self._admit((message_type, key))
+        counts = self._by_type.get(message_type)
+        if counts is None:
+            counts = self._by_type[message_type] = _Counts(self._interval, self._max_keys)
+        suppressed = counts.admit(key, self._clock())
         if suppressed is None:
             if not log.enabled(log.DEBUG):
                 return
@@ -72,9 +73,19 @@ class Limiter:
             fields["suppressed"] = suppressed
         write(message_type, **fields)
 
-    def _admit(self, key: Hashable) -> int | None:
+
+class _Counts:
+    """When the messages of one type were logged, and how many were suppressed since, by key."""
+
+    def __init__(self, interval: float, max_keys: int) -> None:
+        self._interval = interval
+        self._max_keys = max_keys
+        self._logged_at: dict[Hashable, float] = {}  # the oldest first
+        self._suppressed: dict[Hashable, int] = {}
+        self._suppressed_others = 0  # of keys that found the table full
+
+    def admit(self, key: Hashable, now: float) -> int | None:
         """The number of messages with this key that were suppressed since the last one; None: suppress this one."""
-        now = self._clock()
         last = self._logged_at.get(key)
         if last is not None and now < last + self._interval:
             self._suppressed[key] = self._suppressed.get(key, 0) + 1

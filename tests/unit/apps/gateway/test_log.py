@@ -49,6 +49,17 @@ def test_a_flow_has_the_names_that_the_portal_sends(
     assert ended["reason"] == "rejected"
 
 
+def test_a_flow_that_is_ignored_is_named_and_limited(gateway: GatewayService, logged: list[dict[str, Any]]) -> None:
+    dns = {"id": "wiki", "type": "dns", "name": "Wiki", "address": "wiki.example", "filters": []}
+    for _ in range(10):
+        gateway._handle_message("authorize_flow", _payload(dns, name="laptop"))
+        gateway._tunnel.settle()
+
+    (message,) = logged
+    assert (message["message_type"], message["level"]) == ("gateway:flow_ignored", "warning")
+    assert (message["resource"], message["client"]) == ("Wiki", "laptop")
+
+
 @pytest.mark.parametrize(
     ("destination", "fields"),
     [
@@ -108,15 +119,19 @@ def test_a_filter_reads_as_in_the_portals_file(given: Filter, text: str) -> None
 
 def _authorize(gateway: GatewayService, rid: str, **client: Any) -> None:
     name, address, filters = RESOURCES[rid]
+    resource = {"id": rid, "type": "cidr", "name": name, "address": address, "filters": filters}
+    gateway._handle_message("authorize_flow", _payload(resource, **client))
+    gateway._tunnel.settle()
+
+
+def _payload(resource: dict[str, Any], **client: Any) -> dict[str, Any]:
     key = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
     peer = {"id": "c", "public_key": key, "preshared_key": key, "ipv4": "100.64.0.7", "ipv6": "fd00:2021:1111::7"}
-    payload = {
+    return {
         "ref": "ref",
-        "resource": {"id": rid, "type": "cidr", "name": name, "address": address, "filters": filters},
+        "resource": resource,
         "client": {**peer, **client},
         "client_ice_credentials": {"username": "aaaa", "password": "p" * 22},
         "gateway_ice_credentials": {"username": "bbbb", "password": "p" * 22},
         "expires_at": None,
     }
-    gateway._handle_message("authorize_flow", payload)
-    gateway._tunnel.settle()

@@ -83,8 +83,18 @@ def test_many_keys_cannot_fill_the_log_nor_the_memory(clock: Clock, logged: list
 
     assert len(logged) == 8
     assert [message.get("suppressed") for message in logged] == [None] * 4 + [996] + [None] * 3
-    assert len(limiter._logged_at) == 4
-    assert len(limiter._suppressed) == 0
+    counts = limiter._by_type["area:happened"]
+    assert (len(counts._logged_at), len(counts._suppressed)) == (4, 0)
+
+
+def test_many_keys_of_one_type_suppress_no_other_type(clock: Clock, logged: list[dict[str, Any]]) -> None:
+    limiter = Limiter(clock=clock, max_keys=4)
+    for key in range(1000):
+        limiter.warning("area:happened", key=key)
+
+    limiter.warning("area:ended", key="a")
+
+    assert (logged[-1]["message_type"], logged[-1].get("suppressed")) == ("area:ended", None)
 
 
 def test_a_known_key_keeps_its_count_while_others_come_and_go(clock: Clock, logged: list[dict[str, Any]]) -> None:
