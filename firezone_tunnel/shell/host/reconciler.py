@@ -14,6 +14,7 @@ from firezone_tunnel.errors import FirezoneError, PlatformError, one_line
 from firezone_tunnel.shell.host.parts import EVERYTHING, Aspect, HostState, Part
 from firezone_tunnel.shell.host.worker_thread import WorkerThread
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime
 
 LOOK_INTERVAL = 60.0
@@ -34,7 +35,6 @@ SETTINGS_DELAY = 0.2
 _SHARE_OF_TIME = 10
 """A look that the kernel's notifications cause waits this many times as long as the last look that changed nothing."""
 _MAX_PAUSE = 5.0
-_WARNING_INTERVAL = 60.0
 _MAX_NAMED = 5
 
 
@@ -90,7 +90,7 @@ class Reconciler:
         self._repaired_at: list[float] = []
         self._contested_until = float("-inf")
         self._culprit: str | None = None
-        self._warnings = _Warnings()
+        self._limiter = Limiter(clock=boottime)
         self._last: Deferred[None] | None = None
         self.problems: tuple[str, ...] = ()
         """What is not as wanted, with reasons: the host isn't ready while there are any."""
@@ -197,7 +197,7 @@ class Reconciler:
         if report.repaired:
             self._note_repairs(report.repaired, now)
         if report.failed:
-            self._warnings.warn("host:not_as_wanted", now, missing=report.failed[:_MAX_NAMED], count=len(report.failed))
+            self._limiter.warning("host:not_as_wanted", missing=report.failed[:_MAX_NAMED], count=len(report.failed))
         if report.error is None:
             self._applied = wanted
             self._on_settled(wanted)
@@ -227,10 +227,10 @@ class Reconciler:
         if len(self._repaired_at) == REPAIRS_AT_ONCE and self._repaired_at[0] > now - CALM:
             self._contested_until = now + CALM
         by, self._culprit = self._culprit, None
-        named = {"missing": repaired[:_MAX_NAMED], "count": len(repaired), "program": by or "unknown"}
+        named: dict[str, Any] = {"missing": repaired[:_MAX_NAMED], "count": len(repaired), "program": by or "unknown"}
         if self._is_contested():
             self._contested_until = now + CALM
-            self._warnings.warn("host:contested", now, **named)
+            self._limiter.warning("host:contested", **named)
         else:
             log.warning("host:repaired", **named)
 
@@ -240,21 +240,6 @@ class Reconciler:
 
 
 _NOTHING = object()  # no part needs this
-
-
-class _Warnings:
-    """Logs a warning of each kind at most once a minute, with the number that were left out."""
-
-    def __init__(self) -> None:
-        self._next: dict[str, float] = {}
-        self._left_out: dict[str, int] = {}
-
-    def warn(self, message_type: str, now: float, **fields: Any) -> None:
-        if now < self._next.get(message_type, float("-inf")):
-            self._left_out[message_type] = self._left_out.get(message_type, 0) + 1
-            return
-        self._next[message_type] = now + _WARNING_INTERVAL
-        log.warning(message_type, **fields, suppressed=self._left_out.pop(message_type, 0))
 
 
 def _as_report(failure: Failure) -> Report:
