@@ -28,7 +28,7 @@ _AGENTS: dict[str, list[str | None]] = {
     "relay": [None],
 }
 _UNKNOWN_ID = "0a6e2f91-4c1d-4f5e-b1b2-6e8f9d3c1a05"
-_KEYS = ("A" * 43 + "=", "B" * 43 + "=")
+_KEYS = ("A" * 43 + "=", "B" * 42 + "A=")
 _EXPIRY = {"client_id": _UNKNOWN_ID, "resource_id": _UNKNOWN_ID, "expires_at": 1}
 _CANDIDATE = "candidate:1 1 udp 2113929471 192.0.2.5 51820 typ host"
 
