@@ -22,6 +22,7 @@ from firezone_tunnel.shell.host.kernel import Kernel
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.portal_link.service import Notice, PortalLink, trust_from_file
 from firezone_tunnel.shell.portal_link.url import LoginUrl
+from firezone_tunnel.shell.reactor.clock import call_later
 from firezone_tunnel.shell.reactor.queues import BoundedQueue
 from firezone_tunnel.shell.reactor.service import Service
 
@@ -136,7 +137,7 @@ class RelayService(Service):
             self._portal.startService()
         serving = self._relaying.start()
         # In a later turn, once the reactor runs and handles signals.
-        serving.addCallback(lambda _: self._reactor.callLater(0, self._announce))
+        serving.addCallback(lambda _: call_later(self._reactor, 0, self._announce))
 
     def stopService(self) -> Deferred[None]:
         """Leave the portal, so that no new clients come, and serve present clients until they have moved elsewhere.

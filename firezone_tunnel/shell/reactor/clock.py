@@ -1,6 +1,7 @@
 """The shell's clocks: seconds since boot, which go on during suspend and never step, and unix time.
 
-`reactor.callLater` runs on the wall clock, which may be set: a core's deadlines are driven by `BoottimeTimer`.
+`reactor.callLater` runs on the wall clock, which may be set: every deadline runs on a `BoottimeTimer`, and whatever is
+due once runs by `call_later`.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class BoottimeTimer:
     """One timer on CLOCK_BOOTTIME: `callback()` is called by the reactor once the deadline has passed.
 
     It fires once for each `set`; setting it again replaces the deadline, and a deadline in the past fires in the
-    next turn. A callback that raises is called again a second later: what was due may be so still. It holds a file
-    descriptor until `close()`.
+    next turn. A callback that raises without having set it again is called again a second later: what was due may be
+    so still. It holds a file descriptor until `close()`.
     """
 
     def __init__(self, reactor: IReactorFDSet, callback: Callable[[], object]) -> None:
@@ -81,13 +82,29 @@ class BoottimeTimer:
         with self._boundary:  # the reactor would close it
             self._callback()
             return
-        self.set(boottime() + _TRY_AGAIN_AFTER)
+        if self._deadline is None:
+            self.set(boottime() + _TRY_AGAIN_AFTER)
 
     def connectionLost(self, reason: Failure) -> None:
         self.close()
 
     def logPrefix(self) -> str:
         return "BoottimeTimer"
+
+
+def call_later(reactor: IReactorFDSet, seconds: float, callback: Callable[[], object]) -> BoottimeTimer:
+    """Call `callback()` once, in a later turn. The timer closes itself then; closing it earlier cancels the call.
+
+    Raises: OSError, where the process is out of file descriptors.
+    """
+
+    def call() -> None:
+        timer.close()
+        callback()
+
+    timer = BoottimeTimer(reactor, call)
+    timer.set(boottime() + seconds)
+    return timer
 
 
 if sys.version_info >= (3, 13):
