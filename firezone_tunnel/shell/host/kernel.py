@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.shell.host.addresses import Address, HostSnapshot, Link, Route
+from firezone_tunnel.shell.host.sources import internet_sources
 from firezone_tunnel.shell.logs import events as log
 
 FIREZONE_MARK = 0xFD002021  # docs/protocol/data-plane.md, 8: what carries it uses the main table
@@ -121,12 +122,13 @@ class Kernel:
         return removed
 
     def snapshot(self) -> HostSnapshot:
-        """The current links, addresses and default routes of the main table."""
+        """The current links, addresses, default routes of the main table, and sources of our own datagrams."""
         route = self._open()
         return HostSnapshot(
             links=tuple(_link(message) for message in _dump(route.link)),
             addresses=tuple(_address(message) for message in _dump(route.addr)),
             default_routes=tuple(self._default_routes()),
+            sources=tuple(internet_sources(FIREZONE_MARK)),
         )
 
     def _open(self) -> Any:
@@ -286,7 +288,6 @@ def _link(message: Any) -> Link:
     return Link(
         index=message["index"],
         name=message.get("IFLA_IFNAME"),
-        kind=message.get(("linkinfo", "kind")),
         is_up=flags & (_IFF_UP | _IFF_RUNNING) == _IFF_UP | _IFF_RUNNING,
         is_loopback=bool(flags & _IFF_LOOPBACK),
     )
