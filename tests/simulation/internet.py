@@ -184,6 +184,12 @@ class Internet(World):
         host.node.restart_relays(self.now)
         host.drain()
 
+    def offer(self, host: Host, *addresses: SocketAddress, deprecated: tuple[SocketAddress, ...] = ()) -> None:
+        """Give a host these addresses, with the same sockets; from the deprecated ones it only sends where asked to."""
+        host.addresses = (*addresses, *deprecated)
+        host.node.set_local_addresses(addresses, self.now)
+        host.drain()
+
     def carry(self, sender: Host, transmit: Transmit) -> None:
         payload = bytes(transmit.payload)
         datagrams = _cut(payload, transmit.segment_size)

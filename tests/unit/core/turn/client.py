@@ -163,7 +163,8 @@ class Client:
 
     def _drain(self) -> None:
         for transmit in self.allocation.transmits():
-            assert transmit.source is None
+            is_active = transmit.destination == self.allocation.active_socket
+            assert transmit.source == (self.allocation.active_source if is_active else None)
             message = stun.parse(transmit.payload)
             assert message is not None
             sent = Sent(self.now - START, transmit.destination, message)

@@ -152,6 +152,7 @@ class TestKeepalive:
             ("found", REFLEXIVE, MAPPED4),
             ("lost", REFLEXIVE, MAPPED4),
         ]
+        assert client.allocation.active_source == LOCAL4
 
     def test_without_an_answer_the_relay_counts_as_gone(self) -> None:
         client = bound(PEER4)
@@ -285,7 +286,7 @@ class TestClose:
         farewell = client.allocation.close()
 
         assert farewell is not None
-        assert (farewell.destination, farewell.source) == (RELAY4, None)
+        assert (farewell.destination, farewell.source) == (RELAY4, LOCAL4)
         message = stun.parse(farewell.payload)
         assert message is not None
         assert (message.method, message.get(stun.LIFETIME), message.get(stun.NONCE)) == (Method.REFRESH, 0, "nonce")
