@@ -160,6 +160,14 @@ class Node:
             if withdrawn := self._withdrawn.get(connection.peer_id):
                 self._invalidated.setdefault(connection.peer_id, {}).update(dict.fromkeys(withdrawn.values()))
 
+    def probe(self, now: float, utc_now: float) -> None:
+        """Time has passed unnoticed: ask every relay and every peer at once whether it still knows us."""
+        self._relays.probe(now)
+        self._follow_relays(now)
+        for connection in list(self._connections.values()):
+            connection.probe(now, utc_now)
+            self._settle(connection, now, utc_now)
+
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
         """Handle a batch. Returns the packets in it, by connection."""
         received = self._inbound.handle(batch, now, utc_now)

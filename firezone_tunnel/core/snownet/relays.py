@@ -105,6 +105,12 @@ class Relays:
                 allocation.refresh(now)
                 self._touched[allocation] = None
 
+    def probe(self, now: float) -> None:
+        """Time has passed unnoticed: a relay may have forgotten us, and a NAT on the way to it."""
+        for allocation in self._allocations.values():
+            allocation.probe(now)
+            self._touched[allocation] = None
+
     def verify(self, now: float) -> None:
         """No path answers any longer. A relay may have restarted and lost our allocation."""
         for allocation in self._allocations.values():

@@ -140,12 +140,12 @@ class Allocation:
                 self._request_channel(number, peer)
 
     def refresh(self, now: float) -> None:
-        """Find out within a second whether the relay still knows us; a suspended allocation begins anew."""
-        self._now = now
-        if self.state is State.SUSPENDED:
-            self._search()
-        elif self.state is State.ALLOCATED:
-            self._request_refresh(PROBE)
+        """Find out within a second whether the relay still knows us; one suspended or expired begins anew."""
+        self._find_out(PROBE, now)
+
+    def probe(self, now: float) -> None:
+        """The same with more patience: after a pause, the network may not be there yet."""
+        self._find_out(BACKOFF, now)
 
     def verify(self, now: float) -> None:
         """Find out whether the relay still knows us, with more patience than `refresh` has."""
@@ -365,6 +365,14 @@ class Allocation:
 
     def _request_channel(self, number: int, peer: SocketAddress) -> None:
         self._exchange.start(channel_bind(self._relay, number, peer), self._now)
+
+    def _find_out(self, schedule: tuple[float, ...], now: float) -> None:
+        self._now = now
+        has_expired = self._grant is not None and now >= self._grant.expires_at
+        if self.state is State.SUSPENDED or has_expired:
+            self._search()
+        elif self.state is State.ALLOCATED:
+            self._request_refresh(schedule)
 
     def _from_our_source(self, transmit: Transmit) -> Transmit:
         if self._contact is not None and transmit.destination == self._contact.socket:

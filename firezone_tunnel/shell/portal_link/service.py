@@ -166,6 +166,12 @@ class PortalLink(Service):
         if self.running:
             self._connect()
 
+    def probe(self) -> None:
+        """The host was suspended for a moment: find out at once whether the portal is still there."""
+        if self.running:
+            self._channel.probe(self._clock())
+            self._pump()
+
     def send(self, event: str, payload: object) -> bool:
         """Send a message to the portal, at once or when the join is through; see `Channel.send`.
 

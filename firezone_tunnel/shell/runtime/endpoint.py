@@ -29,7 +29,8 @@ from firezone_tunnel.shell.host.worker_thread import WorkerThread
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.portal_link.service import Notice, PortalLink
 from firezone_tunnel.shell.portal_link.url import LoginUrl
-from firezone_tunnel.shell.reactor.clock import boottime, utc
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.shell.reactor.pause import PauseDetector
 from firezone_tunnel.shell.reactor.queues import BoundedQueue
 from firezone_tunnel.shell.reactor.serial import SerialRunner, Work
 from firezone_tunnel.shell.reactor.service import MultiService
@@ -100,6 +101,7 @@ class TunnelEndpoint(MultiService):
         self._role = role
         self._peer_field = peer_field
         self._parse = parse
+        self._pauses = PauseDetector(reactor, self._paused)
         self._tunnel = TunnelService(
             reactor,
             core,
@@ -107,6 +109,7 @@ class TunnelEndpoint(MultiService):
             on_event=self._handle_event,
             on_lost=self._fail,
             mark=FIREZONE_MARK,
+            observe=self._pauses.fired,
         )
         self._portal_events: BoundedQueue[Notice] = BoundedQueue(reactor, _PORTAL_EVENTS, self._handle_notice)
         self._portal_link = PortalLink(
@@ -117,6 +120,7 @@ class TunnelEndpoint(MultiService):
             mark=FIREZONE_MARK,
             trust=config.trust,
             max_partition_time=config.max_partition_time,
+            make_timer=lambda callback: BoottimeTimer(reactor, callback, observe=self._pauses.fired),
         )
         for child in (self._tunnel, self._portal_link):
             child.setServiceParent(self)
@@ -173,6 +177,7 @@ class TunnelEndpoint(MultiService):
         if removed := await self.netlink.remove_everything():
             log.info("host:leftovers_removed", count=removed)
         self._tunnel.startService()
+        self._pauses.start()
         await self.monitor.start()
         await self.set_up_host()
         self._portal_link.startService()
@@ -180,7 +185,12 @@ class TunnelEndpoint(MultiService):
 
     async def _stop(self) -> None:
         """Say goodbye to the peers, leave the portal, restore the host. A step that fails doesn't stop the next."""
-        steps: list[Callable[[], Any]] = [self._portal_events.close, self.monitor.close, self._tunnel.stopService]
+        steps: list[Callable[[], Any]] = [
+            self._portal_events.close,
+            self._pauses.close,
+            self.monitor.close,
+            self._tunnel.stopService,
+        ]
         if self._portal_link.running:
             steps.append(self._portal_link.stopService)
         if self._instance is not None:
@@ -208,6 +218,11 @@ class TunnelEndpoint(MultiService):
         if self.running:
             self._error = error
             self.stopService()
+
+    def _paused(self, seconds: float) -> None:
+        log.info("process:resumed", paused=round(seconds, 1))
+        if self.running:
+            self.resumed(seconds)
 
     def _set_hosts(self, hosts: list[str]) -> None:
         self._tunnel.set_hosts(hosts)
@@ -284,6 +299,11 @@ class TunnelEndpoint(MultiService):
     def moved(self) -> None:
         """The host moved to another network."""
         raise NotImplementedError
+
+    def resumed(self, paused: float) -> None:
+        """This process didn't run for so many seconds, or somewhat more: ask everyone whether they still know us."""
+        self._tunnel.probe()
+        self._portal_link.probe()
 
     def handle_event(self, event: Any) -> None:
         """Handle an event of the core that is not about a connection or a relay."""

@@ -143,6 +143,10 @@ class Client:
         self.allocation.refresh(self.now)
         self._drain()
 
+    def probe(self) -> None:
+        self.allocation.probe(self.now)
+        self._drain()
+
     def restart(self) -> None:
         self.allocation.restart(self.now)
         self._drain()

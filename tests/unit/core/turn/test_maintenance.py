@@ -229,6 +229,22 @@ class TestProbe:
         client.grant(client.take_one(Method.ALLOCATE))
         assert client.allocation.state is State.ALLOCATED
 
+    def test_an_allocation_that_expired_during_a_pause_begins_anew_before_any_timer(self) -> None:
+        client = allocated()
+        client.now += 700.0
+        client.probe()
+
+        assert client.take_one(Method.BINDING)
+
+    def test_after_a_pause_it_has_more_patience(self) -> None:
+        client = bound(PEER4)
+        client.run_until(10.0)
+        client.probe()
+        client.run_until(13.0)
+
+        assert len(client.take(Method.REFRESH)) > 1
+        assert client.changes() == []
+
     def test_an_expired_allocation_begins_anew_with_its_nonce(self) -> None:
         client = allocated()
         client.sleep_until(700.0)
