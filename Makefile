@@ -29,7 +29,7 @@ bench: $(VENV)/installed ## compare with wireguard-go and coturn on the same hos
 	@tools/system-packages bench
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
 
-bench-core: $(VENV)/installed ## measure the packet path without I/O, in microseconds per 64 KiB
+bench-core: $(VENV)/installed ## measure the packet path and changes without I/O, in microseconds
 	$(BIN)/python -m benchmarks.core
 
 lint: $(VENV)/installed ## check style, types, imports and shell scripts

@@ -62,7 +62,15 @@ RECOVERY_CASES = (
     Case("recover-gateway-restart", "s", more_is_better=False, peers=()),
     Case("recover-portal-restart", "s", more_is_better=False, peers=()),
 )
-CASES = (*DIRECT_CASES, *RELAYED_CASES, *NAT_CASES, *RECOVERY_CASES)
+CONTROL_CASES = (
+    Case("resources-quiet-ping-p99", "ms", more_is_better=False, peers=()),
+    Case("resources-changing-ping-p99", "ms", more_is_better=False, peers=()),
+    Case("routes-quiet-ping-p99", "ms", more_is_better=False, peers=()),
+    Case("routes-flapping-ping-p99", "ms", more_is_better=False, peers=()),
+)
+"""With 10,000 resources, without changes and with 1,000 a second; with 20,000 routes in the client's main table."""
+
+CASES = (*DIRECT_CASES, *RELAYED_CASES, *NAT_CASES, *RECOVERY_CASES, *CONTROL_CASES)
 
 
 def names(cases: tuple[Case, ...]) -> frozenset[str]:

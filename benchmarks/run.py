@@ -22,6 +22,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.cases import CASES, COTURN, NATS, OURS, RECOVERY_CASES, REFERENCE, WIREGUARDS, Figures
 from benchmarks.competitors import TUNNEL_MTU, Competitor, find_competitors, version_of
+from benchmarks.control import Control
 from benchmarks.direct import Direct
 from benchmarks.experiment import Experiment, Wanted
 from benchmarks.nats import FirstByte
@@ -106,6 +107,7 @@ def _experiments(competitors: Sequence[Competitor], options: argparse.Namespace)
         *map(Relayed, relays),
         *map(FirstByte, NATS),
         *(Recovery(case.name) for case in RECOVERY_CASES),
+        Control(),
     ]
     return [
         experiment for experiment in every if _is_selected(experiment, options) and _wanted(experiment, options).cases

@@ -82,13 +82,16 @@ def test_a_name_that_another_interface_has_ends_it_with_one_sentence(network: Ne
         assert_ends(start(host, role), role, _INTERFACE, "in use")
 
 
+@pytest.mark.parametrize("second", ["client", "gateway"])
 @BOTH
-def test_a_second_one_on_a_host_is_refused_and_the_first_undisturbed(
-    network: Network, product: Product, role: str
+def test_a_second_role_on_a_host_is_refused_and_the_first_undisturbed(
+    network: Network, product: Product, role: str, second: str
 ) -> None:
     host = getattr(network, role)
+    first = f"A {role} (process {getattr(product, role).process.pid})"
     with unchanged(host):
-        assert_ends(start(host, role, "--interface", "tun-second", *no_health(role)), role, "Another", "stop it first")
+        program = start(host, second, "--interface", "tun-second", *no_health(second))
+        assert_ends(program, second, first, "stop it first")
 
     assert download(network, 1) == 1
 

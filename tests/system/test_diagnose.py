@@ -79,15 +79,15 @@ def test_strict_reverse_path_filtering_is_told_and_no_obstacle(host: Host) -> No
     assert found["nftables"]["needed_by"] == ["client", "gateway"]
 
 
-def test_another_instance_is_told(host: Host) -> None:
+def test_another_instance_is_named_with_its_process(host: Host) -> None:
     holder = host.spawn("holder", sys.executable, "-c", _HOLD, environment={"PYTHONPATH": str(_ROOT)})
     holder.wait_until(lambda: "held" in holder.output(), "being the gateway")
 
     code, found = _diagnose(host)
 
     assert code == 0
-    assert found["gateway running"]["state"] == "limit"
-    assert found["client running"]["state"] == "ok"
+    assert found["occupied"]["state"] == "limit"
+    assert found["occupied"]["found"].startswith(f"A gateway (process {holder.pid})")
 
 
 def _diagnose(host: Host, *prefix: str) -> tuple[int, Mapping[str, Any]]:

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import pytest_twisted
 
 from firezone_tunnel.errors import PlatformError
 from firezone_tunnel.shell.host import nftables, sysctl
 from firezone_tunnel.shell.host.firewall import GatewayFirewall
-from firezone_tunnel.shell.host.kernel import FIREZONE_MARK
+from firezone_tunnel.shell.host.parts import HostState
 from firezone_tunnel.shell.host.rpfilter import ReplyMarks
-from firezone_tunnel.shell.host.worker_thread import WorkerThread
+from firezone_tunnel.shell.host.tables import FIREZONE_MARK
 from tests.polling import until
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
@@ -30,6 +29,8 @@ CLIENT = {"ipv4": "100.64.0.5", "ipv6": "fd00:2021:1111::5"}
 GATEWAY = {"ipv4": "10.20.0.1", "ipv6": "fd00:20::1"}
 SERVER = {"ipv4": "10.20.0.100", "ipv6": "fd00:20::100"}
 FAMILIES = list(CLIENT)
+STATE = HostState()
+UPLINKS = HostState(uplinks=("eth1",))
 
 DOCKER = """
 table ip filter {
@@ -62,9 +63,8 @@ table inet firewalld {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest_twisted.ensureDeferred
-async def test_the_server_sees_the_gateways_address(network: Network, firewall: GatewayFirewall, family: str) -> None:
-    await firewall.install()
+def test_the_server_sees_the_gateways_address(network: Network, firewall: GatewayFirewall, family: str) -> None:
+    firewall.put_right(STATE, is_suspect=True)
 
     assert network.seen_by_the_server(family) == GATEWAY[family]
 
@@ -74,49 +74,45 @@ async def test_the_server_sees_the_gateways_address(network: Network, firewall: 
     [(DOCKER, ["ipv4"]), (UFW, FAMILIES), (FIREWALLD, FAMILIES)],
     ids=["Docker", "ufw", "firewalld"],
 )
-@pytest_twisted.ensureDeferred
-async def test_another_firewall_that_drops_lets_the_tunnel_through(
+def test_another_firewall_that_drops_lets_the_tunnel_through(
     network: Network, firewall: GatewayFirewall, other: str, families: list[str]
 ) -> None:
     network.gateway.run("nft", "-f", "-", stdin=other)
     before = network.gateway.run("nft", "list", "ruleset").stdout
 
-    await firewall.install()
+    firewall.put_right(STATE, is_suspect=True)
     seen = [network.seen_by_the_server(family) for family in families]
-    await firewall.remove()
+    firewall.remove()
 
     assert seen == [GATEWAY[family] for family in families]
     assert network.gateway.run("nft", "list", "ruleset").stdout == before
 
 
-@pytest_twisted.ensureDeferred
-async def test_dockers_own_chain_is_the_one_that_is_opened(network: Network, firewall: GatewayFirewall) -> None:
+def test_dockers_own_chain_is_the_one_that_is_opened(network: Network, firewall: GatewayFirewall) -> None:
     network.gateway.run("nft", "-f", "-", stdin=DOCKER)
 
-    await firewall.install()
+    firewall.put_right(STATE, is_suspect=True)
 
     assert TUNNEL in network.gateway.run("nft", "list", "chain", "ip", "filter", "DOCKER-USER").stdout
     assert TUNNEL not in network.gateway.run("nft", "list", "chain", "ip", "filter", "FORWARD").stdout
 
 
-@pytest_twisted.ensureDeferred
-async def test_firewalls_that_accept_are_left_alone(network: Network, firewall: GatewayFirewall) -> None:
+def test_firewalls_that_accept_are_left_alone(network: Network, firewall: GatewayFirewall) -> None:
     network.gateway.run("nft", "-f", "-", stdin=PERMISSIVE)
     before = network.gateway.run("nft", "list", "table", "ip", "filter").stdout
 
-    await firewall.install()
+    firewall.put_right(STATE, is_suspect=True)
 
     assert network.gateway.run("nft", "list", "table", "ip", "filter").stdout == before
 
 
-@pytest_twisted.ensureDeferred
-async def test_everything_is_put_back_at_the_end(network: Network, firewall: GatewayFirewall, state: Path) -> None:
+def test_everything_is_put_back_at_the_end(network: Network, firewall: GatewayFirewall, state: Path) -> None:
     network.gateway.sysctl("net.ipv4.conf.eth1.forwarding", "1")
     before = settings(network.gateway)
 
-    await firewall.install()
+    firewall.put_right(STATE, is_suspect=True)
     assert settings(network.gateway) != before
-    await firewall.remove()
+    firewall.remove()
 
     assert settings(network.gateway) == before
     assert network.gateway.run("nft", "list", "ruleset").stdout == ""
@@ -124,46 +120,41 @@ async def test_everything_is_put_back_at_the_end(network: Network, firewall: Gat
 
 
 @pytest.mark.parametrize("change", ["an interface", "a firewall"])
-@pytest_twisted.ensureDeferred
-async def test_forwarding_stays_on_once_something_else_may_need_it(
+def test_forwarding_stays_on_once_something_else_may_need_it(
     lab: Lab, network: Network, firewall: GatewayFirewall, state: Path, change: str
 ) -> None:
-    await firewall.install()
+    firewall.put_right(STATE, is_suspect=True)
 
     if change == "an interface":
         network.gateway.ip("link", "add", "docker0", "type", "bridge")
     else:
         network.gateway.run("nft", "-f", "-", stdin=UFW)
-    await firewall.remove()
+    firewall.remove()
 
     assert forwarding(network.gateway) == ["1", "1"]
     assert "firezone" not in network.gateway.run("nft", "list", "ruleset").stdout
     assert list(state.iterdir()) == []
 
 
-@pytest_twisted.ensureDeferred
-async def test_forwarding_that_was_on_before_stays_on(network: Network, firewall: GatewayFirewall) -> None:
+def test_forwarding_that_was_on_before_stays_on(network: Network, firewall: GatewayFirewall) -> None:
     network.gateway.sysctl("net.ipv4.ip_forward", "1")
 
-    await firewall.install()
-    await firewall.remove()
+    firewall.put_right(STATE, is_suspect=True)
+    firewall.remove()
 
     assert forwarding(network.gateway) == ["1", "0"]
 
 
-@pytest_twisted.ensureDeferred
-async def test_what_a_killed_predecessor_left_is_swept_and_its_originals_are_kept(
-    network: Network, worker: WorkerThread, state: Path
-) -> None:
+def test_what_a_killed_predecessor_left_is_swept_and_its_originals_are_kept(network: Network, state: Path) -> None:
     network.gateway.run("nft", "-f", "-", stdin=DOCKER)
     before = settings(network.gateway)
-    await GatewayFirewall(worker, interface="tun-before", state_directory=state).install()
+    GatewayFirewall(interface="tun-before", state_directory=state).put_right(STATE, is_suspect=True)
 
-    successor = GatewayFirewall(worker, interface=TUNNEL, state_directory=state)
-    await successor.install()
+    successor = GatewayFirewall(interface=TUNNEL, state_directory=state)
+    successor.put_right(STATE, is_suspect=True)
     rules = network.gateway.run("nft", "list", "ruleset").stdout
     originals = json.loads((state / "gateway-sysctls.json").read_text())["originals"]
-    await successor.remove()
+    successor.remove()
 
     assert "tun-before" not in rules
     assert rules.count(f'iifname "{TUNNEL}"') == 2
@@ -171,31 +162,26 @@ async def test_what_a_killed_predecessor_left_is_swept_and_its_originals_are_kep
     assert settings(network.gateway) == before
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_gateway_that_was_never_installed_removes_nothing(network: Network, firewall: GatewayFirewall) -> None:
+def test_a_gateway_that_was_never_installed_removes_nothing(network: Network, firewall: GatewayFirewall) -> None:
     network.gateway.run("nft", "-f", "-", stdin=UFW)
     before = settings(network.gateway), network.gateway.run("nft", "list", "ruleset").stdout
 
-    await firewall.remove()
+    firewall.remove()
 
     assert (settings(network.gateway), network.gateway.run("nft", "list", "ruleset").stdout) == before
 
 
-@pytest_twisted.ensureDeferred
-async def test_originals_of_an_earlier_boot_do_not_count(
-    network: Network, firewall: GatewayFirewall, state: Path
-) -> None:
+def test_originals_of_an_earlier_boot_do_not_count(network: Network, firewall: GatewayFirewall, state: Path) -> None:
     stale = {"boot_id": "another", "originals": {"net/ipv4/ip_forward": "1"}, "notes": []}
     (state / "gateway-sysctls.json").write_text(json.dumps(stale))
 
-    await firewall.install()
-    await firewall.remove()
+    firewall.put_right(STATE, is_suspect=True)
+    firewall.remove()
 
     assert forwarding(network.gateway) == ["0", "0"]
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_host_keeps_the_default_route_it_was_advertised(network: Network, firewall: GatewayFirewall) -> None:
+def test_a_host_keeps_the_default_route_it_was_advertised(network: Network, firewall: GatewayFirewall) -> None:
     network.gateway.sysctl("net.ipv6.conf.eth1.accept_ra", "1")
     network.server.add_address("eth0", "fe80::1/64")
 
@@ -206,28 +192,26 @@ async def test_a_host_keeps_the_default_route_it_was_advertised(network: Network
 
     until(has_default_route)
 
-    await firewall.install()
+    firewall.put_right(STATE, is_suspect=True)
 
     assert "default" in network.gateway.ip("-6", "route")
     assert network.gateway.run("sysctl", "-n", "net.ipv6.conf.eth1.accept_ra").stdout.strip() == "2"
-    await firewall.remove()
+    firewall.remove()
     assert network.gateway.run("sysctl", "-n", "net.ipv6.conf.eth1.accept_ra").stdout.strip() == "1"
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_host_without_nft_is_told_what_to_install(
+def test_a_host_without_nft_is_told_what_to_install(
     network: Network, firewall: GatewayFirewall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("PATH", "/nowhere")
         with pytest.raises(PlatformError, match="package nftables"):
-            await firewall.install()
+            firewall.put_right(STATE, is_suspect=True)
 
     assert forwarding(network.gateway) == ["0", "0"]
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_setting_that_cant_be_made_is_named_and_nothing_is_left(
+def test_a_setting_that_cant_be_made_is_named_and_nothing_is_left(
     network: Network, firewall: GatewayFirewall, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.write_text
@@ -239,7 +223,8 @@ async def test_a_setting_that_cant_be_made_is_named_and_nothing_is_left(
 
     monkeypatch.setattr(Path, "write_text", read_only)
     with pytest.raises(PlatformError, match=r"net\.ipv4\.ip_forward.*Read-only"):
-        await firewall.install()
+        firewall.put_right(STATE, is_suspect=True)
+    firewall.remove()
 
     assert network.gateway.run("nft", "list", "ruleset").stdout == ""
 
@@ -251,24 +236,20 @@ def test_a_script_that_nft_refuses_changes_nothing(network: Network) -> None:
     assert nftables.rules() == [rule for rule in nftables.rules() if "metainfo" in rule]
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_strict_reverse_path_filter_lets_answers_to_marked_sockets_pass(
-    network: Network, worker: WorkerThread, state: Path
-) -> None:
+def test_a_strict_reverse_path_filter_lets_answers_to_marked_sockets_pass(network: Network, state: Path) -> None:
     host = network.gateway
     for name in ("all", "eth1"):
         host.sysctl(f"net.ipv4.conf.{name}.rp_filter", "1")
     host.ip("route", "add", "default", "dev", TUNNEL, "table", "77")
     host.ip("rule", "add", "not", "fwmark", hex(FIREZONE_MARK), "priority", "100", "lookup", "77")
     host.ip("rule", "add", "priority", "99", "to", "127.0.0.0/8", "lookup", "local")
-    marks = ReplyMarks(worker, state_directory=state)
+    marks = ReplyMarks(state_directory=state)
     assert not network.marked_echo()
 
-    strict = await marks.ensure([TUNNEL, "eth1"])
+    marks.put_right(UPLINKS, is_suspect=True)
 
-    assert "eth1" in strict
     assert network.marked_echo()
-    await marks.remove()
+    marks.remove()
     assert not network.marked_echo()
     assert host.run("nft", "list", "ruleset").stdout == ""
     assert host.run("sysctl", "-n", "net.ipv4.conf.all.src_valid_mark").stdout.strip() == "0"
@@ -276,39 +257,34 @@ async def test_a_strict_reverse_path_filter_lets_answers_to_marked_sockets_pass(
 
 
 @pytest.mark.parametrize("values", [("0", "0"), ("0", "2"), ("2", "1"), ("1", "2")])
-@pytest_twisted.ensureDeferred
-async def test_without_a_strict_filter_nothing_is_changed(
-    network: Network, worker: WorkerThread, state: Path, values: tuple[str, str]
-) -> None:
+def test_without_a_strict_filter_nothing_is_changed(network: Network, state: Path, values: tuple[str, str]) -> None:
     for name, value in zip(("all", "eth1"), values, strict=True):
         network.gateway.sysctl(f"net.ipv4.conf.{name}.rp_filter", value)
 
-    strict = await ReplyMarks(worker, state_directory=state).ensure(["eth1"])
+    changes = ReplyMarks(state_directory=state).put_right(UPLINKS, is_suspect=True)
 
-    assert strict == []
+    assert changes == []
     assert network.gateway.run("nft", "list", "ruleset").stdout == ""
 
 
-@pytest_twisted.ensureDeferred
-async def test_marks_of_a_killed_predecessor_are_removed(network: Network, worker: WorkerThread, state: Path) -> None:
+def test_marks_of_a_killed_predecessor_are_removed(network: Network, state: Path) -> None:
     network.gateway.sysctl("net.ipv4.conf.eth1.rp_filter", "1")
-    await ReplyMarks(worker, state_directory=state).ensure(["eth1"])
+    ReplyMarks(state_directory=state).put_right(UPLINKS, is_suspect=True)
     network.gateway.sysctl("net.ipv4.conf.eth1.rp_filter", "0")
 
-    await ReplyMarks(worker, state_directory=state).ensure(["eth1"])
+    ReplyMarks(state_directory=state).put_right(UPLINKS, is_suspect=True)
 
     assert network.gateway.run("nft", "list", "ruleset").stdout == ""
 
 
-@pytest_twisted.ensureDeferred
-async def test_a_strict_filter_and_no_nft_is_refused_in_one_sentence(
-    network: Network, worker: WorkerThread, state: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_strict_filter_and_no_nft_is_refused_in_one_sentence(
+    network: Network, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network.gateway.sysctl("net.ipv4.conf.eth1.rp_filter", "1")
     monkeypatch.setenv("PATH", "/nowhere")
 
     with pytest.raises(PlatformError, match=r"reverse-path filtering on eth1.*rp_filter"):
-        await ReplyMarks(worker, state_directory=state).ensure(["eth1"])
+        ReplyMarks(state_directory=state).put_right(UPLINKS, is_suspect=True)
     monkeypatch.undo()
 
 
@@ -377,15 +353,6 @@ def network(lab: Lab) -> Iterator[Network]:
 
 
 @pytest.fixture
-def worker(network: Network) -> Iterator[WorkerThread]:
-    from twisted.internet import reactor
-
-    worker = WorkerThread(reactor)
-    yield worker
-    pytest_twisted.blockon(worker.stop())
-
-
-@pytest.fixture
 def state(tmp_path: Path) -> Path:
     directory = tmp_path / "state"
     directory.mkdir()
@@ -393,8 +360,8 @@ def state(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def firewall(worker: WorkerThread, state: Path) -> GatewayFirewall:
-    return GatewayFirewall(worker, interface=TUNNEL, state_directory=state)
+def firewall(network: Network, state: Path) -> GatewayFirewall:
+    return GatewayFirewall(interface=TUNNEL, state_directory=state)
 
 
 def settings(host: Host) -> list[str]:

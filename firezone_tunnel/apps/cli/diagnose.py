@@ -14,12 +14,13 @@ from pathlib import Path
 
 import attrs
 
-from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
+from firezone_tunnel.errors import ConfigurationError, PlatformError, one_line
 from firezone_tunnel.shell.host import nftables
 from firezone_tunnel.shell.host.addresses import Uplink, host_candidates, uplinks
-from firezone_tunnel.shell.host.instance import Instance
-from firezone_tunnel.shell.host.kernel import Kernel
+from firezone_tunnel.shell.host.instance import owner
 from firezone_tunnel.shell.host.rpfilter import is_strict
+from firezone_tunnel.shell.host.rtnetlink import RtNetlink
+from firezone_tunnel.shell.host.snapshot import read_snapshot
 from firezone_tunnel.shell.host.sysctl import PROC_SYS
 from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME, Offload, open_tun
@@ -55,7 +56,7 @@ def diagnose(interface: str = DEFAULT_NAME, api_url: str | None = None, ca_file:
     """
     network = list(_network(interface))
     needs_nft = ROLES if any(finding.check == _STRICT for finding in network) else ("gateway",)
-    findings = [_privileges(), *_tun(), *_udp(), *network, _nft(needs_nft), _forwarding(), *_instances()]
+    findings = [_privileges(), *_tun(), *_udp(), *network, _nft(needs_nft), _forwarding(), _occupied()]
     if api_url is not None:
         findings.append(_portal(api_url, ca_file))
     return findings
@@ -159,14 +160,14 @@ def _forwarding() -> Finding:
 
 
 def _network(interface: str) -> Iterator[Finding]:
-    kernel = Kernel()
+    netlink = RtNetlink()
     try:
-        snapshot = kernel.snapshot()
+        snapshot = read_snapshot(netlink)
     except (PlatformError, OSError) as error:
         yield Finding("network", CheckState.MISSING, one_line(error), "allow this user to open netlink sockets")
         return
     finally:
-        kernel.close()
+        netlink.close()
     found = uplinks(snapshot, own_link=interface)
     for family, uplink in (("IPv4", found.ipv4), ("IPv6", found.ipv6)):
         yield _uplink(f"{family} uplink", uplink)
@@ -190,18 +191,12 @@ def _uplink(check: str, uplink: Uplink | None) -> Finding:
     return Finding(check, CheckState.OK, f"{uplink.interface}{via}{source}")
 
 
-def _instances() -> Iterator[Finding]:
-    for role in ROLES:
-        try:
-            Instance(role).close()
-        except InUseError:
-            advice = f"stop it before you start another {role}"
-            yield Finding(f"{role} running", CheckState.LIMIT, f"a {role} is running in this network namespace", advice)
-        except PlatformError as error:
-            advice = "allow this user to open Unix sockets"
-            yield Finding(f"{role} running", CheckState.MISSING, one_line(error), advice, needed_by=(role,))
-        else:
-            yield Finding(f"{role} running", CheckState.OK, "no")
+def _occupied() -> Finding:
+    occupant = owner()
+    if occupant is None:
+        return Finding("occupied", CheckState.OK, "no client or gateway is running")
+    advice = "stop it before you start another: a host has room for one client or gateway"
+    return Finding("occupied", CheckState.LIMIT, f"{occupant} is running in this network namespace", advice)
 
 
 def _portal(api_url: str, ca_file: Path | None) -> Finding:

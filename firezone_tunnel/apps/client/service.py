@@ -27,7 +27,8 @@ from firezone_tunnel.core.tunnel.client import (
 )
 from firezone_tunnel.core.wireguard.seal import seal_pool
 from firezone_tunnel.errors import FirezoneError
-from firezone_tunnel.shell.host.kernel import Families
+from firezone_tunnel.shell.host.guard import ResourceGuard
+from firezone_tunnel.shell.host.parts import HostState
 from firezone_tunnel.shell.host.rpfilter import ReplyMarks
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.reactor.clock import boottime
@@ -49,12 +50,19 @@ class ClientService(TunnelEndpoint):
 
     def __init__(self, reactor: Any, config: EndpointConfig) -> None:
         self._client = ClientTunnel(entropy=os.urandom, now=boottime(), pool=seal_pool())
-        super().__init__(reactor, config, self._client, role=messages.TOPIC, peer_field="gid", parse=messages.parse)
+        super().__init__(
+            reactor,
+            config,
+            self._client,
+            role=messages.TOPIC,
+            peer_field="gid",
+            parse=messages.parse,
+            # Replies to our own sockets arrive whatever the tunnel's routes are (docs/decisions.md, 13).
+            parts=(ReplyMarks(state_directory=config.state_directory), ResourceGuard(interface=config.interface)),
+        )
         self.events = EventBuffer()
-        self._reply_marks = ReplyMarks(self.worker, state_directory=config.state_directory)
-        self._wanted: TunConfig | None = None
-        self._applied: TunConfig | None = None
-        self._families = Families(ipv4=False, ipv6=False)
+        self._tun_config: TunConfig | None = None
+        self._tun_interface: TunInterfaceUpdated | None = None
         self._reported: dict[Event, None] = {}
 
     def reset(self, reason: str, *, paused: float = 0.0) -> None:
@@ -66,16 +74,9 @@ class ClientService(TunnelEndpoint):
         self._client.reset(boottime(), paused=paused)
         self.rebind()
 
-    async def set_up_host(self) -> None:
-        """Let replies to our own sockets arrive whatever the tunnel's routes are (docs/decisions.md, 13)."""
-        await self._reply_marks.ensure(self.monitor.interfaces)
-
-    async def restore_host(self) -> None:
-        await self._reply_marks.remove()
-
     def moved(self) -> None:
         self.reset("the network has changed")
-        self.run(self.set_up_host)
+        self.want(uplinks=self._monitor.interfaces)
 
     def resumed(self, paused: float) -> None:
         """After a pause that no gateway waits for, start again rather than find out for each that it has closed."""
@@ -89,8 +90,8 @@ class ClientService(TunnelEndpoint):
             case ToPortal(message):
                 self.say(message)
             case TunConfigChanged(config):
-                self._wanted = config
-                self.run(self._apply)
+                self._tun_config = config
+                self.want(ipv4=str(config.ipv4), ipv6=str(config.ipv6), routes=config.routes)
             case ResourcesChanged(resources):
                 self.events.put(ResourcesUpdated(resources))
             case FlowRefused(rid, reason):
@@ -110,26 +111,18 @@ class ClientService(TunnelEndpoint):
             self._reported[event] = None
             self.events.put(event)
 
-    async def _apply(self) -> None:
-        """Set up the interface for the newest configuration.
-
-        Raises: PlatformError.
-        """
-        config, self._wanted = self._wanted, None
-        if config is None:
+    def host_settled(self, state: HostState) -> None:
+        config = self._tun_config
+        if config is None or state.ipv4 is None:
             return
-        before, self._applied = self._applied, config
-        if before is None or (before.ipv4, before.ipv6) != (config.ipv4, config.ipv6):
-            self._families = await self.configure(str(config.ipv4), str(config.ipv6))
-        works = {4: self._families.ipv4, 6: self._families.ipv6}
-        routes = tuple(network for network in config.routes if works[network.version])
-        await self.netlink.set_routes(self._config.interface, map(str, routes))
-        self.events.put(
-            TunInterfaceUpdated(
-                ipv4=config.ipv4 if works[4] else None,
-                ipv6=config.ipv6 if works[6] else None,
-                dns=(),
-                search_domain=config.search_domain,
-                routes=routes,
-            )
+        works = {4: self.families.ipv4, 6: self.families.ipv6}
+        interface = TunInterfaceUpdated(
+            ipv4=config.ipv4 if works[4] else None,
+            ipv6=config.ipv6 if works[6] else None,
+            dns=(),
+            search_domain=config.search_domain,
+            routes=tuple(network for network in state.routes if works[network.version]),
         )
+        if interface != self._tun_interface:
+            self._tun_interface = interface
+            self.events.put(interface)

@@ -36,7 +36,7 @@ class Application(ApplicationService):
 
     def __init__(self, reactor: Any, options: Options, gateway: GatewayService) -> None:
         self._gateway = gateway
-        health = HealthServer(reactor, options["health-check-addr"], lambda: self._gateway.is_ready)
+        health = HealthServer(reactor, options["health-check-addr"], gateway.obstacles)
         super().__init__(reactor, "firezone-gateway", options, health, self._gateway)
 
     async def watch(self) -> None:

@@ -21,6 +21,7 @@ from firezone_tunnel.core.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
 from firezone_tunnel.core.wireguard.seal import seal_pool
 from firezone_tunnel.errors import FirezoneError
 from firezone_tunnel.shell.host.firewall import GatewayFirewall
+from firezone_tunnel.shell.host.parts import HostState
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.portal_link.service import trust_from_file
 from firezone_tunnel.shell.portal_link.url import LoginUrl, default_name
@@ -79,23 +80,28 @@ class GatewayService(TunnelEndpoint):
             max_partition_time=max_partition_time,
         )
         self._gateway = GatewayTunnel(entropy=os.urandom, now=boottime(), utc_now=utc(), pool=seal_pool())
-        super().__init__(reactor, config, self._gateway, role=messages.TOPIC, peer_field="cid", parse=messages.parse)
+        super().__init__(
+            reactor,
+            config,
+            self._gateway,
+            role=messages.TOPIC,
+            peer_field="cid",
+            parse=messages.parse,
+            parts=(GatewayFirewall(interface=interface, state_directory=state_directory),),
+        )
         self.ready: Deferred[None] = Deferred()
         self.failed: Deferred[FirezoneError] = Deferred()
-        self._interface: InterfaceChanged | None = None
-        self._firewall = GatewayFirewall(
-            self.worker, interface=config.interface, state_directory=config.state_directory
-        )
 
     @property
     def is_ready(self) -> bool:
-        return bool(self.running and self.ready.called)
+        """Whether clients can be served."""
+        return not self.obstacles()
 
-    async def set_up_host(self) -> None:
-        await self._firewall.install()
-
-    async def restore_host(self) -> None:
-        await self._firewall.remove()
+    def obstacles(self) -> list[str]:
+        """Why clients can't be served at the moment; empty if they can."""
+        if not self.running or not self.ready.called:
+            return ["the portal has not admitted this gateway yet"]
+        return list(self.host_problems())
 
     def moved(self) -> None:
         """Unlike a client, a gateway keeps its key and its connections: it only takes other paths.
@@ -110,9 +116,8 @@ class GatewayService(TunnelEndpoint):
         match event:
             case ToPortal(message):
                 self.say(message)
-            case InterfaceChanged():
-                self._interface = event
-                self.run(self._configure)
+            case InterfaceChanged(ipv4, ipv6):
+                self.want(ipv4=str(ipv4), ipv6=str(ipv6), routes=(TUNNEL_IPV4, TUNNEL_IPV6))
             case FlowAuthorized(cid, rid, expires_at):
                 log.info("gateway:flow_authorized", cid=cid, rid=rid, expires_at=expires_at)
             case FlowIgnored(cid, rid, reason):
@@ -124,17 +129,7 @@ class GatewayService(TunnelEndpoint):
         if error is not None:
             self.failed.callback(error)
 
-    async def _configure(self) -> None:
-        """Give the interface its newest addresses.
-
-        Raises: PlatformError.
-        """
-        interface = self._interface
-        if interface is None:
-            return
-        families = await self.configure(str(interface.ipv4), str(interface.ipv6))
-        routes = [str(TUNNEL_IPV4)] * families.ipv4 + [str(TUNNEL_IPV6)] * families.ipv6
-        await self.netlink.set_routes(self._config.interface, routes)
-        if not self.ready.called:
-            log.info("gateway:ready", ipv4=str(interface.ipv4), ipv6=str(interface.ipv6))
+    def host_settled(self, state: HostState) -> None:
+        if state.ipv4 is not None and not self.ready.called:
+            log.info("gateway:ready", ipv4=state.ipv4, ipv6=state.ipv6)
             self.ready.callback(None)

@@ -161,7 +161,7 @@ class Application(ApplicationService):
 
     def __init__(self, reactor: Any, options: Options, relay: RelayService) -> None:
         self._relay = relay
-        health = HealthServer(reactor, options["health-check-addr"], lambda: self._relay.is_ready)
+        health = HealthServer(reactor, options["health-check-addr"], self._relay.obstacles)
         super().__init__(reactor, "firezone-relay", options, health, self._relay)
         self.process.on_second_signal(self._relay.stop_draining)
 

@@ -18,7 +18,7 @@ from firezone_tunnel.core.phoenix.channel import Fatal, Joined
 from firezone_tunnel.core.relay.allocator import RelayConfig
 from firezone_tunnel.core.stun.message import FIREZONE_REALM
 from firezone_tunnel.errors import ConfigurationError, FirezoneError
-from firezone_tunnel.shell.host.kernel import Kernel
+from firezone_tunnel.shell.host.snapshot import read_hosts
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.portal_link.service import Notice, PortalLink, trust_from_file
 from firezone_tunnel.shell.portal_link.url import LoginUrl
@@ -93,7 +93,7 @@ class RelayService(Service):
             relaying,
             bind_ipv4=bind_ipv4,
             bind_ipv6=bind_ipv6,
-            own_hosts=_own_hosts(),
+            own_hosts=read_hosts(),
             allow_peers=tuple(allow_peers),
             drain_time=drain_time,
         )
@@ -123,8 +123,15 @@ class RelayService(Service):
     @property
     def is_ready(self) -> bool:
         """Whether the portal knows the relay, and all of its workers serve."""
-        is_serving = self._relaying is not None and self._relaying.is_serving
-        return bool(self.running and self.ready.called and is_serving)
+        return not self.obstacles()
+
+    def obstacles(self) -> list[str]:
+        """Why clients can't be served at the moment; empty if they can."""
+        if not self.running or not self.ready.called:
+            return ["the relay has not started, or the portal has not admitted it yet"]
+        if self._relaying is None or not self._relaying.is_serving:
+            return ["a worker is being restarted"]
+        return []
 
     def startService(self) -> None:
         """
@@ -234,12 +241,3 @@ def _check(engine: EngineConfig, listen_port: int, secrets: Secrets) -> None:
         secrets.credentials()
     except ValueError as error:
         raise ConfigurationError(f"--realm: {error}") from None
-
-
-def _own_hosts() -> tuple[str, ...]:
-    """The addresses of this host as they are now."""
-    kernel = Kernel()
-    try:
-        return tuple(address.host for address in kernel.snapshot().addresses)
-    finally:
-        kernel.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import attrs
@@ -131,6 +131,14 @@ class Account:
     resources: Mapping[str, Resource]
     policies: tuple[Policy, ...]
     turn_servers: Mapping[str, TurnServer] = attrs.field(factory=dict)
+    _by_resource: Mapping[str, Sequence[Policy]] = attrs.field(init=False, repr=False, eq=False)
+
+    @_by_resource.default
+    def _index_policies(self) -> Mapping[str, Sequence[Policy]]:
+        index: dict[str, list[Policy]] = {}
+        for policy in self.policies:
+            index.setdefault(policy.resource, []).append(policy)
+        return index
 
     def token(self, role: PeerRole, text: str, utc_now: float) -> Token | None:
         """The token with this text, if it is for this role and has not expired."""
@@ -144,6 +152,6 @@ class Account:
 
     def policies_for(self, actor: Actor, resource_id: str) -> Iterator[Policy]:
         """The policies that give this actor this resource, if their conditions hold."""
-        for policy in self.policies:
-            if policy.resource == resource_id and policy.group in actor.groups:
+        for policy in self._by_resource.get(resource_id, ()):
+            if policy.group in actor.groups:
                 yield policy

@@ -73,17 +73,17 @@ class Tunnel(ABC):
     def set_local_addresses(self, addresses: Sequence[SocketAddress], now: float) -> None:
         """The addresses that our sockets can be reached at, the preferred one of each family first."""
         self.node.set_local_addresses(addresses, now)
-        self._follow_node()
+        self._follow_node(now)
 
     def probe(self, now: float, utc_now: float) -> None:
         """The host was suspended for a moment: ask all relays and peers at once whether they still know us."""
         self.node.probe(now, utc_now)
-        self._follow_node()
+        self._follow_node(now)
 
     def close(self, now: float) -> None:
         """Say goodbye to every peer. The next `transmits` are the last."""
         self.node.close(now, farewell=GOODBYE)
-        self._follow_node()
+        self._follow_node(now)
 
     def transmits(self) -> Iterator[Transmit]:
         return self.node.transmits()
@@ -120,7 +120,7 @@ class Tunnel(ABC):
         for candidate in candidates:
             self.node.remove_remote_candidate(peer_id, candidate, now)
 
-    def _follow_node(self) -> None:
+    def _follow_node(self, now: float) -> None:
         """Pass on the node's events, and signal candidates while the portal is there.
 
         The node announces them again when the portal is back.

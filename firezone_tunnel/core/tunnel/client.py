@@ -6,7 +6,7 @@ docs/protocol/data-plane.md, 4; the packets themselves are carried by the node's
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import attrs
 
@@ -15,7 +15,7 @@ from firezone_tunnel.core.messages import client as messages
 from firezone_tunnel.core.messages.common import Interface, Network, PortalMessage, RelaysPresence
 from firezone_tunnel.core.packet.rewrite import icmp_error
 from firezone_tunnel.core.packet.superpacket import SuperPacket
-from firezone_tunnel.core.sansio import Entropy
+from firezone_tunnel.core.sansio import Entropy, Timeout
 from firezone_tunnel.core.snownet.events import (
     ConnectionClosed,
     ConnectionEstablished,
@@ -38,6 +38,10 @@ from firezone_tunnel.errors import ProtocolError
 ASK_AGAIN_AFTER = 2.0  # docs/protocol/data-plane.md, 4.4
 # How recently a resource was used whose flow is asked for again after roaming (docs/decisions.md, 3).
 RECENT_TRAFFIC = 20.0
+PUBLISH_INTERVAL = 0.25
+"""Seconds between two reports of the whole configuration or of all resources, at least."""
+
+_PUBLICATION = "publication"  # the key of the deadline
 
 
 @attrs.frozen
@@ -108,12 +112,14 @@ class ClientTunnel(Tunnel):
     def __init__(self, *, entropy: Entropy, now: float, pool: BufferPool[SealBuffer]) -> None:
         super().__init__(Role.CLIENT, entropy=entropy, now=now, pool=pool)
         self.counters = ClientCounters()
-        self._resources = ResourceTable(is_connected=lambda rid: self._gateways.serving(rid) is not None)
         self._sites = SiteStatuses()
+        self._resources = ResourceTable(self._sites)
         self._gateways = Gateways()
         self._pending: dict[str, _PendingFlow] = {}
         self._config: TunConfig | None = None
         self._views: tuple[ResourceView, ...] | None = None
+        self._published: tuple[Interface, int, int] | None = None
+        self._publish_from = float("-inf")
         self._wanted_again: tuple[str, ...] = ()
 
     def handle_packets(self, packets: Sequence[SuperPacket], now: float, utc_now: float) -> list[SuperPacket]:
@@ -125,11 +131,15 @@ class ClientTunnel(Tunnel):
             if packet.source not in own:
                 counters.foreign_source += packet.segments
                 continue
-            resource = lookup(packet.destination)
-            if resource is None:
+            candidates = lookup(packet.destination)
+            if not candidates:
                 self._send_to_gateway_itself(packet, now, utc_now)
                 continue
-            if not resource.rules.permits(packet, packet.destination_port):
+            port = packet.destination_port
+            for resource in candidates:
+                if resource.rules.permits(packet, port):
+                    break
+            else:
                 counters.filtered += packet.segments
                 if (answer := icmp_error(packet)) is not None:
                     answers.append(answer)
@@ -141,7 +151,7 @@ class ClientTunnel(Tunnel):
             else:
                 encapsulate(gateway.id, packet, now, utc_now)
         self.node.flush(now)
-        self._follow_node()
+        self._follow_node(now)
         return answers
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[SuperPacket]:
@@ -157,7 +167,7 @@ class ClientTunnel(Tunnel):
                     self._handle_control(gid, packet, now)
                 else:
                     counters.unexpected_source += packet.segments
-        self._follow_node()
+        self._follow_node(now)
         return accepted
 
     def handle_message(self, message: messages.FromPortal, now: float, utc_now: float) -> None:
@@ -183,8 +193,8 @@ class ClientTunnel(Tunnel):
                 self._remove_candidates(message.gateway_id, message.candidates, now)
             case RelaysPresence():
                 self._update_relays(message, now)
-        self._follow_node()
-        self._publish()
+        self._follow_node(now)
+        self._publish(now)
 
     def reset(self, now: float, *, paused: float = 0.0) -> None:
         """Start again with a new key after the network has changed: with new sockets and a new portal connection.
@@ -197,14 +207,15 @@ class ClientTunnel(Tunnel):
         self._is_joined = False
         self.node.reset(now, farewell=GOODBYE)
         self._gateways.forget_recent()
-        self._follow_node()
-        self._publish()
+        self._follow_node(now)
+        self._publish(now)
 
     def handle_timeout(self, now: float, utc_now: float) -> None:
-        if self._sites in self.node.handle_timeout(now, utc_now) and self._sites.handle_timeout(now):
-            self._publish()
+        if self._sites in self.node.handle_timeout(now, utc_now):
+            self._sites.handle_timeout(now)
         self._schedule_sites()
-        self._follow_node()
+        self._follow_node(now)
+        self._publish(now)
 
     def _send_to_gateway_itself(self, packet: SuperPacket, now: float, utc_now: float) -> None:
         gateway = self._gateways.at(packet.destination)
@@ -264,9 +275,10 @@ class ClientTunnel(Tunnel):
                 self._gateways.remove(gid)
             return
         if not is_kept:  # a gateway that has begun anew knows nothing of what it served before
-            self._gateways.stop_serving_all(gateway)
+            self._disconnect(self._gateways.stop_serving_all(gateway))
         del self._pending[rid]
         self._gateways.serve(gateway, rid, resource.networks)
+        self._resources.connected(rid)
         for packet in pending.packets.take():
             self.node.encapsulate(gid, packet, now, utc_now)
         self.node.flush(now)
@@ -295,17 +307,17 @@ class ClientTunnel(Tunnel):
         if gateway is not None and not gateway.resources:
             self.node.close_connection(gateway.id, now, farewell=GOODBYE)
 
-    def _follow_node(self) -> None:
+    def _follow_node(self, now: float) -> None:
         if self.node.has_events:
-            super()._follow_node()
-            self._publish()
+            super()._follow_node(now)
+            self._publish(now)
 
     def _handle_node_event(self, event: ConnectionEvent | RelayNews) -> None:
         match event:
             case ConnectionEstablished(gid):
                 self._established(gid)
             case ConnectionFailed(gid) | ConnectionClosed(gid):
-                self._gateways.remove(gid)
+                self._disconnect(self._gateways.remove(gid))
                 self._sites.disconnected(gid)
 
     def _broadcast(self, event: NewCandidates | InvalidatedCandidates) -> PortalMessage:
@@ -320,18 +332,32 @@ class ClientTunnel(Tunnel):
             self._sites.connected(gateway.site_id, gid)
             self._schedule_sites()
 
+    def _disconnect(self, rids: Iterable[str]) -> None:
+        for rid in rids:
+            self._resources.disconnected(rid)
+
     def _schedule_sites(self) -> None:
         self.node.deadlines.set(self._sites, self._sites.next_timeout())
 
-    def _publish(self) -> None:
-        """Report the configuration and the resources if they have changed."""
+    def _publish(self, now: float) -> None:
+        """Report the configuration and the resources if they have changed.
+
+        A report lists everything. So a lone change is reported at once, but of many in a row only the newest state.
+        """
         if self._interface is None:
             return
+        state = (self._interface, self._resources.revision, self._sites.revision)
+        if state == self._published:
+            return
+        if now < self._publish_from:
+            self.node.deadlines.set(_PUBLICATION, Timeout(self._publish_from, "changes to report"))
+            return
+        self._published, self._publish_from = state, now + PUBLISH_INTERVAL
         config = self._tun_config(self._interface)
         if config != self._config:
             self._config = config
             self._replace(TunConfigChanged(config))
-        views = self._resources.views(self._sites)
+        views = self._resources.views()
         if views != self._views:
             self._views = views
             self._replace(ResourcesChanged(views))

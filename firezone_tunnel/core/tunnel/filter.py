@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import attrs
 
-from firezone_tunnel.core.messages.common import Filter, Network
+from firezone_tunnel.core.messages.common import Filter
 from firezone_tunnel.core.packet.superpacket import ICMP, ICMPV6, TCP, UDP, SuperPacket
-from firezone_tunnel.core.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6, PrefixTable, lies_in_tunnel
 
 PortRange = tuple[int, int]
 """First and last port, both inclusive."""
@@ -74,32 +73,3 @@ class Rules:
 
 PERMIT_ALL = Rules(everything=True)
 PERMIT_NOTHING = Rules()
-
-
-class FilterTable:
-    """The rules of networks. Those of a network are the union over all the given networks that contain it."""
-
-    __slots__ = ("_rules",)
-
-    def __init__(self, networks: Iterable[tuple[Network, Rules]] = ()) -> None:
-        given: PrefixTable[list[Rules]] = PrefixTable()
-        distinct: dict[Network, list[Rules]] = {}
-        for network, rules in networks:
-            if not lies_in_tunnel(network):
-                distinct.setdefault(network, []).append(rules)
-        for network, all_rules in distinct.items():
-            given.insert(network, all_rules)
-        self._rules: PrefixTable[Rules] = PrefixTable()
-        for network in distinct:
-            self._rules.insert(network, Rules.union(rules for each in given.covering(network) for rules in each))
-        # Whatever resource covers them: one client doesn't reach another through a gateway.
-        self._rules.insert(TUNNEL_IPV4, PERMIT_NOTHING)
-        self._rules.insert(TUNNEL_IPV6, PERMIT_NOTHING)
-
-    def lookup(self, address: bytes) -> Rules:
-        """The rules of the longest prefix of an address of 4 or 16 bytes; where there is none, nothing passes."""
-        return self._rules.lookup(address) or PERMIT_NOTHING
-
-    def of(self, network: Network) -> Rules:
-        """The rules of one of the networks themselves."""
-        return self._rules.get(network) or PERMIT_NOTHING

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import attrs
 
 from firezone_tunnel.core.datagrams import BufferPool, DatagramBatch
+from firezone_tunnel.core.deadlines import Deadlines
 from firezone_tunnel.core.messages import gateway as messages
 from firezone_tunnel.core.messages.common import Authorization, PortalMessage, RelaysPresence
 from firezone_tunnel.core.packet.rewrite import icmp_error, is_icmp_error
@@ -89,6 +90,8 @@ class GatewayTunnel(Tunnel):
         self.counters = GatewayCounters()
         self._clients: dict[str, AdmittedClient] = {}
         self._by_address: dict[bytes, AdmittedClient] = {}
+        self._by_resource: dict[str, dict[str, AdmittedClient]] = {}  # the clients that may use it, by id
+        self._expiries: Deadlines[tuple[str, str]] = Deadlines()  # by client and resource, in unix time
         self._utc_offset = utc_now - now
 
     def handle_packets(self, packets: Sequence[SuperPacket], now: float, utc_now: float) -> list[SuperPacket]:
@@ -107,7 +110,7 @@ class GatewayTunnel(Tunnel):
             else:
                 counters.filtered_answers += packet.segments
         self.node.flush(now)
-        self._follow_node()
+        self._follow_node(now)
         return []
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[SuperPacket]:
@@ -133,7 +136,7 @@ class GatewayTunnel(Tunnel):
                     has_answered = True
         if has_answered:
             self.node.flush(now)
-        self._follow_node()
+        self._follow_node(now)
         return accepted
 
     def handle_message(self, message: messages.FromPortal, now: float, utc_now: float) -> None:
@@ -148,11 +151,11 @@ class GatewayTunnel(Tunnel):
                 self._revoke(message.client_id, message.resource_id, "rejected", now)
             case messages.ExpiryUpdated():
                 client = self._clients.get(message.client_id)
-                if client is not None:
-                    client.set_expiry(message.resource_id, message.expires_at)
+                if client is not None and message.resource_id in client.resources:
+                    self._set_expiry(client, message.resource_id, message.expires_at)
                     self._schedule_expiry(now)
             case messages.ResourceUpdated():
-                for client in self._clients.values():
+                for client in self._by_resource.get(message.resource.id, {}).values():
                     client.update_filters(message.resource)
             case messages.IceCandidates():
                 self._add_candidates(message.client_id, message.candidates, now)
@@ -160,21 +163,20 @@ class GatewayTunnel(Tunnel):
                 self._remove_candidates(message.client_id, message.candidates, now)
             case RelaysPresence():
                 self._update_relays(message, now)
-        self._follow_node()
+        self._follow_node(now)
 
     def restart_relays(self, now: float) -> None:
         """Allocate again: the relays don't know our new sockets."""
         self.node.restart_relays(now)
-        self._follow_node()
+        self._follow_node(now)
 
     def handle_timeout(self, now: float, utc_now: float) -> None:
         self._utc_offset = utc_now - now
         if _EXPIRY in self.node.handle_timeout(now, utc_now):
-            for client in list(self._clients.values()):
-                for rid in client.expired(utc_now):
-                    self._revoke(client.id, rid, "expired", now)
+            for cid, rid in self._expiries.due(utc_now):
+                self._revoke(cid, rid, "expired", now)
             self._schedule_expiry(now)
-        self._follow_node()
+        self._follow_node(now)
 
     def _handle_init(self, init: messages.Init, now: float) -> None:
         if init.interface != self._interface:
@@ -193,13 +195,13 @@ class GatewayTunnel(Tunnel):
                 if authorization is None:
                     self._revoke(client.id, rid, "unlisted", now)
                 else:
-                    client.set_expiry(rid, authorization.expires_at)
+                    self._set_expiry(client, rid, authorization.expires_at)
 
     def _authorize(self, flow: messages.AuthorizeFlow, now: float, utc_now: float) -> None:
         peer, rid = flow.client, flow.resource.id
         try:
             addresses = (ipaddress.IPv4Address(peer.ipv4).packed, ipaddress.IPv6Address(peer.ipv6).packed)
-            allowed = Allowed.of(flow.resource, flow.expires_at)
+            allowed = Allowed.of(flow.resource)
             self.node.upsert_connection(
                 peer.id,
                 remote_public_key=peer.public_key,
@@ -214,6 +216,8 @@ class GatewayTunnel(Tunnel):
             return
         client = self._clients.setdefault(peer.id, AdmittedClient(peer.id))
         client.allow(allowed)
+        self._by_resource.setdefault(rid, {})[client.id] = client
+        self._set_expiry(client, rid, flow.expires_at)
         self._forget_addresses(client)
         client.addresses = addresses
         self._by_address.update(dict.fromkeys(addresses, client))
@@ -225,6 +229,7 @@ class GatewayTunnel(Tunnel):
         client = self._clients.get(cid)
         if client is None or not client.forbid(rid):
             return
+        self._forget_flow(client, rid)
         self._events.append(FlowEnded(cid, rid, reason))
         if not client.resources:
             self._forget(client)
@@ -232,18 +237,30 @@ class GatewayTunnel(Tunnel):
 
     def _forget(self, client: AdmittedClient) -> None:
         del self._clients[client.id]
+        for rid in client.resources:
+            self._forget_flow(client, rid)
         self._forget_addresses(client)
+
+    def _forget_flow(self, client: AdmittedClient, rid: str) -> None:
+        self._set_expiry(client, rid, None)
+        clients = self._by_resource[rid]
+        del clients[client.id]
+        if not clients:
+            del self._by_resource[rid]
 
     def _forget_addresses(self, client: AdmittedClient) -> None:
         for address in client.addresses:
             if self._by_address.get(address) is client:
                 del self._by_address[address]
 
+    def _set_expiry(self, client: AdmittedClient, rid: str, expires_at: int | None) -> None:
+        timeout = None if expires_at is None else Timeout(expires_at, "flow that expires")
+        self._expiries.set((client.id, rid), timeout)
+
     def _schedule_expiry(self, now: float) -> None:
-        expiries = [expiry for client in self._clients.values() if (expiry := client.first_expiry()) is not None]
-        timeout = None
-        if expiries:
-            at = min(max(now, min(expiries) - self._utc_offset), now + _EXPIRY_CHECK_INTERVAL)
+        first, timeout = self._expiries.first(), None
+        if first is not None:
+            at = min(max(now, first.at - self._utc_offset), now + _EXPIRY_CHECK_INTERVAL)
             timeout = Timeout(at, "flows that expire")
         self.node.deadlines.set(_EXPIRY, timeout)
 

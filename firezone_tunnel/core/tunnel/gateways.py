@@ -25,22 +25,19 @@ class Gateway:
         self.may_send_from = lru_cache(_MAX_CACHED_SOURCES)(self._may_send_from)
 
     def serve(self, rid: str, networks: tuple[Network, ...]) -> None:
+        """Serve a resource that it doesn't serve yet."""
         self.resources[rid] = networks
-        self._rebuild()
+        for network in networks:
+            self._networks.insert(network, rid, True)
+        self.may_send_from.cache_clear()
 
     def stop_serving(self, rid: str) -> None:
-        self.resources.pop(rid, None)
-        self._rebuild()
-
-    def _rebuild(self) -> None:
-        self._networks = PrefixTable()
-        for networks in self.resources.values():
-            for network in networks:
-                self._networks.insert(network, True)
+        for network in self.resources.pop(rid, ()):
+            self._networks.remove(network, rid)
         self.may_send_from.cache_clear()
 
     def _may_send_from(self, address: bytes) -> bool:
-        return address in self.addresses or self._networks.lookup(address) is not None
+        return address in self.addresses or bool(self._networks.holding(address))
 
 
 class Gateways:
@@ -93,9 +90,12 @@ class Gateways:
             gateway.stop_serving(rid)
         return gateway
 
-    def stop_serving_all(self, gateway: Gateway) -> None:
-        for rid in list(gateway.resources):
+    def stop_serving_all(self, gateway: Gateway) -> list[str]:
+        """The resources that it served until now."""
+        served = list(gateway.resources)
+        for rid in served:
             self.stop_serving(rid)
+        return served
 
     def connected(self, gateway: Gateway) -> None:
         self._recent.pop(gateway.id, None)
@@ -103,14 +103,13 @@ class Gateways:
         if len(self._recent) > MAX_RECENT:
             del self._recent[next(iter(self._recent))]
 
-    def remove(self, gid: str) -> None:
-        """A gateway's connection is gone: no gateway serves its resources."""
+    def remove(self, gid: str) -> list[str]:
+        """A gateway's connection is gone: no gateway serves its resources, whose ids are returned."""
         gateway = self._by_id.pop(gid, None)
         if gateway is None:
-            return
-        for rid in gateway.resources:
-            self._by_resource.pop(rid, None)
+            return []
         self._forget_addresses(gateway)
+        return self.stop_serving_all(gateway)
 
     def _forget_addresses(self, gateway: Gateway) -> None:
         """Those that are still its own: the portal may have given one to another gateway since."""

@@ -1,8 +1,9 @@
-"""Networks by longest prefix, looked up with the raw bytes of an address, and the ranges the tunnel itself uses."""
+"""Networks by prefix, looked up with the raw bytes of an address, and the ranges the tunnel itself uses."""
 
 from __future__ import annotations
 
 import ipaddress
+from bisect import insort
 from typing import Generic, TypeVar
 
 from firezone_tunnel.core.messages.common import Network
@@ -23,12 +24,8 @@ def parse_network(text: str) -> Network | None:
 
 def is_tunnel_address(address: bytes) -> bool:
     """Whether an address of 4 or 16 bytes is one that the portal gives to clients and gateways."""
-    return _OWN_RANGES.lookup(address) is not None
-
-
-def lies_in_tunnel(network: Network) -> bool:
-    """Whether all addresses of a network are ones that the portal gives to clients and gateways."""
-    return bool(_OWN_RANGES.covering(network))
+    first, mask = _OWN_RANGES[len(address)]
+    return int.from_bytes(address, "big") & mask == first
 
 
 def is_multicast(address: bytes) -> bool:
@@ -39,58 +36,64 @@ def is_multicast(address: bytes) -> bool:
 
 
 class PrefixTable(Generic[_T]):
-    """Values of networks; an address finds that of the most specific network that holds it. Values are not None."""
+    """Values of networks, each under an id: networks may overlap, and several ids may share one.
+
+    A change costs the same however many networks there are.
+    """
 
     __slots__ = ("_levels",)
 
     def __init__(self) -> None:
-        # By the size of addresses: (host bits, {network bits: value}), the longest prefix first.
-        self._levels: dict[int, list[tuple[int, dict[int, _T]]]] = {4: [], 16: []}
+        # By the size of addresses: (host bits, {network bits: {id: value}}), the longest prefix first.
+        self._levels: dict[int, list[tuple[int, dict[int, dict[str, _T]]]]] = {4: [], 16: []}
 
-    def lookup(self, address: bytes) -> _T | None:
-        """The value of the longest prefix of an address, 4 or 16 bytes."""
+    def holding(self, address: bytes) -> list[dict[str, _T]]:
+        """The values of each network that holds an address of 4 or 16 bytes, by id; the most specific network first."""
         number = int.from_bytes(address, "big")
-        for host_bits, networks in self._levels[len(address)]:
-            value = networks.get(number >> host_bits)
-            if value is not None:
-                return value
-        return None
+        return [
+            values
+            for host_bits, networks in self._levels[len(address)]
+            if (values := networks.get(number >> host_bits)) is not None
+        ]
 
-    def insert(self, network: Network, value: _T) -> None:
-        """Set the value of a network, in place of the one it had."""
+    def insert(self, network: Network, key: str, value: _T) -> bool:
+        """Set the value of an id. Returns whether the network had no values until now."""
         host_bits = network.max_prefixlen - network.prefixlen
         levels = self._levels[network.max_prefixlen // 8]
         networks = next((networks for present, networks in levels if present == host_bits), None)
         if networks is None:
             networks = {}
-            levels.append((host_bits, networks))
-            levels.sort(key=_host_bits)
-        networks[int(network.network_address) >> host_bits] = value
+            insort(levels, (host_bits, networks), key=_host_bits)
+        values = networks.setdefault(int(network.network_address) >> host_bits, {})
+        is_new = not values
+        values[key] = value
+        return is_new
 
-    def get(self, network: Network) -> _T | None:
-        """The value of this very network."""
-        return next(iter(self._covering(network, least=network.prefixlen)), None)
+    def remove(self, network: Network, key: str) -> bool:
+        """Forget the value of an id. Returns whether the network has no values any more.
 
-    def covering(self, network: Network) -> list[_T]:
-        """The values of the network and of all that contain it, the most specific first."""
-        return self._covering(network, least=0)
-
-    def _covering(self, network: Network, *, least: int) -> list[_T]:
-        number = int(network.network_address)
-        own = network.max_prefixlen - network.prefixlen
-        most = network.max_prefixlen - least
-        found = (
-            networks.get(number >> host_bits)
-            for host_bits, networks in self._levels[network.max_prefixlen // 8]
-            if own <= host_bits <= most
-        )
-        return [value for value in found if value is not None]
+        Raises: KeyError, if it has none under this id.
+        """
+        host_bits = network.max_prefixlen - network.prefixlen
+        levels = self._levels[network.max_prefixlen // 8]
+        networks = next((networks for present, networks in levels if present == host_bits), {})
+        prefix = int(network.network_address) >> host_bits
+        values = networks[prefix]
+        del values[key]
+        if values:
+            return False
+        del networks[prefix]
+        if not networks:  # each level costs every look-up
+            levels.remove((host_bits, networks))
+        return True
 
 
 def _host_bits(level: tuple[int, object]) -> int:
     return level[0]
 
 
-_OWN_RANGES: PrefixTable[bool] = PrefixTable()
-_OWN_RANGES.insert(TUNNEL_IPV4, True)
-_OWN_RANGES.insert(TUNNEL_IPV6, True)
+_OWN_RANGES = {
+    network.max_prefixlen // 8: (int(network.network_address), int(network.netmask))
+    for network in (TUNNEL_IPV4, TUNNEL_IPV6)
+}
+"""First address and mask, by the size of addresses."""

@@ -6,7 +6,8 @@ docs/protocol/data-plane.md, 4.2 and 4.3; docs/protocol/client-application.md, 1
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable
 from functools import lru_cache
 
 import attrs
@@ -14,7 +15,7 @@ import attrs
 from firezone_tunnel.core.messages.client import CidrResource, DnsResource, InternetResource, Resource
 from firezone_tunnel.core.messages.common import Network, Site
 from firezone_tunnel.core.sansio import Timeout, earliest
-from firezone_tunnel.core.tunnel.filter import PERMIT_NOTHING, FilterTable, Rules
+from firezone_tunnel.core.tunnel.filter import PERMIT_NOTHING, Rules
 from firezone_tunnel.core.tunnel.prefixes import PrefixTable, is_multicast, is_tunnel_address, parse_network
 
 MAX_CACHED_DESTINATIONS = 1024
@@ -44,11 +45,13 @@ class ResourceView:
 
 @attrs.define(eq=False)
 class ActiveResource:
-    """A resource in use. `networks` are what it routes, `rules` what passes to the first of them."""
+    """A resource in use. `networks` are what it routes, `rules` what passes to them."""
 
     resource: Resource
-    networks: tuple[Network, ...] = ()
-    rules: Rules = PERMIT_NOTHING
+    networks: tuple[Network, ...]
+    rules: Rules
+    flow: float = float("inf")
+    """Its place in the order in which the flows were made; infinite while it has none."""
     used_at: float = float("-inf")
     """When a packet last went to it."""
 
@@ -64,15 +67,21 @@ class ActiveResource:
 class ResourceTable:
     """All resources that the portal lets this client see; those with a network route packets.
 
-    `lookup(address)` finds the active resource of an address, 4 or 16 raw bytes, by the longest prefix; None for
-    addresses of the tunnel itself, for multicast, and where there is no resource. Its answers are cached.
+    `lookup(address)` are the active resources of an address, 4 or 16 raw bytes: a packet is for the first whose rules
+    permit it (docs/protocol/data-plane.md, 4.2). There are none for addresses of the tunnel itself and for multicast.
+    Its answers are cached.
+
+    A change costs the same however many resources there are. `revision` changes with `networks` and `views`.
     """
 
-    def __init__(self, *, is_connected: Callable[[str], bool]) -> None:
-        """`is_connected(resource id)`: among resources of the same network, one in use isn't displaced."""
-        self._is_connected = is_connected
+    def __init__(self, sites: SiteStatuses) -> None:
+        self.revision = 0
+        self._sites = sites
         self._entries: dict[str, ActiveResource] = {}
         self._by_network: PrefixTable[ActiveResource] = PrefixTable()
+        self._networks: list[Network] = []  # sorted
+        self._views: list[ResourceView] = []  # sorted
+        self._flows = 0
         self.lookup = lru_cache(MAX_CACHED_DESTINATIONS)(self._find)
 
     def get(self, resource_id: str) -> ActiveResource | None:
@@ -84,106 +93,146 @@ class ResourceTable:
     def set(self, resources: Iterable[Resource]) -> list[str]:
         """Have exactly these resources; returns the ids whose connections are void: gone, or now somewhere else."""
         wanted = {resource.id: resource for resource in resources}
-        void = [resource_id for resource_id in self._entries if resource_id not in wanted]
-        for resource_id in void:
-            del self._entries[resource_id]
-        void += [resource.id for resource in wanted.values() if self._put(resource)]
-        self._rebuild(void)
-        return void
+        gone = [resource_id for resource_id in self._entries if resource_id not in wanted]
+        for resource_id in gone:
+            self.remove(resource_id)
+        return gone + [resource.id for resource in wanted.values() if self.add(resource)]
 
     def add(self, resource: Resource) -> bool:
         """Insert or update a resource; returns whether its connection is void: it is now somewhere else."""
-        is_void = self._put(resource)
-        self._rebuild([resource.id] if is_void else [])
-        return is_void
+        entry = self._entries.get(resource.id)
+        if entry is None:
+            self._insert(resource)
+            return False
+        if entry.resource == resource:
+            return False
+        if _place(entry.resource) != _place(resource):
+            self.remove(resource.id)
+            self._insert(resource)
+            return True
+        self._hide(entry)
+        entry.resource, entry.rules = resource, _rules(resource)
+        self._show(entry)
+        return False
 
     def remove(self, resource_id: str) -> bool:
         """Returns whether it was there."""
-        if self._entries.pop(resource_id, None) is None:
+        entry = self._entries.pop(resource_id, None)
+        if entry is None:
             return False
-        self._rebuild()
+        self._hide(entry)
+        for network in entry.networks:
+            if self._by_network.remove(network, entry.id):
+                del self._networks[bisect_left(self._networks, _network_order(network), key=_network_order)]
+        self.lookup.cache_clear()
         return True
+
+    def connected(self, resource_id: str) -> None:
+        """A resource has a flow: those of the same network that have none, or get one later, don't displace it."""
+        self._flows += 1
+        self._entries[resource_id].flow = self._flows
+        self.lookup.cache_clear()
+
+    def disconnected(self, resource_id: str) -> None:
+        """A resource has no flow any more."""
+        self._entries[resource_id].flow = float("inf")
+        self.lookup.cache_clear()
 
     def networks(self) -> list[Network]:
         """The networks that the host routes into the tunnel, sorted, IPv4 first."""
-        distinct = dict.fromkeys(network for entry in self._entries.values() for network in entry.networks)
-        return sorted(distinct, key=_network_order)
+        return list(self._networks)
 
-    def views(self, sites: SiteStatuses) -> tuple[ResourceView, ...]:
+    def views(self) -> tuple[ResourceView, ...]:
         """All resources: the internet resource first, the others by name and id."""
-        ordered = sorted((entry.resource for entry in self._entries.values()), key=_view_order)
-        return tuple(_view(resource, sites) for resource in ordered)
+        changed = self._sites.take_changed()
+        if changed:
+            self._views = [
+                attrs.evolve(view, status=_resource_status(view.sites, self._sites))
+                if any(site.id in changed for site in view.sites)
+                else view
+                for view in self._views
+            ]
+        return tuple(self._views)
 
-    def _put(self, resource: Resource) -> bool:
-        entry = self._entries.get(resource.id)
-        if entry is not None and _place(entry.resource) == _place(resource):
-            entry.resource = resource
-            return False
+    def _insert(self, resource: Resource) -> None:
         network = parse_network(resource.address) if isinstance(resource, CidrResource) else None
-        self._entries[resource.id] = ActiveResource(resource, () if network is None else (network,))
-        return entry is not None
-
-    def _rebuild(self, void: Sequence[str] = ()) -> None:
-        """Connections of `void` resources lead to where those were before."""
-        table: PrefixTable[ActiveResource] = PrefixTable()
-        entries = sorted(self._entries.values(), key=_id_order)
-        for entry in entries:
-            for network in entry.networks:
-                occupant = table.get(network)
-                is_used = occupant is not None and occupant.id not in void and self._is_connected(occupant.id)
-                if not is_used:
-                    table.insert(network, entry)
-        filters = FilterTable(
-            (network, Rules.of(entry.resource.filters))
-            for entry in entries
-            if isinstance(entry.resource, CidrResource)
-            for network in entry.networks
-        )
-        for entry in entries:
-            for network in entry.networks:
-                entry.rules = filters.of(network)
-        self._by_network = table
+        entry = ActiveResource(resource, () if network is None else (network,), _rules(resource))
+        self._entries[entry.id] = entry
+        for network in entry.networks:
+            if self._by_network.insert(network, entry.id, entry):
+                insort(self._networks, network, key=_network_order)
+        self._show(entry)
         self.lookup.cache_clear()
 
-    def _find(self, address: bytes) -> ActiveResource | None:
+    def _show(self, entry: ActiveResource) -> None:
+        insort(self._views, _view(entry.resource, self._sites), key=_view_order)
+        self.revision += 1
+
+    def _hide(self, entry: ActiveResource) -> None:
+        view = _view(entry.resource, self._sites)
+        del self._views[bisect_left(self._views, _view_order(view), key=_view_order)]
+        self.revision += 1
+
+    def _find(self, address: bytes) -> tuple[ActiveResource, ...]:
         if is_tunnel_address(address) or is_multicast(address):
-            return None
-        return self._by_network.lookup(address)
+            return ()
+        return tuple(entry for network in self._by_network.holding(address) for entry in _in_turn(network.values()))
 
 
 class SiteStatuses:
-    """The status of each site: online while a gateway of it is connected, offline if the portal reported it."""
+    """The status of each site: online while a gateway of it is connected, offline if the portal reported it.
+
+    `revision` changes with the statuses.
+    """
 
     def __init__(self) -> None:
+        self.revision = 0
+        self._statuses: dict[str, Status] = {}
+        self._changed: set[str] = set()
         self._gateways: dict[str, dict[str, None]] = {}  # by site: the connected ones, in order
         self._offline_until: dict[str, float] = {}
 
     def connected(self, site_id: str, gateway_id: str) -> None:
         self._gateways.setdefault(site_id, {})[gateway_id] = None
         self._offline_until.pop(site_id, None)
+        self._follow(site_id)
 
     def disconnected(self, gateway_id: str) -> None:
-        for gateways in self._gateways.values():
-            gateways.pop(gateway_id, None)
+        for site_id, gateways in self._gateways.items():
+            if gateway_id in gateways:
+                del gateways[gateway_id]
+                self._follow(site_id)
 
     def offline(self, site_ids: Iterable[str], now: float) -> None:
         for site_id in site_ids:
             self._offline_until[site_id] = now + OFFLINE_FOR
+            self._follow(site_id)
 
     def status(self, site_id: str) -> Status:
-        if self._gateways.get(site_id):
-            return Status.ONLINE
-        return Status.OFFLINE if site_id in self._offline_until else Status.UNKNOWN
+        return self._statuses.get(site_id, Status.UNKNOWN)
+
+    def take_changed(self) -> set[str]:
+        """The sites whose status has changed since the last call."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def next_timeout(self) -> Timeout | None:
         return earliest(Timeout(until, "offline site to forget") for until in self._offline_until.values())
 
-    def handle_timeout(self, now: float) -> bool:
-        """Returns whether a status has changed."""
+    def handle_timeout(self, now: float) -> None:
         over = [site_id for site_id, until in self._offline_until.items() if now >= until]
         for site_id in over:
             del self._offline_until[site_id]
-        return bool(over)
+            self._follow(site_id)
+
+    def _follow(self, site_id: str) -> None:
+        status = Status.OFFLINE if site_id in self._offline_until else Status.UNKNOWN
+        if self._gateways.get(site_id):
+            status = Status.ONLINE
+        if status is not self.status(site_id):
+            self._statuses[site_id] = status
+            self._changed.add(site_id)
+            self.revision += 1
 
 
 _KINDS: dict[type[Resource], str] = {CidrResource: "cidr", DnsResource: "dns", InternetResource: "internet"}
@@ -206,24 +255,38 @@ def _view(resource: Resource, sites: SiteStatuses) -> ResourceView:
         address=None if named is None else named.address,
         address_description=None if named is None else named.address_description,
         sites=tuple(resource.gateway_groups),
-        status=_resource_status([sites.status(site.id) for site in resource.gateway_groups]),
+        status=_resource_status(resource.gateway_groups, sites),
     )
 
 
-def _resource_status(sites: list[Status]) -> Status:
-    if Status.ONLINE in sites:
+def _resource_status(groups: Iterable[Site], sites: SiteStatuses) -> Status:
+    statuses = [sites.status(site.id) for site in groups]
+    if Status.ONLINE in statuses:
         return Status.ONLINE
-    if all(status is Status.OFFLINE for status in sites):
+    if all(status is Status.OFFLINE for status in statuses):
         return Status.OFFLINE
     return Status.UNKNOWN
+
+
+def _rules(resource: Resource) -> Rules:
+    return Rules.of(resource.filters) if isinstance(resource, CidrResource) else PERMIT_NOTHING
+
+
+def _in_turn(rivals: Iterable[ActiveResource]) -> list[ActiveResource]:
+    """Resources of the same network: those with a flow in the order they got it, the others by descending id."""
+    return sorted(sorted(rivals, key=_id_order, reverse=True), key=_flow_order)
 
 
 def _id_order(entry: ActiveResource) -> str:
     return entry.id
 
 
-def _view_order(resource: Resource) -> tuple[bool, bytes, str]:
-    return not isinstance(resource, InternetResource), resource.name.encode(), resource.id
+def _flow_order(entry: ActiveResource) -> float:
+    return entry.flow
+
+
+def _view_order(view: ResourceView) -> tuple[bool, bytes, str]:
+    return view.kind != "internet", view.name.encode(), view.id
 
 
 def _network_order(network: Network) -> tuple[int, int, int]:

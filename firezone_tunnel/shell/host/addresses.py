@@ -33,13 +33,12 @@ class Address:
 
 @attrs.frozen
 class Route:
-    """A default route of the main table."""
+    """The route that the kernel chooses for our own packets to the internet, by whatever rule and table."""
 
     link: int
     is_ipv6: bool
     next_hop: str | None = None
     preferred_source: str | None = None
-    metric: int = 0
 
 
 @attrs.frozen
@@ -49,8 +48,7 @@ class HostSnapshot:
     links: tuple[Link, ...] = ()
     addresses: tuple[Address, ...] = ()
     default_routes: tuple[Route, ...] = ()
-    sources: tuple[str, ...] = ()
-    """The address of each family that the kernel sends our own datagrams from, by whatever rule and table."""
+    """One for each family that has one."""
 
 
 class Uplink(NamedTuple):
@@ -69,11 +67,8 @@ class Uplinks(NamedTuple):
 
 
 def uplinks(snapshot: HostSnapshot, *, own_link: str) -> Uplinks:
-    """The interface that the kernel chooses for our packets, else that of the default route with the lowest metric.
-
-    Interfaces that are down and our own are ignored.
-    """
-    links = {link.index: link for link in snapshot.links if link.is_up and link.name != own_link}
+    """The way to the internet in each family. Interfaces that are down and our own are ignored."""
+    links = _links(snapshot, own_link)
     return Uplinks(*(_uplink(snapshot, links, is_ipv6=is_ipv6) for is_ipv6 in (False, True)))
 
 
@@ -91,60 +86,46 @@ def has_moved(before: Uplinks, after: Uplinks) -> bool:
 def host_candidates(snapshot: HostSnapshot, *, own_link: str) -> list[str]:
     """The addresses to offer as host candidates, IPv4 first, the best address of each family first.
 
-    These are the addresses that the kernel sends from, and the others of the interfaces that lead to the internet:
-    networks behind this host, such as a container's bridge, are of no use to a peer. A family without a default route
-    takes the interfaces of the other, and a host without any takes all. Addresses of our own interface, loopback and
-    interfaces that are down are excluded, and so are link-local, deprecated and tentative IPv6 addresses. Neither
-    ranges nor kinds are filtered: carriers use 100.64.0.0/10 too, and the way to the internet may be a VPN.
+    These are the addresses of the interface that leads to the internet: networks behind this host, such as a
+    container's bridge, are of no use to a peer. A family without such an interface takes that of the other, and a host
+    without any takes all. Addresses of our own interface, loopback and interfaces that are down are excluded, and so
+    are link-local, deprecated and tentative IPv6 addresses. Neither ranges nor kinds are filtered: carriers use
+    100.64.0.0/10 too, and the way to the internet may be a VPN.
     """
-    links = {link.index: link for link in snapshot.links if link.is_up and link.name != own_link}
-    found = uplinks(snapshot, own_link=own_link)
-    lead_out = {is_ipv6: _lead_out(snapshot, links, found[is_ipv6], is_ipv6=is_ipv6) for is_ipv6 in (False, True)}
+    links = _links(snapshot, own_link)
+    ipv4, ipv6 = uplinks(snapshot, own_link=own_link)
     hosts: list[str] = []
-    for is_ipv6, uplink in ((False, found.ipv4), (True, found.ipv6)):
-        offered = lead_out[is_ipv6] or lead_out[not is_ipv6] or [one for one in links if not links[one].is_loopback]
-        first, source = (None, None) if uplink is None else (uplink.interface, uplink.preferred_source)
+    for is_ipv6, uplink, other in ((False, ipv4, ipv6), (True, ipv6, ipv4)):
+        way_out = uplink or other
+        source = None if uplink is None else uplink.preferred_source
         usable = [
-            address
+            address.host
             for address in snapshot.addresses
-            if _is_usable(address, is_ipv6) and (address.link in offered or address.host == source)
+            if address.link in links and _is_usable(address, is_ipv6)
+            if address.host == source or _is_offered(links[address.link], way_out)
         ]
-        usable.sort(key=lambda address: (address.host != source, links[address.link].name != first))
-        hosts += [address.host for address in usable[:MAX_CANDIDATES]]
+        usable.sort(key=lambda host: host != source)
+        hosts += usable[:MAX_CANDIDATES]
     return hosts
 
 
+def _links(snapshot: HostSnapshot, own_link: str) -> dict[int, Link]:
+    return {link.index: link for link in snapshot.links if link.is_up and link.name != own_link}
+
+
 def _uplink(snapshot: HostSnapshot, links: dict[int, Link], *, is_ipv6: bool) -> Uplink | None:
-    routes = _default_routes(snapshot, links, is_ipv6=is_ipv6)
-    owners = {
-        address.host: address.link
-        for address in snapshot.addresses
-        if address.link in links and _is_usable(address, is_ipv6)
-    }
-    chosen = next((source for source in snapshot.sources if source in owners), None)
-    if chosen is not None and not links[owners[chosen]].is_loopback:
-        routes = [route for route in routes if route.link == owners[chosen]] or [Route(owners[chosen], is_ipv6)]
-    if not routes:
-        return None
-    best = min(routes, key=lambda route: route.metric)
-    source = chosen or best.preferred_source or _first_source(snapshot, best.link, is_ipv6=is_ipv6)
-    sources = [
-        address.host
-        for address in snapshot.addresses
-        if address.link == best.link and _is_valid(address, is_ipv6) and address.host != source
-    ]
-    return Uplink(links[best.link].name, best.next_hop, source, (*([source] if source else ()), *sources))
+    for route in snapshot.default_routes:
+        link = links.get(route.link)
+        if link is not None and not link.is_loopback and route.is_ipv6 == is_ipv6:
+            source = route.preferred_source or _first_source(snapshot, route.link, is_ipv6=is_ipv6)
+            own = [one.host for one in snapshot.addresses if one.link == route.link and _is_valid(one, is_ipv6)]
+            sources = dict.fromkeys([source, *own] if source else own)
+            return Uplink(link.name, route.next_hop, source, tuple(sources))
+    return None
 
 
-def _default_routes(snapshot: HostSnapshot, links: dict[int, Link], *, is_ipv6: bool) -> list[Route]:
-    usable = [index for index, link in links.items() if not link.is_loopback]
-    return [route for route in snapshot.default_routes if route.link in usable and route.is_ipv6 == is_ipv6]
-
-
-def _lead_out(snapshot: HostSnapshot, links: dict[int, Link], uplink: Uplink | None, *, is_ipv6: bool) -> list[int]:
-    """The interfaces that lead to the internet: the uplink and those of the other default routes."""
-    routes = [route.link for route in _default_routes(snapshot, links, is_ipv6=is_ipv6)]
-    return routes + [index for index, link in links.items() if uplink is not None and link.name == uplink.interface]
+def _is_offered(link: Link, way_out: Uplink | None) -> bool:
+    return not link.is_loopback if way_out is None else link.name == way_out.interface
 
 
 def _is_same(before: Uplink, after: Uplink) -> bool:

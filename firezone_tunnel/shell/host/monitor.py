@@ -9,8 +9,11 @@ from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
 from firezone_tunnel.shell.host.addresses import HostSnapshot, Uplinks, has_moved, host_candidates, uplinks
-from firezone_tunnel.shell.host.netlink import Netlink, NetworkWatcher
+from firezone_tunnel.shell.host.rtnetlink import RtNetlink
+from firezone_tunnel.shell.host.snapshot import read_snapshot
+from firezone_tunnel.shell.host.worker_thread import WorkerThread
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime
 
 DEBOUNCE = 0.2  # docs/decisions.md, 3
 
@@ -21,22 +24,22 @@ class NetworkMonitor:
     def __init__(
         self,
         reactor: Any,
-        netlink: Netlink,
+        worker: WorkerThread,
+        netlink: RtNetlink,
         *,
         own_link: str,
         on_hosts: Callable[[list[str]], object],
         on_moved: Callable[[Uplinks], object],
     ) -> None:
         """`on_hosts` is called when the addresses change, `on_moved` when an uplink changes, in this order."""
-        self._reactor = reactor
+        self._worker = worker
         self._netlink = netlink
         self._own_link = own_link
         self._on_hosts = on_hosts
         self._on_moved = on_moved
         self.hosts: list[str] = []
         self._uplinks: Uplinks | None = None
-        self._watcher: NetworkWatcher | None = None
-        self._debounce: Any = None
+        self._timer = BoottimeTimer(reactor, self._look)
         self._is_closed = False
 
     @property
@@ -46,28 +49,25 @@ class NetworkMonitor:
         return list(dict.fromkeys(found))
 
     async def start(self) -> None:
-        """Read the configuration, then watch for changes. `on_hosts` is called before this returns.
+        """Read the configuration. `on_hosts` is called before this returns.
 
-        Raises: PlatformError; OSError, if the kernel doesn't allow the subscription.
+        Raises: PlatformError.
         """
-        self._watcher = NetworkWatcher(self._reactor, self._changed)
-        self._compare(await self._netlink.snapshot())
+        self._compare(await self._worker.call(read_snapshot, self._netlink))
+
+    def notice(self) -> None:
+        """Links, addresses or routes may have changed: wait for the changes to stop, then look."""
+        if self._timer.deadline is None:
+            self._timer.set(boottime() + DEBOUNCE)
 
     def close(self) -> None:
         """May be called more than once."""
         self._is_closed = True
-        if self._watcher is not None:
-            self._watcher.close()
-        if self._debounce is not None and self._debounce.active():
-            self._debounce.cancel()
-
-    def _changed(self) -> None:
-        if self._debounce is None or not self._debounce.active():
-            self._debounce = self._reactor.callLater(DEBOUNCE, self._look)
+        self._timer.close()
 
     def _look(self) -> None:
-        looking: Deferred[None] = self._netlink.snapshot().addCallbacks(self._compare, self._failed)
-        looking.addErrback(self._crashed)
+        looking: Deferred[HostSnapshot] = self._worker.call(read_snapshot, self._netlink)
+        looking.addCallbacks(self._compare, self._failed).addErrback(self._crashed)
 
     def _compare(self, snapshot: HostSnapshot) -> None:
         if self._is_closed:

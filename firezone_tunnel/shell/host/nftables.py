@@ -7,8 +7,54 @@ import subprocess
 from typing import Any
 
 from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.shell.host.parts import Change
 
 _TIMEOUT = 30.0
+
+
+class OwnTable:
+    """A table of ours in the family inet, with everything in it."""
+
+    def __init__(self, name: str, content: str) -> None:
+        """`content` is what nft(8) expects between the braces of the table."""
+        self._name = name
+        self.content = content
+        self._listed: list[Any] | None = None  # as it was right after it was made
+        self._made: str | None = None
+
+    @property
+    def is_made(self) -> bool:
+        return self._made is not None
+
+    def put_right(self) -> list[Change]:
+        """Make the table, in one transaction, unless it is as it was made.
+
+        Raises: PlatformError.
+        """
+        if self._made == self.content and self._listed == self._list():
+            return []
+        run(f"{self._gone()}table inet {self._name} {{\n{self.content}}}\n")
+        self._listed, self._made = self._list(), self.content
+        return [Change(f"the nftables table inet {self._name}")]
+
+    def remove(self) -> None:
+        """
+        Raises: PlatformError.
+        """
+        run(self._gone())
+        self._listed = self._made = None
+
+    def _gone(self) -> str:
+        """Delete the table. Adding it first avoids an error if it does not exist."""
+        return f"add table inet {self._name}\ndelete table inet {self._name}\n"
+
+    def _list(self) -> list[Any] | None:
+        """The table without what differs from one making to the next; None if it does not exist."""
+        try:
+            listed = _nft(["--json", "--terse", "list", "table", "inet", self._name], "")
+        except PlatformError:
+            return None
+        return [_without_numbers(item) for item in json.loads(listed)["nftables"] if "metainfo" not in item]
 
 
 def run(script: str) -> None:
@@ -28,6 +74,16 @@ def rules() -> list[dict[str, Any]]:
         "nftables"
     ]
     return listed
+
+
+_NUMBERS = frozenset({"handle", "packets", "bytes"})
+
+
+def _without_numbers(item: Any) -> Any:
+    """Without handles, and without the values of counters."""
+    if isinstance(item, dict):
+        return {key: _without_numbers(value) for key, value in item.items() if key not in _NUMBERS}
+    return [_without_numbers(value) for value in item] if isinstance(item, list) else item
 
 
 def _nft(arguments: list[str], script: str) -> str:

@@ -24,12 +24,16 @@ from firezone_tunnel.shell.reactor.service import Service
 
 
 class HealthServer(Service):
-    """`GET /healthz` is 200 while the process lives, `GET /readyz` 200 or 503; without an address nothing is served."""
+    """`GET /healthz` is 200 while the process lives, `GET /readyz` 200 or 503; without an address nothing is served.
 
-    def __init__(self, reactor: Any, address: SocketAddress | None, is_ready: Callable[[], bool]) -> None:
+    The body of a 503 has the reasons.
+    """
+
+    def __init__(self, reactor: Any, address: SocketAddress | None, obstacles: Callable[[], list[str]]) -> None:
+        """`obstacles()` gives the reasons why the process is not ready."""
         self._reactor = reactor
         self._address = address
-        self._is_ready = is_ready
+        self._obstacles = obstacles
         self._port: IListeningPort | None = None
 
     def startService(self) -> None:
@@ -40,8 +44,8 @@ class HealthServer(Service):
         if self._address is None:
             return
         root = Resource()
-        root.putChild(b"healthz", _Answer(lambda: True))
-        root.putChild(b"readyz", _Answer(self._is_ready))
+        root.putChild(b"healthz", _Answer(list))
+        root.putChild(b"readyz", _Answer(self._obstacles))
         site = Site(root)
         site.noisy = False
         host, port = self._address
@@ -64,12 +68,14 @@ class HealthServer(Service):
 class _Answer(Resource):
     isLeaf = True
 
-    def __init__(self, is_well: Callable[[], bool]) -> None:
+    def __init__(self, obstacles: Callable[[], list[str]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # Twisted has no types here
-        self._is_well = is_well
+        self._obstacles = obstacles
 
     def render_GET(self, request: Any) -> bytes:
-        is_well = self._is_well()
-        request.setResponseCode(200 if is_well else 503)
+        answer: dict[str, object] = {"status": "ok", "version": __version__}
+        if obstacles := self._obstacles():
+            request.setResponseCode(503)
+            answer |= {"status": "not ready", "reasons": obstacles}
         request.setHeader(b"content-type", b"application/json")
-        return json.dumps({"status": "ok" if is_well else "not ready", "version": __version__}).encode()
+        return json.dumps(answer).encode()

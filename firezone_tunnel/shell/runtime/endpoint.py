@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,9 +22,15 @@ from firezone_tunnel.core.snownet.events import (
 from firezone_tunnel.core.snownet.relays import RelayAllocated, RelayFailed
 from firezone_tunnel.errors import FirezoneError, PlatformError, ProtocolError, one_line
 from firezone_tunnel.shell.host.instance import Instance
-from firezone_tunnel.shell.host.kernel import FIREZONE_MARK, Families
+from firezone_tunnel.shell.host.link import TunnelLink
 from firezone_tunnel.shell.host.monitor import NetworkMonitor
-from firezone_tunnel.shell.host.netlink import Netlink
+from firezone_tunnel.shell.host.parts import Aspect, HostState, Part
+from firezone_tunnel.shell.host.reconciler import Reconciler
+from firezone_tunnel.shell.host.route_socket import RouteSocket
+from firezone_tunnel.shell.host.routing import TunnelRoutes, TunnelRules
+from firezone_tunnel.shell.host.rtnetlink import Families, RtNetlink
+from firezone_tunnel.shell.host.tables import FIREZONE_MARK
+from firezone_tunnel.shell.host.watcher import NetworkWatcher
 from firezone_tunnel.shell.host.worker_thread import WorkerThread
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.portal_link.service import Notice, PortalLink
@@ -32,7 +38,6 @@ from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.shell.reactor.pause import PauseDetector
 from firezone_tunnel.shell.reactor.queues import BoundedQueue
-from firezone_tunnel.shell.reactor.serial import SerialRunner, Work
 from firezone_tunnel.shell.reactor.service import MultiService
 from firezone_tunnel.shell.runtime.tunnel import TunnelCore, TunnelService
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME, open_tun
@@ -80,22 +85,40 @@ class TunnelEndpoint(MultiService):
         role: str,
         peer_field: str,
         parse: Callable[[str, object, list[str]], Any],
+        parts: Sequence[Part],
     ) -> None:
         """`role` is the portal's topic, `peer_field` the log field for a peer's id: "cid" or "gid".
+
+        `parts` of the host's network are kept right in addition to the interface, its routes and rules.
 
         `parse(event, payload, left_out)` reads a message, and appends to the list a reason for each entry that it
         leaves out.
         """
         super().__init__()
-        self.worker = WorkerThread(reactor)
-        self.netlink = Netlink(self.worker)
-        self.monitor = NetworkMonitor(
+        self._worker = WorkerThread(reactor)
+        self._netlink = RtNetlink()
+        self._monitor = NetworkMonitor(
             reactor,
-            self.netlink,
+            self._worker,
+            self._netlink,
             own_link=config.interface,
             on_hosts=self._set_hosts,
             on_moved=lambda _: self.moved(),
         )
+        self._link = TunnelLink(self._netlink, config.interface)
+        self._routes = RouteSocket()
+        routes, rules = TunnelRoutes(self._routes, self._link), TunnelRules(self._netlink, self._link)
+        self._host = Reconciler(
+            reactor,
+            self._worker,
+            (self._link, routes, rules, *parts),
+            on_settled=self._host_settled,
+            on_failed=self._host_failed,
+        )
+        self._host_state = HostState()
+        self._host_ready: Deferred[None] = Deferred()
+        self._watcher: NetworkWatcher | None = None
+        self._reactor = reactor
         self._config = config
         self._core = core
         self._role = role
@@ -125,34 +148,39 @@ class TunnelEndpoint(MultiService):
         for child in (self._tunnel, self._portal_link):
             child.setServiceParent(self)
         self._instance: Instance | None = None
-        self._changes = SerialRunner(self._failed)  # of the host
-        self._stopped: Deferred[None] = Deferred()
+        self._started: Deferred[None] | None = None  # fires when the start is over, whatever came of it
+        self._stopped: Deferred[None] | None = None
         self._error: FirezoneError | None = None
 
     def startService(self) -> None:
         self.running = 1
-        self.run(self._start)
+        self._started = Deferred()
+        Deferred.fromCoroutine(self._start()).addBoth(self._start_ended)
 
     def stopService(self) -> Deferred[None]:
         """Fires when the host is as it was before. May be called more than once."""
         self.running = 0
-        self._changes.close(self._stop)
+        if self._stopped is None:
+            self._stopped = Deferred.fromCoroutine(self._stop())
         done: Deferred[None] = Deferred()
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
 
-    def run(self, work: Work) -> None:
-        """Change the host, one change at a time and none after the end. A failure ends the service."""
-        self._changes.request(work)
+    @property
+    def families(self) -> Families:
+        """The families that work on the interface."""
+        return self._link.families
 
-    async def configure(self, ipv4: str, ipv6: str) -> Families:
-        """Give the interface its addresses, and route unmarked packets into it. Returns which families work.
+    def want(self, **changes: Any) -> None:
+        """Change the wanted state of the host, by the fields of `HostState`, and keep the host so."""
+        self._host_state = attrs.evolve(self._host_state, **changes)
+        self._host.want(self._host_state)
 
-        Raises: PlatformError.
-        """
-        families = await self.netlink.configure_link(self._config.interface, ipv4=ipv4, ipv6=ipv6)
-        await self.netlink.set_rules(families)
-        return families
+    def host_problems(self) -> Sequence[str]:
+        """What the host lacks of what is wanted, with reasons."""
+        if self._host.problems or self._host.is_settled:
+            return self._host.problems
+        return ("the host's network is being set up",)
 
     def say(self, message: PortalMessage) -> None:
         """Send a message to the portal. V2 portals understand the names of V1, too (docs/decisions.md, 10)."""
@@ -166,7 +194,7 @@ class TunnelEndpoint(MultiService):
         except PlatformError as error:
             self._fail(error)
             return
-        self._set_hosts(self.monitor.hosts)
+        self._set_hosts(self._monitor.hosts)
         self._portal_link.connect(self._core.public_key)
 
     async def _start(self) -> None:
@@ -174,30 +202,41 @@ class TunnelEndpoint(MultiService):
         Raises: FirezoneError.
         """
         self._instance = Instance(self._role)
-        if removed := await self.netlink.remove_everything():
-            log.info("host:leftovers_removed", count=removed)
         self._tunnel.startService()
         self._pauses.start()
-        await self.monitor.start()
-        await self.set_up_host()
+        self._watcher = NetworkWatcher(
+            self._reactor, self._noticed, own_link=self._config.interface, own_ports=self._own_ports
+        )
+        await self._monitor.start()
+        self.want(uplinks=self._monitor.interfaces)
+        await self._host_ready
         self._portal_link.startService()
         self._portal_link.connect(self._core.public_key)
 
     async def _stop(self) -> None:
         """Say goodbye to the peers, leave the portal, restore the host. A step that fails doesn't stop the next."""
+        if self._started is not None:
+            await self._started
         steps: list[Callable[[], Any]] = [
             self._portal_events.close,
             self._pauses.close,
-            self.monitor.close,
+            self._monitor.close,
             self._tunnel.stopService,
         ]
+        if self._watcher is not None:
+            steps.append(self._watcher.close)
         if self._portal_link.running:
             steps.append(self._portal_link.stopService)
         if self._instance is not None:
-            steps += [self.netlink.remove_everything, self.restore_host, self.netlink.close, self._instance.close]
-        for step in (*steps, self.worker.stop, lambda: self.ended(self._error)):
+            steps += [self._host.stop, self._close_netlink, self._instance.close]
+        for step in (*steps, self._worker.stop, lambda: self.ended(self._error)):
             await maybeDeferred(step).addErrback(self._not_stopped)
-        self._stopped.callback(None)
+
+    def _start_ended(self, result: Failure | None) -> None:
+        assert self._started is not None
+        self._started.callback(None)
+        if result is not None:
+            self._failed(result)
 
     def _not_stopped(self, failure: Failure) -> None:
         error: Any = failure.value
@@ -223,6 +262,29 @@ class TunnelEndpoint(MultiService):
         log.info("process:resumed", paused=round(seconds, 1))
         if self.running:
             self.resumed(seconds)
+
+    def _noticed(self, aspects: Aspect, program: str | None) -> None:
+        if Aspect.UPLINKS in aspects:
+            self._monitor.notice()
+        self._host.notice(aspects, program)
+
+    def _own_ports(self) -> tuple[int | None, ...]:
+        return self._netlink.port_id, self._routes.port_id
+
+    def _close_netlink(self) -> Deferred[None]:
+        def close() -> None:
+            self._netlink.close()
+            self._routes.close()
+
+        return self._worker.call(close)
+
+    def _host_settled(self, state: HostState) -> None:
+        if not self._host_ready.called:
+            self._host_ready.callback(None)
+        self.host_settled(state)
+
+    def _host_failed(self, error: FirezoneError) -> None:
+        self._host_ready.errback(error)
 
     def _set_hosts(self, hosts: list[str]) -> None:
         self._tunnel.set_hosts(hosts)
@@ -284,17 +346,9 @@ class TunnelEndpoint(MultiService):
 
     # Subclasses implement the rest.
 
-    async def set_up_host(self) -> None:
-        """The interface exists, and the host's network is known.
-
-        Raises: FirezoneError.
-        """
-
-    async def restore_host(self) -> None:
-        """The interface is gone.
-
-        Raises: PlatformError.
-        """
+    def host_settled(self, state: HostState) -> None:
+        """The host is in this state now, as far as it can be."""
+        raise NotImplementedError
 
     def moved(self) -> None:
         """The host moved to another network."""

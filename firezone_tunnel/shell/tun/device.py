@@ -47,7 +47,7 @@ class TunDevice:
 def open_tun(name: str = DEFAULT_NAME, *, offload: Offload = Offload.UDP, node: Path = DEVICE_NODE) -> TunDevice:
     """Create a TUN device in this network namespace, with as much of `offload` as the kernel offers.
 
-    Addresses, MTU and state are for `host.netlink` to set. The device node is created where it is missing.
+    Addresses, MTU and state are for `host.link` to set. The device node is created where it is missing.
 
     Raises: InUseError, PlatformError.
     """

@@ -16,6 +16,7 @@ from firezone_tunnel.core.snownet.events import ConnectionClosed, ConnectionEsta
 from firezone_tunnel.core.tunnel import control
 from firezone_tunnel.core.tunnel.client import (
     ASK_AGAIN_AFTER,
+    PUBLISH_INTERVAL,
     RECENT_TRAFFIC,
     FlowIgnored,
     FlowRefused,
@@ -190,6 +191,7 @@ def test_a_refusal_because_all_gateways_are_offline_shows_for_five_minutes() -> 
     world.run(2 * LATENCY)
 
     assert client.of(FlowRefused) == [FlowRefused("net", "offline")]
+    world.run(PUBLISH_INTERVAL)
     assert statuses(client) == {"net": Status.OFFLINE}
     world.run(OFFLINE_FOR)
     assert statuses(client) == {"net": Status.UNKNOWN}
@@ -308,7 +310,7 @@ def test_a_gateway_without_resources_gets_a_goodbye() -> None:
     world, client, gateway = connected()
 
     client.hear(messages.ResourceDeleted(id="net"))
-    world.run(LATENCY)
+    world.run(PUBLISH_INTERVAL)
 
     assert client.of(ConnectionClosed) == [ConnectionClosed("gateway")]
     assert gateway.of(ConnectionClosed) == [ConnectionClosed("client")]
@@ -333,6 +335,7 @@ def test_a_renamed_resource_keeps_its_flow() -> None:
     renamed = msgspec.structs.replace(NET.for_client(), name="Something else")
 
     client.hear(messages.ResourceChanged(resource=renamed))
+    world.run(PUBLISH_INTERVAL)
 
     assert views(client)[-1].name == "Something else"
     assert passes(world, client, gateway)
@@ -397,7 +400,7 @@ def test_an_init_cuts_off_resources_that_it_does_not_list() -> None:
     del world.portal.resources["net"]
 
     client.join()
-    world.run(LATENCY)
+    world.run(PUBLISH_INTERVAL)
 
     assert routes(client) == [network(text) for text in ("100.64.0.0/11", "10.30.0.0/24", "fd00:2021:1111::/107")]
     assert not passes(world, client, gateway)
@@ -414,13 +417,37 @@ def test_an_init_that_changes_nothing_disturbs_nothing() -> None:
     assert client.ask_count() == 0
 
 
-def test_of_several_changes_in_a_row_only_the_newest_is_reported() -> None:
-    _, client, _ = joined()
+def test_a_lone_change_is_reported_at_once() -> None:
+    world, client, _ = joined()
+    world.run(1)
+
+    client.hear(messages.ResourceChanged(resource=OTHER_NET.for_client()))
+
+    assert network("10.30.0.0/24") in routes(client)
+    assert set(statuses(client)) == {"net", "other"}
+
+
+def test_of_many_changes_in_a_row_the_newest_is_reported_a_few_times_a_second() -> None:
+    world, client, _ = joined()
+    world.run(1)
+
+    for number in range(1000):
+        access = Access("other", f"10.{number >> 8}.{number & 255}.0/24", "gateway")
+        client.hear(messages.ResourceChanged(resource=access.for_client()))
+        world.run(0.001)
+    world.run(PUBLISH_INTERVAL)
+
+    assert len(client.of(TunConfigChanged)) == len(client.of(ResourcesChanged)) == 1 / PUBLISH_INTERVAL + 1
+    assert network("10.3.231.0/24") in routes(client)
+
+
+def test_of_changes_that_nobody_has_read_only_the_newest_is_reported() -> None:
+    world, client, _ = joined()
 
     for number in (1, 2, 3):
         address = ipaddress.IPv4Address(f"100.64.0.{number}")
         interface = Interface(ipv4=address, ipv6=ipaddress.IPv6Address("fd00:2021:1111::1"))
-        client.tunnel.handle_message(messages.ConfigChanged(interface=interface), 0.0, 0.0)
+        client.tunnel.handle_message(messages.ConfigChanged(interface=interface), world.now + number, world.utc)
     events = list(client.tunnel.events())
 
     assert [str(event.config.ipv4) for event in events if isinstance(event, TunConfigChanged)] == ["100.64.0.3"]

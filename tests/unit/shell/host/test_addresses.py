@@ -26,17 +26,17 @@ VPN = Link(5, "wg0")
 TUN = Link(9, OURS)
 
 
-def test_the_default_routes_interface_comes_first() -> None:
+def test_only_the_interface_that_leads_to_the_internet_gives_candidates() -> None:
     snapshot = HostSnapshot(
         links=(LOOPBACK, WIFI, CABLE),
         addresses=(Address(1, "127.0.0.1"), Address(2, "192.0.2.2"), Address(3, "198.51.100.3")),
-        default_routes=(Route(2, is_ipv6=False, metric=600), Route(3, is_ipv6=False, metric=100)),
+        default_routes=(Route(3, is_ipv6=False),),
     )
 
-    assert host_candidates(snapshot, own_link=OURS) == ["198.51.100.3", "192.0.2.2"]
+    assert host_candidates(snapshot, own_link=OURS) == ["198.51.100.3"]
 
 
-def test_each_family_has_its_own_first_interface_and_ipv4_stands_before_ipv6() -> None:
+def test_each_family_has_its_own_interface_and_ipv4_stands_before_ipv6() -> None:
     snapshot = HostSnapshot(
         links=(WIFI, CABLE),
         addresses=(
@@ -45,15 +45,10 @@ def test_each_family_has_its_own_first_interface_and_ipv4_stands_before_ipv6() -
             Address(2, "192.0.2.2"),
             Address(3, "192.0.2.3"),
         ),
-        default_routes=(
-            Route(3, is_ipv6=True, metric=100),
-            Route(2, is_ipv6=True, metric=600),
-            Route(2, is_ipv6=False, metric=100),
-            Route(3, is_ipv6=False, metric=600),
-        ),
+        default_routes=(Route(3, is_ipv6=True), Route(2, is_ipv6=False)),
     )
 
-    assert host_candidates(snapshot, own_link=OURS) == ["192.0.2.2", "192.0.2.3", "2001:db8::3", "2001:db8::2"]
+    assert host_candidates(snapshot, own_link=OURS) == ["192.0.2.2", "2001:db8::3"]
 
 
 @pytest.mark.parametrize("link", [TUN, Link(9, "lo", is_loopback=True), Link(9, "eth9", is_up=False)])
@@ -64,33 +59,29 @@ def test_addresses_of_our_tunnel_loopback_and_idle_interfaces_are_not_candidates
     snapshot = HostSnapshot(
         links=(link, WIFI),
         addresses=(Address(9, "192.0.2.9"), Address(2, "192.0.2.2")),
-        default_routes=(*routes, *(attrs.evolve(route, link=9) for route in routes)),
+        default_routes=(*(attrs.evolve(route, link=9) for route in routes), *routes),
     )
 
     assert host_candidates(snapshot, own_link=OURS) == ["192.0.2.2"]
 
 
 @pytest.mark.parametrize(
-    ("routes", "sources", "candidates"),
+    ("routes", "candidates"),
     [
-        pytest.param((), (), ["192.0.2.2", "172.17.0.1", "2001:db8::2", "fd00:17::1"], id="isolated"),
-        pytest.param((Route(2, is_ipv6=False),), (), ["192.0.2.2", "2001:db8::2"], id="ipv4 only"),
-        pytest.param((Route(2, is_ipv6=True),), (), ["192.0.2.2", "2001:db8::2"], id="ipv6 only"),
+        pytest.param((), ["192.0.2.2", "172.17.0.1", "2001:db8::2", "fd00:17::1"], id="isolated"),
+        pytest.param((Route(2, is_ipv6=False),), ["192.0.2.2", "2001:db8::2"], id="ipv4 only"),
+        pytest.param((Route(2, is_ipv6=True),), ["192.0.2.2", "2001:db8::2"], id="ipv6 only"),
         pytest.param(
-            (Route(2, is_ipv6=False), Route(2, is_ipv6=True)), (), ["192.0.2.2", "2001:db8::2"], id="both families"
+            (Route(2, is_ipv6=False), Route(2, is_ipv6=True)), ["192.0.2.2", "2001:db8::2"], id="both families"
         ),
-        pytest.param((), ("192.0.2.2",), ["192.0.2.2", "2001:db8::2"], id="a rule and another table"),
         pytest.param(
             (Route(4, is_ipv6=False), Route(2, is_ipv6=True)),
-            (),
             ["172.17.0.1", "2001:db8::2"],
             id="another interface for each family",
         ),
     ],
 )
-def test_networks_behind_the_host_give_no_candidates(
-    routes: tuple[Route, ...], sources: tuple[str, ...], candidates: list[str]
-) -> None:
+def test_networks_behind_the_host_give_no_candidates(routes: tuple[Route, ...], candidates: list[str]) -> None:
     snapshot = HostSnapshot(
         links=(LOOPBACK, WIFI, DOCKER),
         addresses=(
@@ -101,61 +92,32 @@ def test_networks_behind_the_host_give_no_candidates(
             Address(4, "fd00:17::1"),
         ),
         default_routes=routes,
-        sources=sources,
     )
 
     assert host_candidates(snapshot, own_link=OURS) == candidates
 
 
-@pytest.mark.parametrize(
-    ("routes", "sources"),
-    [
-        pytest.param((Route(5, is_ipv6=False),), (), id="in place of the default route"),
-        pytest.param(
-            (Route(3, is_ipv6=False, next_hop="198.51.100.1"),),
-            ("10.8.0.2",),
-            id="by a rule, beside a default route",
-        ),
-        pytest.param((), ("10.8.0.2",), id="by a rule alone"),
-    ],
-)
-def test_a_vpn_that_leads_to_the_internet_is_the_uplink_and_gives_a_candidate(
-    routes: tuple[Route, ...], sources: tuple[str, ...]
-) -> None:
+def test_a_vpn_that_leads_to_the_internet_is_the_uplink_and_gives_a_candidate() -> None:
     snapshot = HostSnapshot(
         links=(LOOPBACK, CABLE, VPN, TUN),
         addresses=(Address(3, "198.51.100.3"), Address(5, "10.8.0.2"), Address(9, "100.64.0.1")),
-        default_routes=routes,
-        sources=sources,
+        default_routes=(Route(5, is_ipv6=False),),
     )
 
     assert uplinks(snapshot, own_link=OURS) == (Uplink("wg0", None, "10.8.0.2", ("10.8.0.2",)), None)
-    assert host_candidates(snapshot, own_link=OURS)[0] == "10.8.0.2"
-    assert "100.64.0.1" not in host_candidates(snapshot, own_link=OURS)
+    assert host_candidates(snapshot, own_link=OURS) == ["10.8.0.2"]
 
 
-def test_the_address_that_the_kernel_sends_from_comes_first_even_where_loopback_has_it() -> None:
+def test_the_routes_source_comes_first_even_where_loopback_has_it() -> None:
     snapshot = HostSnapshot(
         links=(LOOPBACK, CABLE),
         addresses=(Address(1, "127.0.0.1"), Address(3, "10.0.0.3"), Address(1, "203.0.113.1"), Address(3, "10.0.0.4")),
-        default_routes=(Route(3, is_ipv6=False, next_hop="10.0.0.1"),),
-        sources=("203.0.113.1",),
+        default_routes=(Route(3, is_ipv6=False, next_hop="10.0.0.1", preferred_source="203.0.113.1"),),
     )
 
     assert host_candidates(snapshot, own_link=OURS) == ["203.0.113.1", "10.0.0.3", "10.0.0.4"]
     uplink = uplinks(snapshot, own_link=OURS).ipv4
     assert uplink == Uplink("eth0", "10.0.0.1", "203.0.113.1", ("203.0.113.1", "10.0.0.3", "10.0.0.4"))
-
-
-@pytest.mark.parametrize("source", ["100.64.0.1", "fe80::2", "203.0.113.99"])
-def test_a_source_that_is_ours_local_or_unknown_chooses_no_uplink(source: str) -> None:
-    snapshot = HostSnapshot(
-        links=(CABLE, TUN),
-        addresses=(Address(3, "fe80::2"), Address(9, "100.64.0.1"), Address(3, "198.51.100.3")),
-        sources=(source,),
-    )
-
-    assert uplinks(snapshot, own_link=OURS) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -188,39 +150,23 @@ def test_there_are_at_most_four_of_each_family() -> None:
     assert candidates == [f"192.0.2.{number}" for number in "1234"] + [f"2001:db8::{number}" for number in "1234"]
 
 
-def test_the_cheapest_default_route_counts() -> None:
-    snapshot = HostSnapshot(
-        links=(WIFI, CABLE),
-        addresses=(Address(2, "192.0.2.2"), Address(3, "198.51.100.3")),
-        default_routes=(
-            Route(2, is_ipv6=False, next_hop="192.0.2.1", metric=600),
-            Route(3, is_ipv6=False, next_hop="198.51.100.1", metric=100),
-        ),
-    )
-
-    assert uplinks(snapshot, own_link=OURS) == (Uplink("eth0", "198.51.100.1", "198.51.100.3", ("198.51.100.3",)), None)
-
-
 def test_default_routes_through_our_tunnel_or_an_idle_interface_do_not_count() -> None:
     snapshot = HostSnapshot(
         links=(TUN, attrs.evolve(CABLE, is_up=False), WIFI),
         default_routes=(
             Route(9, is_ipv6=False),
-            Route(3, is_ipv6=False, metric=100),
-            Route(2, is_ipv6=False, metric=600),
-            Route(7, is_ipv6=False, metric=1),
+            Route(3, is_ipv6=False),
+            Route(2, is_ipv6=False),
+            Route(7, is_ipv6=False),
         ),
     )
 
     assert uplinks(snapshot, own_link=OURS).ipv4 == Uplink("wlan0", None, None)
 
 
-@pytest.mark.parametrize(
-    ("route_source", "kernels", "expected"),
-    [(None, (), "2001:db8::c"), ("2001:db8::a", (), "2001:db8::a"), (None, ("2001:db8::a",), "2001:db8::a")],
-)
-def test_the_preferred_source_is_the_kernels_or_the_routes_or_else_a_lasting_address(
-    route_source: str | None, kernels: tuple[str, ...], expected: str
+@pytest.mark.parametrize(("route_source", "expected"), [(None, "2001:db8::c"), ("2001:db8::a", "2001:db8::a")])
+def test_the_preferred_source_is_the_routes_own_or_else_a_lasting_address(
+    route_source: str | None, expected: str
 ) -> None:
     snapshot = HostSnapshot(
         links=(WIFI,),
@@ -232,7 +178,6 @@ def test_the_preferred_source_is_the_kernels_or_the_routes_or_else_a_lasting_add
             Address(2, "2001:db8::d", is_tentative=True),
         ),
         default_routes=(Route(2, is_ipv6=True, preferred_source=route_source),),
-        sources=kernels,
     )
 
     uplink = uplinks(snapshot, own_link=OURS).ipv6

@@ -21,24 +21,24 @@ from firezone_tunnel.shell.process.health import HealthServer
 
 @pytest_twisted.ensureDeferred
 async def test_it_is_alive_from_the_start_and_ready_when_the_process_is() -> None:
-    is_ready = False
-    server = HealthServer(reactor, SocketAddress("127.0.0.1", 0), lambda: is_ready)
+    obstacles = ["no portal"]
+    server = HealthServer(reactor, SocketAddress("127.0.0.1", 0), lambda: obstacles)
     server.startService()
     port = server._port.getHost().port
 
     assert await _get(port, "/healthz") == (200, {"status": "ok", "version": __version__})
-    assert await _get(port, "/readyz") == (503, {"status": "not ready", "version": __version__})
-    is_ready = True
+    assert await _get(port, "/readyz") == (503, {"status": "not ready", "version": __version__, "reasons": obstacles})
+    obstacles = []
     assert (await _get(port, "/readyz"))[0] == 200
     await server.stopService()
 
 
 @pytest_twisted.ensureDeferred
 async def test_a_port_in_use_is_reported_in_one_sentence_with_a_way_out() -> None:
-    first = HealthServer(reactor, SocketAddress("127.0.0.1", 0), lambda: True)
+    first = HealthServer(reactor, SocketAddress("127.0.0.1", 0), list)
     first.startService()
     address = SocketAddress("127.0.0.1", first._port.getHost().port)
-    second = HealthServer(reactor, address, lambda: True)
+    second = HealthServer(reactor, address, list)
 
     with pytest.raises(InUseError, match=r"Can't serve health checks on .* in use.*choose another") as raised:
         second.startService()
@@ -50,7 +50,7 @@ async def test_a_port_in_use_is_reported_in_one_sentence_with_a_way_out() -> Non
 
 @pytest_twisted.ensureDeferred
 async def test_an_address_that_is_not_ours_is_an_error_of_the_platform() -> None:
-    server = HealthServer(reactor, SocketAddress("192.0.2.77", 8080), lambda: True)
+    server = HealthServer(reactor, SocketAddress("192.0.2.77", 8080), list)
 
     with pytest.raises(PlatformError, match="choose another --health-check-addr"):
         server.startService()
@@ -59,7 +59,7 @@ async def test_an_address_that_is_not_ours_is_an_error_of_the_platform() -> None
 
 @pytest_twisted.ensureDeferred
 async def test_without_an_address_nothing_is_served() -> None:
-    server = HealthServer(MemoryReactorClock(), None, lambda: True)
+    server = HealthServer(MemoryReactorClock(), None, list)
 
     server.startService()
 
