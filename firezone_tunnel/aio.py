@@ -10,9 +10,7 @@ loop. A process has one reactor, so all of its sessions belong to that event loo
 from __future__ import annotations
 
 import asyncio
-import functools
 import sys
-import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -218,8 +216,6 @@ def install_reactor() -> Any:
             "connect on the event loop of the first connection"
         )
     if not reactor.running:
-        # The thread pool resolves names. Daemon threads don't keep a finished program alive.
-        reactor.getThreadPool().threadFactory = functools.partial(threading.Thread, daemon=True)
         reactor.startRunning(installSignalHandlers=False)
     return reactor
 

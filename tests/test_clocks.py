@@ -33,6 +33,7 @@ def test_nothing_runs_on_the_wall_clock() -> None:
         "waiting.addTimeout(5, reactor)",
         "asyncio.get_running_loop().call_later(1, print)",
         "later = reactor.callLater",
+        "now = self._reactor.seconds()",
     ],
 )
 def test_a_timer_on_the_wall_clock_is_found(source: str) -> None:
@@ -44,6 +45,7 @@ def test_a_timer_on_the_wall_clock_is_found(source: str) -> None:
     [
         f"from {_OUR_OWN} import call_later\ncall_later(reactor, 1, print)",
         "BoottimeTimer(reactor, print).set(boottime() + 1)",
+        "self._reactor.seconds = boottime",
     ],
 )
 def test_our_own_timers_are_allowed(source: str) -> None:
@@ -63,5 +65,7 @@ def wall_clock_timers(source: str, name: str) -> Iterator[str]:
         match node:
             case ast.Attribute(attr=used) if used in _TIMERS:
                 yield f"{name}:{node.lineno}: {used}"
+            case ast.Attribute(attr="seconds", ctx=ast.Load()) if ast.unparse(node.value).endswith("reactor"):
+                yield f"{name}:{node.lineno}: the reactor's clock"
             case ast.Name(id=used) if used in _TIMERS - ours:
                 yield f"{name}:{node.lineno}: {used}"

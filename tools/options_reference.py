@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
+import click
+
+from firezone_tunnel.apps.cli.main import main
 from firezone_tunnel.shell.process.settings import Options, Setting
 
 _PACKAGE = Path(__file__).parents[1] / "firezone_tunnel"
@@ -26,7 +30,8 @@ _HEAD = (
 
 def page() -> str:
     """The whole page in Markdown."""
-    return "\n\n".join([*_HEAD, *(part for role in roles() for part in _section(role))]) + "\n"
+    sections = [*(part for role in roles() for part in _section(role)), *_commands("firezone-tunnel", main)]
+    return "\n\n".join([*_HEAD, *sections]) + "\n"
 
 
 def roles() -> list[str]:
@@ -56,6 +61,29 @@ def _default(setting: Setting) -> str:
     if setting.is_flag:
         return "off"
     return f"`{setting.default}`" if setting.default is not None else ""
+
+
+def _commands(name: str, command: click.Command) -> Iterator[str]:
+    """A section for each command that is not a group of others."""
+    if isinstance(command, click.Group):
+        for word, one in sorted(command.commands.items()):
+            yield from _commands(f"{name} {word}", one)
+        return
+    arguments = "".join(f" {str(one.name).upper()}" for one in command.params if isinstance(one, click.Argument))
+    yield f"## {name}{arguments}"
+    yield from inspect.cleandoc(command.help or "").replace("\n\n", "\0").replace("\n", " ").split("\0")
+    options = [one for one in command.params if isinstance(one, click.Option)]
+    if options:
+        yield "\n".join(_command_table(options))
+
+
+def _command_table(options: Sequence[click.Option]) -> Iterator[str]:
+    yield "| option | variable | default | |"
+    yield "|---|---|---|---|"
+    for option in options:
+        names = ", ".join(f"`{name}`" for name in option.opts)
+        default = "off" if option.is_flag else f"`{option.default}`" if isinstance(option.default, str) else ""
+        yield f"| {names} | {f'`{option.envvar}`' if option.envvar else ''} | {default} | {option.help} |"
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class SocketAddress(NamedTuple):
         Raises: ValueError.
         """
         host, _, port = text.rpartition(":")
-        if host.startswith("[") != host.endswith("]") or (":" in host) != host.startswith("["):
+        if host.startswith("[") != host.endswith("]") or (":" in host) != host.startswith("[") or "%" in host:
             raise ValueError(f"not an address and port: {text!r}")
         number = int(port)
         if not 0 <= number <= 0xFFFF:

@@ -30,6 +30,7 @@ class RelayProcess:
     def __init__(self, directory: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
         users = directory / "users"
         users.write_text(f"# for tests\n{USER}:{PASSWORD}\n")
+        users.chmod(0o600)
         self.port = free_port()
         self.log = directory / "relay.log"
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest_twisted
 import txaio
 from twisted.internet import reactor as any_reactor
 from twisted.internet.defer import Deferred
+from twisted.internet.error import DNSLookupError
 from twisted.internet.task import deferLater
 from twisted.logger import globalLogPublisher, textFileLogObserver
 
@@ -24,7 +26,8 @@ from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.portal_link import protocol as protocol_module
 from firezone_tunnel.shell.portal_link import service as service_module
 from firezone_tunnel.shell.portal_link.protocol import parse_retry_after
-from firezone_tunnel.shell.portal_link.service import resolve_host, trust_from_file
+from firezone_tunnel.shell.portal_link.resolver import MAX_LOOKUPS, HostResolver
+from firezone_tunnel.shell.portal_link.service import trust_from_file
 from tests.service.unruly_portal import (
     TOKEN,
     HastyPeer,
@@ -171,37 +174,88 @@ async def test_a_refusals_body_that_never_comes_is_not_waited_for(
 
 
 @pytest.mark.parametrize(
-    "parts",
+    ("parts", "reason"),
     [
-        [b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: no\r\n\r\n"],
-        [b"HTTP/1.1 101 Switching\r\n\r\n"],
-        [b"SSH-2.0-OpenSSH_9.6\r\n\r\n"],
-        [b"\xff\xfe\r\n\r\n"],
-        [b"X" * 20_000],
-        [None],
+        (
+            [b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: a\r\n\r\n"],
+            "HTTP Sec-WebSocket-Accept",
+        ),
+        ([b"HTTP/1.1 101 Switching\r\n\r\n"], "HTTP Upgrade header missing"),
+        ([b"SSH-2.0-OpenSSH_9.6\r\n"], "what answers is not HTTP: SSH-2.0-OpenSSH_9.6"),
+        ([b"\xff\xfe\r\n\r\n"], "what answers is not HTTP: ÿþ"),
+        ([b"X" * 20_000], "what answers is not HTTP: XXXX"),
+        ([b"HT", b"TP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"], "the portal answered HTTP 200"),
+        ([b"HTTP/1.1 " + b"X" * 20_000], "the header of the portal's answer is too long"),
+        ([None], "the portal dropped the connection: the answer to the WebSocket upgrade is missing"),
     ],
 )
 @pytest_twisted.ensureDeferred
-async def test_an_answer_that_is_not_a_websocket_is_retried(world: World, parts: list[bytes | None]) -> None:
+async def test_an_answer_that_is_not_a_websocket_is_reported_and_retried(
+    world: World, parts: list[bytes | None], reason: str
+) -> None:
     world.portal.answer(*parts)
     world.start()
 
-    assert not (await world.inbox.next_of(Lost)).was_joined
+    lost = await world.inbox.next_of(Lost)
+    assert not lost.was_joined
+    assert lost.reason.startswith(reason)
     await world.portal.losses.next()
     world.clock.advance(60.0)
     await _joined(world)
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_handshake_that_hangs_is_given_up_after_15_seconds(world: World) -> None:
+async def test_a_handshake_that_hangs_is_reported_within_5_seconds_and_given_up_after_15(
+    world: World, logged: list[dict[str, Any]]
+) -> None:
     world.portal.answer()
     world.start()
     await world.portal.requests.next()
 
-    world.clock.advance(15.0)
+    world.clock.advance(5.0)
+    (stalled,) = [message for message in logged if message["message_type"] == "portal:connection_stalled"]
+    assert (stalled["level"], stalled["missing"]) == ("warning", "the answer to the WebSocket upgrade")
+    assert stalled["portal"].startswith("ws://127.0.0.1:")
+    world.clock.advance(10.0)
 
-    assert (await world.inbox.next_of(Lost)).reason == "no connection within 15 s"
+    reason = "no connection within 15 s: the answer to the WebSocket upgrade is missing"
+    assert (await world.inbox.next_of(Lost)).reason == reason
     await world.portal.losses.next()
+
+
+@pytest.mark.parametrize("is_dropped", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_a_portal_that_does_not_speak_tls_is_reported(
+    world: World, is_dropped: bool, logged: list[dict[str, Any]]
+) -> None:
+    world.portal.answer(*([None] if is_dropped else []))
+    secure = World(world.portal, scheme="wss")
+    secure.start()
+    await world.portal.requests.next()
+
+    if is_dropped:
+        dropped = "the portal dropped the connection: the TLS handshake is missing"
+        assert (await secure.inbox.next_of(Lost)).reason == dropped
+    else:
+        secure.clock.advance(5.0)
+        (stalled,) = [message for message in logged if message["message_type"] == "portal:connection_stalled"]
+        assert stalled["missing"] == "the TLS handshake"
+        assert TOKEN not in str(logged)
+    await secure.service.stopService()
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_name_server_that_does_not_answer_is_reported(world: World, logged: list[dict[str, Any]]) -> None:
+    silent = World(world.portal, host="portal.example")
+    silent.resolve = lambda _: Deferred()
+    silent.start()
+
+    silent.clock.advance(15.0)
+
+    assert (await silent.inbox.next_of(Lost)).reason.endswith("the address of portal.example is missing")
+    (stalled,) = [message for message in logged if message["message_type"] == "portal:connection_stalled"]
+    assert stalled["missing"] == "the address of portal.example"
+    await silent.service.stopService()
 
 
 @pytest_twisted.ensureDeferred
@@ -377,10 +431,30 @@ async def test_an_address_that_is_dead_does_not_hide_the_next(world: World) -> N
 
 @pytest_twisted.ensureDeferred
 async def test_the_systems_resolver_knows_localhost() -> None:
-    hosts = await resolve_host(_reactor, "localhost")
+    hosts = await HostResolver(_reactor).resolve("localhost")
 
     assert {"127.0.0.1", "::1"} & set(hosts)
-    assert await resolve_host(_reactor, "no-such-host.invalid") == []
+    with pytest.raises(DNSLookupError, match="no address is known for no-such-host"):
+        await HostResolver(_reactor).resolve("no-such-host.invalid")
+
+
+@pytest_twisted.ensureDeferred
+async def test_lookups_that_hang_are_limited_and_in_threads_that_nothing_waits_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    released = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: released.wait(10) and [])
+    resolver = HostResolver(_reactor)
+
+    waiting = [resolver.resolve("portal.example") for _ in range(MAX_LOOKUPS)]
+    with pytest.raises(DNSLookupError, match="name servers of this host don't answer"):
+        await resolver.resolve("portal.example")
+
+    threads = [thread for thread in threading.enumerate() if thread.name == "resolve portal.example"]
+    assert [thread.daemon for thread in threads] == [True] * MAX_LOOKUPS
+    released.set()
+    assert [await one for one in waiting] == [[]] * MAX_LOOKUPS
+    await resolver.resolve("portal.example")
 
 
 @pytest_twisted.ensureDeferred

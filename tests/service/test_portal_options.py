@@ -97,7 +97,7 @@ async def test_an_invalid_certificate_is_reported_in_one_sentence(
 
 @pytest_twisted.ensureDeferred
 async def test_an_invalid_seed_is_reported_in_one_sentence(tmp_path: Path) -> None:
-    await _fails(tmp_path, "[account", f"the seed file {tmp_path}/portal.toml is invalid: not valid TOML: ")
+    await _fails(tmp_path, "[account", f"the seed file {tmp_path}/portal.toml is invalid: not valid TOML in line 1")
 
 
 @pytest_twisted.ensureDeferred

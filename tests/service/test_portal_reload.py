@@ -206,11 +206,33 @@ async def test_an_invalid_seed_is_logged_with_its_line_and_changes_nothing(
     assert not await portal.reseed(('name = "Wiki\n', 'name = "Wiki"\ncolour = "red"\n'))
 
     reasons = [message["reason"] for message in logged if message["message_type"] == "portal:seed_rejected"]
-    assert "(at line 52" in reasons[0]
-    assert "[[resources]] in line 50: object contains unknown field `colour`" in reasons[1]
+    assert "not valid TOML in line 52" in reasons[0]
+    assert "[[resources]] 'Wiki' in line 53: the key `colour` is unknown" in reasons[1]
     assert await gateway.settle() == await client.settle() == []
     client.send("create_flow", {"resource_id": WIKI_ID, "connected_gateway_ids": []})
     await gateway.receive("authorize_flow")
+
+
+@pytest_twisted.ensureDeferred
+async def test_what_has_no_effect_is_logged_at_each_load(portal: Portal, logged: list[dict[str, Any]]) -> None:
+    assert await portal.reseed((_LAB_POLICY, ""))
+
+    reasons = [message["reason"] for message in logged if message["message_type"] == "portal:seed_incomplete"]
+    assert reasons == [
+        "[[groups]] 'Nobody' in line 12: no actor is a member",
+        "[[resources]] 'Lab' in line 42: no policy gives it to a group, so no client can use it",
+    ]
+
+
+@pytest_twisted.ensureDeferred
+async def test_many_warnings_are_logged_in_part(portal: Portal, logged: list[dict[str, Any]]) -> None:
+    groups = "".join(f'[[groups]]\nname = "{number}"\n' for number in range(30))
+
+    assert await portal.reseed(("[[sites]]", f"{groups}[[sites]]"))
+
+    reasons = [message["reason"] for message in logged if message["message_type"] == "portal:seed_incomplete"]
+    assert len(reasons) == 21
+    assert reasons[-1] == "11 more: firezone-tunnel portal check prints them"  # one is of a group in the usual file
 
 
 async def _with_flow(portal: Portal, *, v2: bool = False) -> tuple[Peer, Peer, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from tests.service.portal_peers import (
 )
 
 _AGENT = V1_AGENT.format(version="1.5.3")
+_OURS = "Linux/6.8 connlib/1.5.12 (x86_64; firezone_tunnel/0.1.0)"
+_PROBE = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
 _KEY = quote(key(1), safe="")
 _CLIENT = f"external_id=one&public_key={_KEY}"
 
@@ -259,25 +262,118 @@ async def test_a_silent_socket_is_closed_after_75_seconds(portal: Portal) -> Non
 
 @pytest.mark.parametrize("role", ["client", "gateway"])
 @pytest_twisted.ensureDeferred
-async def test_the_newest_connection_of_a_device_wins(portal: Portal, role: str) -> None:
+async def test_a_process_that_comes_back_with_its_key_replaces_its_older_connection(
+    portal: Portal, role: str, logged: list[dict[str, Any]]
+) -> None:
     first = await portal.join(role)
-    second = await portal.join(role)
+    for _ in range(6):
+        second = await portal.join(role)
 
     assert await first.closed() == 1000
-    assert [frame["event"] for frame in first.frames] == []
+    assert first.frames == []
     assert await second.settle() == []
+    assert second.init["interface"] == first.init["interface"]
+    assert _of("portal:identity_shared", logged) == []
+
+
+@pytest.mark.parametrize("v2", [False, True])
+@pytest_twisted.ensureDeferred
+async def test_a_client_is_displaced_by_a_newer_one_with_its_identity_and_told_why(portal: Portal, v2: bool) -> None:
+    first = await portal.join("client", v2=v2)
+    second = await portal.join("client", v2=v2, public_key=key(7))
+
+    assert await first.receive("disconnect") == {"reason": "identity_shared"}
+    assert await first.closed() == 1000
     assert second.init["interface"] == first.init["interface"]
 
 
 @pytest_twisted.ensureDeferred
-async def test_more_than_three_swaps_in_a_minute_cause_one_warning(
+async def test_clients_that_displace_each_other_too_often_are_refused_while_one_is_connected(
     portal: Portal, logged: list[dict[str, Any]]
 ) -> None:
-    for _ in range(7):
-        await portal.join("gateway")
+    for number in range(4):
+        present = await portal.join("client", agent=_OURS, public_key=key(number))
 
-    warnings = [message for message in logged if message["message_type"] == "portal:identity_shared"]
-    assert [message["level"] for message in warnings] == ["warning"]
+    for number in range(4, 8):
+        with pytest.raises(Refusal) as refused:
+            await portal.join("client", agent=_OURS, public_key=key(number))
+        assert (refused.value.status, refused.value.problem["code"]) == (409, "device_identity_conflict")
+        portal.clock.offset += 10
+
+    assert await present.settle() == ["identity_shared"] * 3
+    (warning,) = _of("portal:identity_shared", logged)
+    assert (warning["level"], warning["role"], warning["name"]) == ("warning", "client", "client")
+    portal.clock.offset += 60
+    await portal.join("client", agent=_OURS, public_key=key(9))
+
+
+@pytest.mark.parametrize(
+    ("agent", "v2", "status"), [(True, False, 409), (False, True, 409), (False, False, 503)], ids=["ours", "v2", "v1"]
+)
+@pytest_twisted.ensureDeferred
+async def test_a_second_gateway_with_one_identity_is_refused_and_the_first_goes_on(
+    portal: Portal, agent: bool, v2: bool, status: int
+) -> None:
+    options: dict[str, Any] = {"v2": v2, "agent": _OURS if agent else None}
+    first = await portal.join("gateway", **options)
+
+    with pytest.raises(Refusal) as refused:
+        await portal.join("gateway", public_key=key(7), name="clone", **options)
+
+    assert refused.value.status == status
+    assert refused.value.problem["code"] == "gateway_already_connected"
+    assert refused.value.problem["detail"].startswith("Another host is connected with this identity, as gateway:")
+    assert await first.settle() == []
+    assert first.closed_with is None
+
+
+@pytest.mark.parametrize(("agent", "told"), [(_OURS, ["identity_shared"]), (None, [])], ids=["ours", "upstream's"])
+@pytest_twisted.ensureDeferred
+async def test_twins_that_go_on_are_warned_about_once_a_minute_and_a_first_of_ours_is_told(
+    portal: Portal, logged: list[dict[str, Any]], agent: str | None, told: list[str]
+) -> None:
+    first = await portal.join("gateway", agent=agent)
+    for _ in range(3):
+        with pytest.raises(Refusal):
+            await portal.join("gateway", public_key=key(7))
+    assert _of("portal:identity_shared", logged) == []  # the first may be gone, without our knowledge so far
+
+    portal.clock.offset += 10
+    with pytest.raises(Refusal):
+        await portal.join("gateway", public_key=key(7))
+
+    (warning,) = _of("portal:identity_shared", logged)
+    assert (warning["role"], warning["addresses"]) == ("gateway", ["127.0.0.1", "127.0.0.1"])
+    assert await first.settle() == told
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_first_gateway_whose_host_is_gone_is_found_out(portal: Portal) -> None:
+    first = await portal.join("gateway")
+    assert portal.service.hub is not None
+    (connection,) = portal.service.hub._peers
+    transport: Any = connection._web_socket.transport  # type: ignore[attr-defined]
+
+    with pytest.raises(Refusal):
+        await portal.join("gateway", public_key=key(7))
+
+    tcp = transport.getHandle()
+    assert tcp.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    assert [tcp.getsockopt(socket.IPPROTO_TCP, option) for option in _PROBE] == [1, 1, 4, 5000]
+    first.abort()
+    await first.closed()
+    await portal.join("gateway", public_key=key(7))
+
+
+@pytest_twisted.ensureDeferred
+async def test_relays_at_one_address_that_displace_each_other_are_told_why_and_cause_one_warning(
+    portal: Portal, logged: list[dict[str, Any]]
+) -> None:
+    relays = [await portal.join("relay", stamp_secret=f"{number:064}") for number in range(7)]
+
+    assert await relays[0].receive("disconnect") == {"reason": "identity_shared"}
+    (warning,) = _of("portal:identity_shared", logged)
+    assert (warning["level"], warning["role"]) == ("warning", "relay")
 
 
 @pytest_twisted.ensureDeferred
@@ -359,6 +455,10 @@ async def test_a_port_in_use_is_reported_in_one_sentence(portal: Portal, tmp_pat
     error = await _start_error(portal, tmp_path / "second.sqlite3", listen=portal.address)
 
     assert re.fullmatch(r"can't listen on 127\.0\.0\.1:\d+: Address already in use; choose another --listen", error)
+
+
+def _of(message_type: str, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message for message in logged if message["message_type"] == message_type]
 
 
 def _push_megabytes(portal: Portal, count: int) -> None:

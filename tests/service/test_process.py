@@ -158,6 +158,21 @@ def test_an_invalid_url_is_reported_in_one_sentence_with_code_1(directory: Path,
     )
 
 
+@pytest.mark.parametrize("role", ["client", "gateway"])
+@pytest.mark.parametrize("name", ["tun-firezone-too-long", "tun/firezone", "tun firezone"])
+def test_an_interface_name_that_is_not_valid_is_reported_before_anything_starts(
+    directory: Path, role: str, name: str
+) -> None:
+    check = ("--check",) if role == "client" else ()
+
+    _fails(
+        *(directory, f"firezone-{role}", "--firezone-id", "x", "--interface", name, *check),
+        code=2,
+        complaint=f"--interface: {name!r}",
+        FIREZONE_TOKEN=_SECRET,
+    )
+
+
 @pytest.mark.parametrize("role", ["client", "gateway", "portal"])
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
@@ -183,6 +198,24 @@ def test_an_invalid_variable_is_reported_in_one_line_with_code_2(directory: Path
         complaint="FIREZONE_MAX_PARTITION_TIME: 'long' is not a duration",
         FIREZONE_MAX_PARTITION_TIME="long",
     )
+
+
+@pytest.mark.parametrize("role", ["client", "gateway", "relay", "portal"])
+def test_without_n_it_refuses_to_start_in_one_sentence_with_code_1(directory: Path, role: str) -> None:
+    options = {"portal": _PORTAL, "relay": ("--public-ip4-addr", "192.0.2.1")}.get(role, ("--firezone-id", "x"))
+
+    done = subprocess.run(
+        [_TWISTD, "--pidfile=", f"firezone-{role}", *options],
+        cwd=directory,
+        env=_environment(FIREZONE_TOKEN=_SECRET),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith(f"firezone-{role}: It runs in the foreground only: start it with twistd -n")
 
 
 @pytest.mark.parametrize("role", ["client", "gateway", "portal"])

@@ -234,6 +234,19 @@ def test_a_refused_private_peer_is_logged_with_its_network_and_the_way_out(start
     assert "10.77" not in relay.log.read_text()
 
 
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o700])
+def test_a_users_file_that_others_could_read_is_refused(start: Start, tmp_path: Path, mode: int) -> None:
+    users = tmp_path / "shared"
+    users.write_text("bob:builder\n")
+    users.chmod(mode)
+
+    relay = start("--users-file", str(users))
+
+    assert relay.wait(20) == 1
+    assert f"The users file {users} must belong to the user" in relay.log.read_text().splitlines()[-1]
+    assert "builder" not in relay.log.read_text()
+
+
 def test_its_log_names_no_secret(start: Start) -> None:
     relay = start("--log-format", "json", "--drain-time", "0s")
     relay.wait_ready()

@@ -29,6 +29,7 @@ _HEALTH_PORT = 8080
 _INTERFACE = "tun-firezone"
 _MEGABYTE = 1_000_000
 _DATAGRAMS = 5000
+_TUN_FOR_ALL = "cd / && mount -t tmpfs tmpfs /dev/net && mknod -m 666 /dev/net/tun c 10 200"
 _GARBAGE = ("unrecognized", "unmatched_stun", "unknown_sessions", "unknown_peers")  # counters of garbage datagrams
 
 BOTH = pytest.mark.parametrize("role", ["client", "gateway"])
@@ -158,6 +159,38 @@ def test_a_state_directory_that_is_read_only_ends_it_with_one_sentence(network: 
     with unchanged(host):
         program = start(host, role, before=f"mount -t tmpfs -o ro tmpfs {host.state_directory}")
         assert_ends(program, role, "Read-only file system", "--state-dir")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("before", "user"),
+    [
+        pytest.param("mount -o remount,bind,ro /", "root", id="a read-only root"),
+        pytest.param("mount -t tmpfs -o ro tmpfs {state}", "root", id="a read-only directory"),
+        pytest.param(f"chmod 700 {{state}} && {_TUN_FOR_ALL}", "nobody", id="a directory of another user"),
+        pytest.param(f"rmdir {{state}} && {_TUN_FOR_ALL}", "nobody", id="no directory"),
+    ],
+)
+def test_with_an_identity_no_state_directory_is_needed(network: Network, role: str, before: str, user: str) -> None:
+    """Strict rp_filter, and forwarding that is off, make each of them change settings of its host."""
+    host = getattr(network, role)
+    for name in ("all", "default", "eth0"):
+        host.sysctl(f"net.ipv4.conf.{name}.rp_filter", "1")
+    product = Product(network)
+    product.start_portal()
+    capabilities = ("--inh-caps=+net_admin", "--ambient-caps=+net_admin")
+    wrapper = () if user == "root" else ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *capabilities)
+    with unchanged(host):
+        program = start(
+            *(host, role, "--firezone-id", "known", *no_health(role)),
+            before=before.format(state=host.state_directory),
+            wrapper=wrapper,
+        )
+        program.wait_for("client:tunnel_ready" if role == "client" else "gateway:ready")
+        program.wait_for("host:originals_not_stored")
+
+        assert program.stop() == 0
+    product.stop()
 
 
 @BOTH

@@ -125,7 +125,7 @@ def test_compose_gives_a_tunnel_the_device_and_the_capability_it_needs(role: str
 
 @pytest.mark.parametrize(("role", "topic"), [("client", PeerRole.CLIENT), ("gateway", PeerRole.GATEWAY)])
 def test_the_portal_of_compose_knows_the_tokens_of_compose(role: str, topic: PeerRole) -> None:
-    account = parse_seed((_DOCKER / "portal.toml").read_text(), SeedContext(str, ZoneInfo))
+    account = parse_seed((_DOCKER / "portal.toml").read_text(), SeedContext(str, ZoneInfo)).account
     compose = _compose()
     token = (_ROOT / compose["secrets"][f"{role}-token"]["file"]).read_text().strip()
 
@@ -135,7 +135,7 @@ def test_the_portal_of_compose_knows_the_tokens_of_compose(role: str, topic: Pee
 
 
 def test_the_portal_of_compose_serves_the_private_network_of_compose() -> None:
-    account = parse_seed((_DOCKER / "portal.toml").read_text(), SeedContext(str, ZoneInfo))
+    account = parse_seed((_DOCKER / "portal.toml").read_text(), SeedContext(str, ZoneInfo)).account
     (pool,) = _compose()["networks"]["private"]["ipam"]["config"]
 
     assert [resource.address for resource in account.resources.values()] == [pool["subnet"]]

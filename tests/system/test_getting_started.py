@@ -24,10 +24,14 @@ _BIN = str(Path(sys.executable).parent)
 def test_whoever_follows_the_guide_reaches_the_web_server(lab: Lab) -> None:
     network = Network(lab)
     network.start_servers()
-    client_token, client_hash = _make_token(network.portal)
-    gateway_token, gateway_hash = _make_token(network.portal)
-    seed = _blocks("The portal", "toml")[0].replace("CLIENT_HASH", client_hash).replace("GATEWAY_HASH", gateway_hash)
-    (network.portal.directory / "portal.toml").write_text(seed)
+    client_token, client_table = _make_token(network.portal, "client")
+    gateway_token, gateway_table = _make_token(network.portal, "gateway")
+    seed = "\n".join((*_blocks("The portal", "toml"), client_table, gateway_table))
+    path = network.portal.directory / "portal.toml"
+    path.write_text(seed)
+    check = _command("The portal", "firezone-tunnel portal").replace("portal.toml", str(path))
+    checked = network.portal.run(*_SOURCES, *check.split()).stdout
+    assert checked == f"{path} is valid (sites: 1, groups: 1, actors: 1, tokens: 2, resources: 1, policies: 1)\n"
     assert f"ws://{PORTAL}:8081" in _GUIDE
 
     for host in (network.gateway, network.client):
@@ -45,22 +49,22 @@ def test_whoever_follows_the_guide_reaches_the_web_server(lab: Lab) -> None:
     assert "tunnel:connection_established" in client.output()
 
 
-def _make_token(host: Host) -> tuple[str, str]:
-    """A token and its hash, parsed from the command's output."""
-    printed = host.run(*_SOURCES, *_command("The portal", "/opt/firezone/bin/firezone-tunnel").split()).stdout
-    token, hashed = re.findall(r"token: +(\S+)\nsha3_256 = \"(\w+)\"", printed)[0]
-    return token, hashed
+def _make_token(host: Host, role: str) -> tuple[str, str]:
+    """A token and its table for the seed file, parsed from the command's output."""
+    printed = host.run(*_SOURCES, *_command("The portal", f"firezone-tunnel token --{role}").split()).stdout
+    first, table = printed.split("\n", 1)
+    return first.removeprefix("token:").strip(), table
 
 
 def _diagnose(host: Host) -> None:
-    command = _command("On each host", "/opt/firezone/bin/firezone-tunnel").split()
+    command = _command("On each host", "firezone-tunnel").split()
     done = host.run(*_SOURCES, *command, "--json", check=False)
     assert done.returncode == 0, json.loads(done.stdout)
 
 
 def _start(host: Host, section: str, token: str = "") -> Program:
     """Run the section's twistd command. The hosts share one file system, so each gets its own paths by environment."""
-    command = _command(section, "/opt/firezone/bin/twistd")
+    command = _command(section, "twistd")
     path = host.directory / "token"
     path.write_text(f"{token}\n")
     path.chmod(0o600)
@@ -71,10 +75,10 @@ def _start(host: Host, section: str, token: str = "") -> Program:
 
 
 def _command(section: str, program: str) -> str:
-    """The first command of a section that runs this program, with the path replaced by the installed program."""
-    lines = [line for block in _blocks(section) for line in block.splitlines()]
+    """The first command of a section that begins so, with the path replaced by the installed program."""
+    lines = [line.removeprefix("/opt/firezone/bin/") for block in _blocks(section) for line in block.splitlines()]
     command = next(line for line in lines if line.startswith(f"{program} "))
-    return command.replace("/opt/firezone/bin", _BIN)
+    return command if program == "curl" else f"{_BIN}/{command}"
 
 
 def _blocks(section: str, language: str = "") -> list[str]:

@@ -67,6 +67,11 @@ def is_usable(findings: list[Finding], role: str) -> bool:
     return not any(finding.state is CheckState.MISSING and role in finding.needed_by for finding in findings)
 
 
+_NO_UPGRADE = "the answer to the WebSocket upgrade is missing: "
+_WEBSOCKET = (
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n"
+)
 _CAP_NET_ADMIN = 12  # <linux/capability.h>
 _STRICT = "strict rp_filter"
 _SLOWER = "the tunnel works, but is slower: use Linux 6.2 or later"
@@ -200,14 +205,21 @@ def _occupied() -> Finding:
 
 
 def _portal(api_url: str, ca_file: Path | None) -> Finding:
-    """Connect to the portal and verify its TLS certificate, without sending a request."""
+    """Connect to the portal, verify its TLS certificate, and see whether it answers a WebSocket upgrade."""
+    missing = ""
     try:
         portal = LoginUrl.client(api_url, "", device_id="diagnose", name="diagnose")
         with socket.create_connection((portal.host, portal.port), _PORTAL_TIMEOUT) as connection:
             address = connection.getpeername()[0]
             if portal.is_secure:
+                missing = "the TLS handshake is missing: "
                 context = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
-                context.wrap_socket(connection, server_hostname=portal.host).close()
+                with context.wrap_socket(connection, server_hostname=portal.host) as secured:
+                    missing = _NO_UPGRADE
+                    _upgrade(secured, portal)
+            else:
+                missing = _NO_UPGRADE
+                _upgrade(connection, portal)
     except ConfigurationError as error:
         return Finding("portal", CheckState.MISSING, one_line(error), "check --api-url")
     except ssl.SSLCertVerificationError as error:
@@ -215,8 +227,27 @@ def _portal(api_url: str, ca_file: Path | None) -> Finding:
         return Finding("portal", CheckState.MISSING, f"{portal} is not trusted: {error.verify_message}", advice)
     except OSError as error:
         advice = "check --api-url, name resolution and the firewall"
-        return Finding("portal", CheckState.MISSING, f"{portal} does not answer: {_reason(error)}", advice)
+        return Finding("portal", CheckState.MISSING, f"{portal} does not answer: {missing}{_reason(error)}", advice)
     return Finding("portal", CheckState.OK, f"{portal} answers at {address}")
+
+
+def _upgrade(connection: socket.socket, portal: LoginUrl) -> None:
+    """Ask for a WebSocket without a token, which a portal refuses.
+
+    Raises: OSError.
+    """
+    headers = "".join(f"{name}: {value}\r\n" for name, value in portal.headers)
+    connection.sendall(f"GET {portal.target()} HTTP/1.1\r\n{headers}{_WEBSOCKET}\r\n".encode())
+    answer = b""
+    while len(answer) < len(b"HTTP/1.1 401") and (data := connection.recv(64)):
+        answer += data
+    if not answer:
+        raise OSError("the portal dropped the connection")
+    version, _, status = answer.partition(b" ")
+    if not version.startswith(b"HTTP/"):
+        raise OSError("what answers is not HTTP")
+    if status[:1] in {b"2", b"3"} or status[:3] == b"404":
+        raise OSError(f"what answers is not a portal: HTTP {status[:3].decode('ascii', 'replace')}")
 
 
 def _reason(error: OSError) -> str:

@@ -69,6 +69,7 @@ class Application(ApplicationService):
     def __init__(self, reactor: Any, options: Options, config: EndpointConfig) -> None:
         client = ClientService(reactor, config)
         super().__init__(reactor, "firezone-client", options, client)
+        self.process.on_forced_end(client.free_host)
         self.process.on_hangup(lambda: Session(client).reset("SIGHUP"))
         self._events = EventStream(client.events)
         self._exit_when_ready = options["exit"]

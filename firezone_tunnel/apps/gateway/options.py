@@ -38,6 +38,7 @@ class Application(ApplicationService):
         self._gateway = gateway
         health = HealthServer(reactor, options["health-check-addr"], gateway.obstacles)
         super().__init__(reactor, "firezone-gateway", options, health, self._gateway)
+        self.process.on_forced_end(gateway.free_host)
 
     async def watch(self) -> None:
         self._gateway.ready.addCallback(lambda _: self.process.ready())

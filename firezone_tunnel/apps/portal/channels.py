@@ -190,7 +190,8 @@ class RelayChannel:
         self._session.stamp_secret = _read(relay.Join, request.payload).stamp_secret
         displaced = self._state.relays.join(self._session, self._state.now())
         if displaced is not None:
-            self._state.displace(displaced.id, displaced.socket)
+            addresses = [str(address) for address in self._session.addresses]
+            self._state.displace(displaced.id, displaced.socket, role=PeerRole.RELAY.value, addresses=addresses)
         return JoinAccepted("init", {})
 
     async def handle(self, message: MessageReceived) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
@@ -17,6 +18,7 @@ from firezone_tunnel.apps.portal.state import PortalState
 from firezone_tunnel.apps.portal.websocket_connection import WebSocket, WebSocketConnection
 from firezone_tunnel.core.messages import gateway
 from firezone_tunnel.core.messages.common import Generation, write
+from firezone_tunnel.core.phoenix.channel import IDENTITY_SHARED
 from firezone_tunnel.core.portal import changes, views
 from firezone_tunnel.core.portal.account import Account, PeerRole
 from firezone_tunnel.core.portal.admission import AdmittedDevice, AdmittedRelay, Refused, UpgradeRequest, admit
@@ -31,6 +33,7 @@ from firezone_tunnel.shell.logs import events as log
 
 SWEEP_INTERVAL = 60.0  # expired flows, and policies that time changed (docs/protocol/portal-protocol.md, 3.8, 3.13)
 _IDLE_CHECK_INTERVAL = 5.0
+_PROBE_TIME = 10.0  # a contested session that lasts longer is of a host that is there: `PeerSocket.probe`
 _RETRY_AFTER = 1  # seconds
 
 
@@ -68,6 +71,8 @@ class Hub:
         state = self._state
         try:
             admitted = admit(state.account, request, state.utc_now())
+            if isinstance(admitted, AdmittedDevice):
+                self._refuse_twin(admitted)
             registered: Registered
             if isinstance(admitted, AdmittedRelay):
                 registered = RegisteredRelay(admitted, await state.store.upsert_relay(admitted, state.utc_now()))
@@ -187,9 +192,46 @@ class Hub:
         connection.fields["cid" if is_client else "gid"] = device.id
         displaced = state.presence.arrive(session)
         if displaced is not None:
-            state.displace(device.id, displaced.socket)
+            self._displace(displaced, admitted)
         self._opened(connection, session, admitted)
         return connection
+
+    def _displace(self, displaced: DeviceSession, admitted: AdmittedDevice) -> None:
+        if displaced.device.public_key == admitted.public_key:  # the same process, as in `_refuse_twin`
+            displaced.socket.close()
+            return
+        self._state.displace(displaced.device.id, displaced.socket, **_twins(displaced, admitted))
+
+    def _refuse_twin(self, admitted: AdmittedDevice) -> None:
+        """Refuse another host with the identity of a device that is connected (docs/decisions.md, 25).
+
+        A gateway's second host is refused at once; a client's once they have displaced each other too often. The same
+        tunnel key means the same process, which has lost its connection sooner than we have.
+
+        Raises: Refused.
+        """
+        state, now = self._state, self._state.now()
+        present = state.presence.with_identity(admitted.identity)
+        if present is None or present.device.public_key == admitted.public_key:
+            return
+        is_gateway = present.role is PeerRole.GATEWAY
+        if not is_gateway and not state.swaps.is_excessive(present.device.id, now):
+            return
+        state.swaps.note(present.device.id, now)
+        present.socket.probe()
+        if present.contested_since is None:
+            present.contested_since = now
+        elif now >= present.contested_since + _PROBE_TIME:
+            state.warn_of_twins(present.device.id, **_twins(present, admitted))
+            if present.agent.is_ours:  # upstream's programs don't know the event
+                present.socket.push(IDENTITY_SHARED, {})
+        # Upstream's programs of 2025-08 end for ever after any 4xx.
+        is_patient = admitted.generation is Generation.V2 or admitted.agent.is_ours
+        raise Refused(
+            409 if is_patient else 503,
+            "gateway_already_connected" if is_gateway else "device_identity_conflict",
+            f"Another host is connected with this identity, as {present.device.name}: give each host its own.",
+        )
 
     def _open_relay(self, registered: RegisteredRelay, web_socket: WebSocket) -> WebSocketConnection:
         admitted = registered.admitted
@@ -300,3 +342,12 @@ class Hub:
             await state.store.drop_expired_flows(utc_now)
         except PlatformError as error:
             log.error("portal:store_failed", reason=one_line(error))
+
+
+def _twins(present: DeviceSession, other: AdmittedDevice) -> dict[str, Any]:
+    """Log fields about two hosts with one identity."""
+    return {
+        "role": present.role.value,
+        "name": present.device.name,
+        "addresses": [present.device.remote_ip, other.remote_ip],
+    }

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from OpenSSL import SSL, crypto
 from twisted.internet.defer import Deferred, DeferredLock, maybeDeferred
@@ -23,13 +22,14 @@ from firezone_tunnel.apps.portal.store import Store
 from firezone_tunnel.apps.portal.web import PortalFactory
 from firezone_tunnel.core.portal.account import Account
 from firezone_tunnel.core.portal.flows import FlowAuthorizer
-from firezone_tunnel.core.portal.seed import SeedContext, parse_seed
 from firezone_tunnel.core.sansio import Entropy, SocketAddress
 from firezone_tunnel.errors import ConfigurationError, InUseError, PlatformError, one_line
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.process.seed_file import load_seed
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.shell.reactor.service import Service
 
+_LOGGED_WARNINGS = 20
 _PEM_BEGIN = "-----BEGIN CERTIFICATE-----"
 
 
@@ -89,7 +89,7 @@ class PortalService(Service):
 
     async def _start(self) -> IListeningPort:
         """Raises: FirezoneError."""
-        account = load_seed(self._seed_path)
+        account = self._load_seed()
         endpoint = self._endpoint()
         await self._store.open()
         now, utc_now = self._clocks
@@ -108,6 +108,16 @@ class PortalService(Service):
         log.info("portal:listening", host=address.host, port=address.port, tls=self._tls[0] is not None)
         return self._port
 
+    def _load_seed(self) -> Account:
+        """Raises: ConfigurationError."""
+        account, warnings = load_seed(self._seed_path)
+        for what in warnings[:_LOGGED_WARNINGS]:
+            log.warning("portal:seed_incomplete", path=self._seed_path, reason=what)
+        if len(warnings) > _LOGGED_WARNINGS:
+            more = f"{len(warnings) - _LOGGED_WARNINGS} more: firezone-tunnel portal check prints them"
+            log.warning("portal:seed_incomplete", path=self._seed_path, reason=more)
+        return account
+
     async def _stop(self) -> None:
         if self._timer is not None:
             self._timer.close()
@@ -120,7 +130,7 @@ class PortalService(Service):
     async def _reload(self) -> bool:
         assert self.hub is not None
         try:
-            account = load_seed(self._seed_path)
+            account = self._load_seed()
         except ConfigurationError as error:
             log.error("portal:seed_rejected", path=self._seed_path, reason=one_line(error))
             return False
@@ -161,36 +171,6 @@ class PortalService(Service):
             return SSL4ServerEndpoint(self._reactor, port, options, interface=host)
         endpoint = TCP6ServerEndpoint if self._listen.is_ipv6 else TCP4ServerEndpoint
         return endpoint(self._reactor, port, interface=host)
-
-
-def load_seed(path: str) -> Account:
-    """Read and parse the seed file.
-
-    Raises: ConfigurationError, naming the file.
-    """
-    directory = Path(path).parent
-
-    def read_file(name: str) -> str:
-        try:
-            return (directory / name).read_text()
-        except OSError as error:
-            raise ValueError(f"can't read {directory / name}: {error.strerror}") from error
-
-    try:
-        return parse_seed(Path(path).read_text(), SeedContext(read_file, _time_zone))
-    except OSError as error:
-        raise ConfigurationError(f"can't read the seed file {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigurationError(f"the seed file {path} is not UTF-8 text") from None
-    except ConfigurationError as error:
-        raise ConfigurationError(f"the seed file {path} is invalid: {error}") from None
-
-
-def _time_zone(name: str) -> ZoneInfo:
-    try:
-        return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
-        raise ValueError(f"there is no time zone {name!r} on this machine") from error
 
 
 async def _listen(endpoint: IStreamServerEndpoint, factory: PortalFactory, address: SocketAddress) -> IListeningPort:

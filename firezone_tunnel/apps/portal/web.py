@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import socket
 from collections import deque
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,12 @@ _HEADER_LIMIT = 16 * 1024  # bytes of a request before its empty line
 _MESSAGE_LIMIT = 16 * 1024 * 1024  # bytes, both ways: no `init` comes near it
 _BACKLOG_LIMIT = 16 * 1024 * 1024  # bytes waiting for a peer that doesn't read
 _NO_LOG = txaio.make_logger(level="none")  # Autobahn's own would write whole requests, tokens included
+_PROBE = (
+    (socket.TCP_KEEPIDLE, 1),
+    (socket.TCP_KEEPINTVL, 1),
+    (socket.TCP_KEEPCNT, 4),
+    (socket.TCP_USER_TIMEOUT, 5000),  # milliseconds; for a peer that has yet to acknowledge something
+)
 _GOING_AWAY_LATER = 1012  # "service restart": come back soon (RFC 6455's registry)
 
 
@@ -94,6 +101,14 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
             return
         self.sendClose(code=self.CLOSE_STATUS_CODE_NORMAL)
 
+    def probe(self) -> None:
+        """Let TCP ask whether the peer's host is still there: one that is gone ends the connection within seconds."""
+        transport: Any = self.transport
+        tcp = getattr(transport, "transport", transport).getHandle()  # the TCP transport below TLS, if there is TLS
+        tcp.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _PROBE:
+            tcp.setsockopt(socket.IPPROTO_TCP, option, value)
+
     def pause_reading(self, *, paused: bool) -> None:
         if paused:
             self.transport.pauseProducing()
@@ -148,16 +163,9 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
         self.dropConnection(abort=False)
 
     def _answer_refusal(self, refused: Refused) -> None:
-        status = HTTPStatus(refused.status)
-        body = {
-            "type": "about:blank",
-            "title": status.phrase,
-            "status": refused.status,
-            "detail": refused.detail,
-            "code": refused.code,
-        }
         extra = {} if refused.retry_after is None else {"Retry-After": str(refused.retry_after)}
-        self._answer(status, "application/problem+json", json.dumps(body).encode(), extra)
+        body = json.dumps(refused.document()).encode()
+        self._answer(HTTPStatus(refused.status), "application/problem+json", body, extra)
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes, extra: dict[str, str] | None = None) -> None:
         headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **(extra or {})}

@@ -24,6 +24,8 @@ class WebSocket(Protocol):
 
     def pause_reading(self, *, paused: bool) -> None: ...
 
+    def probe(self) -> None: ...
+
 
 class WebSocketConnection:
     """A peer's connection; implements `PeerSocket`."""
@@ -74,6 +76,10 @@ class WebSocketConnection:
         self._socket.close_channel()
         self._flush()
         self.close()
+
+    def probe(self) -> None:
+        if not self._is_closed:
+            self._web_socket.probe()
 
     def close(self, *, is_failure: bool = False) -> None:
         if not self._is_closed:

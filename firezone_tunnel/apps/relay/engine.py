@@ -26,6 +26,7 @@ from firezone_tunnel.shell.udp.transport import IBatchProtocol, UdpTransport
 
 STATISTICS_INTERVAL = 10.0  # docs/protocol/gateway-and-relay.md, 8.4
 REPEAT_ADVICE_AFTER = 3600.0
+REPEAT_REFUSALS_AFTER = 60.0
 
 
 class Engine:
@@ -200,7 +201,7 @@ class Engine:
 
 
 class Report:
-    """Logs changes every ten seconds, and nothing while nothing changes."""
+    """Logs changes every ten seconds, refusals every minute, and nothing while nothing changes."""
 
     def __init__(self, reactor: Any, server: RelayServer, clock: Callable[[], float] = boottime) -> None:
         self._reactor = reactor
@@ -210,6 +211,9 @@ class Report:
         self._measured = (0, 0, 0)
         self._refused: Counter[str] = Counter()
         self._advised: dict[str, float] = {}  # networks, and when
+        self._rejected: Counter[str] = Counter()
+        self._forbidden = 0
+        self._refusals_due = float("-inf")
 
     def start(self) -> None:
         """
@@ -224,6 +228,7 @@ class Report:
         if timer is not None:
             timer.close()
             self._advise()
+            self._report_refusals()
 
     def _write(self) -> None:
         if self._timer is not None:
@@ -235,6 +240,25 @@ class Report:
             log.info("relay:measured", allocations=current[0], channels=current[1], bytes_per_second=rate)
             self._measured = current
         self._advise()
+        if self._clock() >= self._refusals_due:
+            self._report_refusals()
+
+    def _report_refusals(self) -> None:
+        """Log invalid credentials and forbidden peers. Names and addresses of users are for DEBUG."""
+        counters, last = self._server.counters, self._server.last_rejected
+        rejected, forbidden = counters.rejected_logins - self._rejected, counters.forbidden_peers - self._forbidden
+        if rejected:
+            log.info("relay:logins_rejected", count=rejected.total(), reasons=dict(rejected))
+            if last is not None:
+                client = str(last.client)
+                log.debug("relay:login_rejected", reason=last.reason, username=last.username, client=client)
+        if forbidden:
+            log.info(
+                "relay:peers_refused", count=forbidden, reason="users asked for peers that the relay must not reach"
+            )
+        if rejected or forbidden:
+            self._rejected, self._forbidden = counters.rejected_logins.copy(), counters.forbidden_peers
+            self._refusals_due = self._clock() + REPEAT_REFUSALS_AFTER
 
     def _advise(self) -> None:
         """Refused private peers may be what the relay is for: the operator can allow them."""

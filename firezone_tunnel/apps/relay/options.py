@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from twisted.internet.defer import Deferred
 
 from firezone_tunnel.apps.relay.service import RelayService
 from firezone_tunnel.core.relay.peer_policy import PRIVATE, Network
@@ -23,6 +24,7 @@ from firezone_tunnel.shell.process.settings import (
     LOG_SETTINGS,
     MAX_PARTITION_TIME,
     Setting,
+    check_private,
     parse_duration,
     read_token,
     token_path,
@@ -112,7 +114,7 @@ class Options(CommonOptions):
         attrs.evolve(MAX_PARTITION_TIME, short=None),
         Setting(
             "users-file",
-            "serve the users in this file instead of a portal; each line is name:password",
+            "serve the users in this file, readable only by its owner, instead of a portal; each line is name:password",
             variables=("FIREZONE_RELAY_USERS_FILE",),
             parse=Path,
         ),
@@ -164,6 +166,11 @@ class Application(ApplicationService):
         health = HealthServer(reactor, options["health-check-addr"], self._relay.obstacles)
         super().__init__(reactor, "firezone-relay", options, health, self._relay)
         self.process.on_second_signal(self._relay.stop_draining)
+        self._drain_time = options["drain-time"]
+
+    def stopService(self) -> Deferred[Any] | None:
+        self.process.prolong_end(self._drain_time)
+        return super().stopService()
 
     async def watch(self) -> None:
         self._relay.ready.addCallback(lambda _: self.process.ready())
@@ -204,6 +211,7 @@ def make_service(reactor: Any, options: Options) -> Application:
 
 
 def _read_users(path: Path) -> Mapping[str, str]:
+    check_private(path, "users file")
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -48,7 +48,7 @@ FIRST_DELAY = 0.1  # seconds before a worker that died is replaced, twice as man
 MAX_DELAY = 30.0
 STEADY_AFTER = 60.0
 """Seconds of service after which a death is again the first."""
-KILL_AFTER = 5.0
+KILL_AFTER = 2.0
 """Seconds that a worker is overdue before it is killed."""
 
 _COMMAND = (sys.executable, "-P", "-m", "firezone_tunnel.apps.relay.worker")

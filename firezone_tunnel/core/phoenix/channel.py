@@ -31,7 +31,14 @@ HEARTBEAT_INTERVAL = 10.0  # whatever else is sent (docs/protocol/portal-protoco
 PROBE_TIMEOUT = 1.5  # for the answer to a heartbeat after a pause; upstream doesn't ask
 MAX_UNANSWERED = 3  # docs/protocol/portal-protocol.md, 1.8
 QUEUE_CAPACITY = 128
+STALLED_AFTER = 4.0  # the operator learns what an attempt waits for well before it is given up
+STEADY_AFTER = 120.0
+"""A join that lasts this long ends the backoff between joins. It is twice the longest delay: two devices with one
+identity displace each other at most that often."""
 REJOIN_INTERVAL = 5.0  # a channel that ends sooner than this after its join gets a new socket, with backoff
+
+IDENTITY_SHARED = "identity_shared"  # of our portal (docs/decisions.md, 25)
+_IDENTITY_CONFLICTS = frozenset({"gateway_already_connected", "device_identity_conflict"})
 
 BACKOFF_INITIAL = 0.5  # docs/protocol/portal-protocol.md, 1.9
 BACKOFF_MULTIPLIER = 1.5
@@ -84,6 +91,13 @@ class Dial:
 
 
 @attrs.frozen
+class Stalled:
+    """The WebSocket is not open after some seconds. The attempt goes on, and waits for `missing`."""
+
+    missing: str
+
+
+@attrs.frozen
 class HangUp:
     """Drop the WebSocket without ceremony, or stop opening it."""
 
@@ -111,13 +125,22 @@ class ChannelLost:
 
 
 @attrs.frozen
+class IdentityShared:
+    """The portal has refused another host that has this device's identity; this connection goes on."""
+
+
+@attrs.frozen
 class Lost:
-    """There is no connection; the next attempt follows in `delay` seconds. `was_joined`: the channel was joined."""
+    """There is no connection; the next attempt follows in `delay` seconds. `was_joined`: the channel was joined.
+
+    `is_identity_shared`: another host with this device's identity is or was connected.
+    """
 
     reason: str
     attempt: int
     delay: float
     was_joined: bool
+    is_identity_shared: bool = False
 
 
 @attrs.frozen
@@ -127,7 +150,7 @@ class Fatal:
     error: PortalError
 
 
-Event = Dial | HangUp | Joined | PushReceived | ChannelLost | Lost | Fatal
+Event = Dial | Stalled | HangUp | Joined | PushReceived | ChannelLost | IdentityShared | Lost | Fatal
 
 
 @attrs.define
@@ -161,11 +184,14 @@ class Channel:
         self.counters = ChannelCounters()
         self._topic = topic
         self._join_payload = join_payload
-        self._backoff = _Backoff(entropy, max_partition_time)
+        self._backoff = _Backoff(entropy, max_partition_time)  # of attempts that fail
+        self._join_backoff = _Backoff(entropy, None)  # of joins that don't last
         self._state = ChannelState.IDLE
         self._attempt = 0
         self._deadline: float | None = None  # its meaning follows from the state
-        self._joined_at: float | None = None
+        self._stalled_at = 0.0
+        self._missing = ""
+        self._joined_at = float("-inf")
         self._link = _Link()
         self._queue: dict[tuple[str, bytes], None] = {}
         self._events: deque[Event] = deque()
@@ -179,6 +205,7 @@ class Channel:
         if self._state in _ONLINE:
             self._events.append(HangUp("a new connection was requested"))
         self._backoff.reset()
+        self._join_backoff.reset()
         self._attempt = 0
         self._dial(now)
 
@@ -197,6 +224,10 @@ class Channel:
         """End the connection. The shell closes the WebSocket, if any."""
         if self._state is not ChannelState.IDLE:
             self._enter(ChannelState.IDLE)
+
+    def handle_progress(self, missing: str) -> None:
+        """The WebSocket is not open yet, and waits for `missing` now."""
+        self._missing = missing
 
     def handle_open(self, now: float) -> None:
         """The WebSocket is open: join."""
@@ -234,7 +265,8 @@ class Channel:
         if self._state is not ChannelState.DIALING:
             return
         if refusal.status != 401:
-            self._lose(str(refusal), now, retry_after=refusal.retry_after)
+            is_shared = refusal.code in _IDENTITY_CONFLICTS
+            self._lose(str(refusal), now, retry_after=refusal.retry_after, is_identity_shared=is_shared)
             return
         discard = refusal.code in {"invalid_token", "missing_token"}
         self._fail(AuthenticationError(f"Cannot sign in: {refusal}", requires_sign_in=discard))
@@ -279,6 +311,7 @@ class Channel:
                 None if self._deadline is None else Timeout(self._deadline, self._state.value),
                 Timeout(self._link.heartbeat_at, "heartbeat") if self._state in _OPEN else None,
                 None if self._link.probe is None else Timeout(self._link.probe.deadline, "probe"),
+                Timeout(self._stalled_at, "stalled") if self._state is ChannelState.DIALING else None,
             ]
         )
 
@@ -289,12 +322,16 @@ class Channel:
             self._lose(f"no answer within {PROBE_TIMEOUT} s after a pause", now, retry_after=0.0)
         if self._state in _OPEN and now >= self._link.heartbeat_at:
             self._beat(now)
+        if self._state is ChannelState.DIALING and now >= self._stalled_at:
+            self._stalled_at = float("inf")
+            self._events.append(Stalled(self._missing))
 
     def _handle_deadline(self, now: float) -> None:
         if self._state is ChannelState.WAITING:
             self._dial(now)
         elif self._state is ChannelState.DIALING:
-            self._lose(f"no connection within {DIAL_TIMEOUT:.0f} s", now)
+            missing = f": {self._missing} is missing" if self._missing else ""
+            self._lose(f"no connection within {DIAL_TIMEOUT:.0f} s{missing}", now)
         else:
             self._lose(f"no answer to the join within {JOIN_TIMEOUT:.0f} s", now)
 
@@ -302,6 +339,8 @@ class Channel:
         self._enter(ChannelState.DIALING)
         self._attempt += 1
         self._deadline = now + DIAL_TIMEOUT
+        self._stalled_at = now + STALLED_AFTER
+        self._missing = ""
         self._events.append(Dial(self._attempt))
 
     def _join(self, now: float) -> None:
@@ -359,37 +398,47 @@ class Channel:
         elif frame.event == "phx_error":
             self._rejoin("the portal's channel crashed", now)
         elif frame.event == "disconnect":
-            self._handle_disconnect(frame.payload)
+            self._handle_disconnect(frame.payload, now)
+        elif frame.event == IDENTITY_SHARED:
+            self._events.append(IdentityShared())
         elif frame.event.startswith("phx_"):
             self.counters.unknown += 1
         else:
             self._events.append(PushReceived(frame.event, frame.payload))
 
-    def _handle_disconnect(self, payload: object) -> None:
-        if not isinstance(payload, dict) or payload.get("reason") != "token_expired":
+    def _handle_disconnect(self, payload: object, now: float) -> None:
+        reason = payload.get("reason") if isinstance(payload, dict) else None
+        if reason == "token_expired":
+            self._fail(AuthenticationError("The token has expired: sign in again", requires_sign_in=True))
+        elif reason == IDENTITY_SHARED:
+            self._lose("another host connected with the identity of this device", now, is_identity_shared=True)
+        else:
             self.counters.unknown += 1
-            return
-        self._fail(AuthenticationError("The token has expired: sign in again", requires_sign_in=True))
 
     def _rejoin(self, reason: str, now: float) -> None:
         if self._state is not ChannelState.JOINED:  # a join is under way already, and has its own time limit
             return
-        if self._joined_at is not None and now < self._joined_at + REJOIN_INTERVAL:
+        if now < self._joined_at + REJOIN_INTERVAL:
             self._lose(reason, now)
             return
         self._events.append(ChannelLost(reason))
         self._join(now)
 
-    def _lose(self, reason: str, now: float, *, retry_after: float | None = None) -> None:
-        delay = self._backoff.next() if retry_after is None else min(retry_after, RETRY_AFTER_MAX)
+    def _lose(
+        self, reason: str, now: float, *, retry_after: float | None = None, is_identity_shared: bool = False
+    ) -> None:
+        was_joined = self._state is ChannelState.JOINED
+        if was_joined and now >= self._joined_at + STEADY_AFTER:
+            self._join_backoff.reset()
+        backoff = self._join_backoff if was_joined else self._backoff
+        delay = backoff.next() if retry_after is None else min(retry_after, RETRY_AFTER_MAX)
         if delay is None:
             self._fail(PortalError(f"Gave up on the portal after {self._attempt} attempts: {reason}"))
             return
-        was_joined = self._state is ChannelState.JOINED
         self._enter(ChannelState.WAITING)
         self._deadline = now + delay
         self._events.append(HangUp(reason))
-        self._events.append(Lost(reason, self._attempt, delay, was_joined))
+        self._events.append(Lost(reason, self._attempt, delay, was_joined, is_identity_shared))
 
     def _fail(self, error: PortalError) -> None:
         self._enter(ChannelState.FAILED)

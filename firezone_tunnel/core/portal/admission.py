@@ -6,6 +6,7 @@ import base64
 import binascii
 import ipaddress
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 
 import attrs
 
@@ -37,6 +38,16 @@ class Refused(Exception):
         self.code = code
         self.detail = detail
         self.retry_after = retry_after
+
+    def document(self) -> dict[str, object]:
+        """The problem document, as JSON values."""
+        return {
+            "type": "about:blank",
+            "title": HTTPStatus(self.status).phrase,
+            "status": self.status,
+            "detail": self.detail,
+            "code": self.code,
+        }
 
 
 @attrs.frozen
@@ -158,6 +169,8 @@ def _relay_addresses(request: UpgradeRequest, invalid: _Invalid) -> tuple[Socket
             raise invalid(f"The {name} is not an IP address.") from None
         if address.version != family:
             raise invalid(f"The {name} is not of that family.")
+        if "%" in text:  # peers can't parse a scope, and would drop every message that names this relay
+            raise invalid(f"The {name} has a scope.")
         addresses.append(SocketAddress(str(address), int(port)))
     if not addresses:
         raise invalid("A relay needs an ipv4 or ipv6 parameter.")

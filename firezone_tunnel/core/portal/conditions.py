@@ -10,12 +10,14 @@ from typing import Protocol
 
 import attrs
 
+from firezone_tunnel.core.messages.common import Network
+from firezone_tunnel.core.portal.networks import parse_network
+
 _DAYS = "MTWRFSU"  # Monday to Sunday
+_KNOWN = "remote_ip is_in_cidr, remote_ip is_not_in_cidr, current_utc_datetime is_in_day_of_week_time_ranges"
 _TIME = re.compile(r"(\d{1,2})(?::(\d{2}))?(?::(\d{2}))?")
 _DAY_SECONDS = 24 * 3600
 _DAYS_AHEAD = 8  # a window that never ends is found after one week
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @attrs.frozen
@@ -108,11 +110,11 @@ def parse_condition(
     """
     match property_name, operator:
         case "remote_ip", "is_in_cidr" | "is_not_in_cidr":
-            networks = tuple(ipaddress.ip_network(value, strict=False) for value in values)
+            networks = tuple(map(parse_network, values))
             return RemoteAddress(networks=networks, negated=operator == "is_not_in_cidr")
         case "current_utc_datetime", "is_in_day_of_week_time_ranges":
             return TimeWindows(windows=tuple(window for value in values for window in _parse_windows(value, zone)))
-    raise ValueError(f"the condition {property_name!r} {operator!r} is unknown")
+    raise ValueError(f"the condition {property_name!r} {operator!r} is unknown (known: {_KNOWN})")
 
 
 def _parse_windows(text: str, zone: Callable[[str], tzinfo]) -> list[Window]:

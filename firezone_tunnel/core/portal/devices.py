@@ -52,7 +52,10 @@ class PeerSocket(Protocol):
         """Close the socket; the peer may come back."""
 
     def disconnect(self, reason: str) -> None:
-        """Push `disconnect` with this reason, so that the peer stays away, and close the socket."""
+        """Push `disconnect` with this reason and close the socket. After "token_expired" the peer stays away."""
+
+    def probe(self) -> None:
+        """Have the kernel find out within seconds whether the peer's host is still there, and end the socket if not."""
 
 
 @attrs.define(eq=False)
@@ -65,6 +68,8 @@ class DeviceSession:
     token: Token
     socket: PeerSocket
     is_joined: bool = False
+    contested_since: float | None = None
+    """When another host was first refused because of this session."""
     relays: dict[str, str] = attrs.Factory(dict)
     """Its relays: relay id to the stamp secret that the credentials were derived from."""
     resources: dict[str, Mapping[str, Any]] = attrs.Factory(dict)

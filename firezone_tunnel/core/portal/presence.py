@@ -5,23 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from firezone_tunnel.core.portal.account import PeerRole
-from firezone_tunnel.core.portal.devices import DeviceSession
+from firezone_tunnel.core.portal.devices import DeviceSession, Identity
 
 SWAP_WINDOW = 60.0
 SWAPS_TOLERATED = 3  # more swaps within the window: two hosts share an identity
 
 
 class SwapCounter:
-    """Counts how often a newer connection of a device replaced an older one."""
+    """Counts how often another host connected with the identity of a device that was connected."""
 
     def __init__(self) -> None:
         self._swaps: dict[str, list[float]] = {}
 
     def note(self, id_: str, now: float) -> bool:
-        """Count a swap. True when there are too many, and then not again within the window."""
+        """Count one. True when there are too many."""
         recent = [at for at in self._swaps.get(id_, []) if now - at < SWAP_WINDOW]
-        self._swaps[id_] = [*recent, now]
-        return len(recent) == SWAPS_TOLERATED
+        self._swaps[id_] = [*recent[-SWAPS_TOLERATED:], now]
+        return len(recent) >= SWAPS_TOLERATED
+
+    def is_excessive(self, id_: str, now: float) -> bool:
+        """Whether one more would be too many."""
+        return sum(now - at < SWAP_WINDOW for at in self._swaps.get(id_, [])) >= SWAPS_TOLERATED
 
     def forget_old(self, now: float) -> None:
         """Drop outdated counts. Called periodically."""
@@ -29,15 +33,17 @@ class SwapCounter:
 
 
 class Presence:
-    """Connected clients and gateways by device id; the newest connection of a device wins, for every role."""
+    """Connected clients and gateways by device id. An arriving connection replaces an older one of the device."""
 
     def __init__(self) -> None:
         self._sessions: dict[str, DeviceSession] = {}
+        self._by_identity: dict[Identity, DeviceSession] = {}
 
     def arrive(self, session: DeviceSession) -> DeviceSession | None:
         """Returns the older connection of the same device, to be closed."""
         displaced = self._sessions.get(session.device.id)
         self._sessions[session.device.id] = session
+        self._by_identity[session.device.identity] = session
         if displaced is not None:
             displaced.is_joined = False
         return displaced
@@ -48,7 +54,12 @@ class Presence:
         if self._sessions.get(session.device.id) is not session:
             return False
         del self._sessions[session.device.id]
+        del self._by_identity[session.device.identity]
         return True
+
+    def with_identity(self, identity: Identity) -> DeviceSession | None:
+        """The session of this device, joined or about to join."""
+        return self._by_identity.get(identity)
 
     def all(self) -> list[DeviceSession]:
         return list(self._sessions.values())

@@ -1,46 +1,58 @@
-"""Reads the portal's TOML file into an `Account`. An error is one sentence with the line number."""
+"""Reads the portal's TOML file into an `Account`. Errors and warnings are one sentence each, with the line number."""
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import re
 import tomllib
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from datetime import tzinfo
-from typing import Annotated, Literal, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, tzinfo
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
+import attrs
 import msgspec
 
-from firezone_tunnel.core.messages.common import Filter
 from firezone_tunnel.core.portal.account import (
     Account,
     Actor,
     DnsSettings,
-    IpStack,
     PeerRole,
     Policy,
     Resource,
-    ResourceType,
     Site,
     Token,
     TurnServer,
     token_hash,
 )
 from firezone_tunnel.core.portal.conditions import parse_condition
-from firezone_tunnel.core.portal.tunnel_addresses import RESERVED
-from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.portal.seed_lines import SeedLines
+from firezone_tunnel.core.portal.seed_tables import (
+    LISTS,
+    SINGLE,
+    AccountTable,
+    ActorTable,
+    DnsTable,
+    NamedTable,
+    PolicyTable,
+    ResourceTable,
+    Table,
+    TokenTable,
+    TurnServerTable,
+    read_table,
+    suggest,
+)
+from firezone_tunnel.core.portal.seed_values import (
+    check_host,
+    check_https_url,
+    parse_address,
+    parse_filter,
+    parse_resolver,
+    parse_socket_address,
+)
 from firezone_tunnel.errors import ConfigurationError
 
 _NAMESPACE = uuid.UUID("7d0f5a0e-6d49-5f2b-9a55-3f6f1c1f8e10")  # of ids that are derived from names
-_DNS_PORT = 53
-_PATTERN_LABEL = re.compile(r"\*\*|[a-z0-9_*?-]{1,63}")
-_HOST_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _HASH = re.compile(r"[0-9a-f]{64}")
-_PATH = re.compile(r"\$\.(\w+)(?:\[(\d+)\])?")
-
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
 class SeedContext(NamedTuple):
@@ -50,90 +62,33 @@ class SeedContext(NamedTuple):
     time_zone: Callable[[str], tzinfo]
 
 
-def parse_seed(text: str, context: SeedContext) -> Account:
+class Seed(NamedTuple):
+    """A valid file. `warnings` name what is valid, but has no effect."""
+
+    account: Account
+    warnings: tuple[str, ...]
+
+
+class SeedError(ConfigurationError):
+    """An invalid file. `problems` has all errors, the text only the first of them."""
+
+    def __init__(self, *problems: str) -> None:
+        others = len(problems) - 1
+        more = f" (and {others} more {'error' if others == 1 else 'errors'})" if others else ""
+        super().__init__(problems[0] + more)
+        self.problems = problems
+
+
+def parse_seed(text: str, context: SeedContext) -> Seed:
     """Read the whole file.
 
-    Raises: ConfigurationError.
+    Raises: SeedError.
     """
-    return _Reader(text, context).account()
-
-
-class _Table(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, frozen=True):
-    """A table of the file. An unknown key is an error, most likely a typo."""
-
-
-class _AccountTable(_Table, frozen=True, kw_only=True):
-    name: Name
-    slug: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_-]{1,63}$")]
-    id: uuid.UUID | None = None
-
-
-class _DnsTable(_Table, frozen=True, kw_only=True):
-    upstream: list[str] = []
-    upstream_doh: list[str] = []
-    search_domain: str | None = None
-
-
-class _Named(_Table, frozen=True, kw_only=True):
-    name: Name
-    id: uuid.UUID | None = None
-
-
-class _ActorTable(_Named, frozen=True, kw_only=True):
-    email: str | None = None
-    groups: list[str] = []
-
-
-class _TokenTable(_Table, frozen=True, kw_only=True):
-    kind: Literal["client", "gateway", "relay"]
-    actor: str | None = None
-    site: str | None = None
-    token: str | None = None
-    token_file: str | None = None
-    sha3_256: str | None = None
-    expires_at: datetime.datetime | None = None
-
-
-class _ResourceTable(_Named, frozen=True, kw_only=True):
-    type: ResourceType
-    address: str = ""
-    address_description: str | None = None
-    ip_stack: IpStack | None = None
-    site: str | None = None
-    sites: list[str] = []
-    filters: list[str] = []
-
-
-class _ConditionTable(_Table, frozen=True, kw_only=True):
-    property: str
-    operator: str
-    values: Annotated[list[str], msgspec.Meta(min_length=1)]
-
-
-class _PolicyTable(_Table, frozen=True, kw_only=True):
-    group: str
-    resource: str
-    conditions: list[_ConditionTable] = []
-    id: uuid.UUID | None = None
-
-
-class _TurnServerTable(_Named, frozen=True, kw_only=True):
-    addresses: Annotated[list[str], msgspec.Meta(min_length=1, max_length=2)]
-    username: Name
-    password: Name
-    realm: Name | None = None
-
-
-class _File(_Table, frozen=True, kw_only=True):
-    account: _AccountTable
-    dns: _DnsTable = _DnsTable()
-    sites: list[_Named] = []
-    groups: list[_Named] = []
-    actors: list[_ActorTable] = []
-    tokens: list[_TokenTable] = []
-    resources: list[_ResourceTable] = []
-    policies: list[_PolicyTable] = []
-    turn_servers: list[_TurnServerTable] = []
+    try:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # not all of tomllib's are TOMLDecodeErrors
+        raise SeedError(_explain(text, error)) from None
+    return _Reader(SeedLines(text, content), content, context).seed()
 
 
 class _HasId(Protocol):
@@ -141,74 +96,107 @@ class _HasId(Protocol):
     def id(self) -> str: ...
 
 
-T = TypeVar("T", bound=_HasId)
-_T = TypeVar("_T")
+_Made = TypeVar("_Made", bound=_HasId)
+_TableKind = TypeVar("_TableKind", bound=Table)
+_NamedKind = TypeVar("_NamedKind", bound=NamedTable)
 _R = TypeVar("_R")
 _P = ParamSpec("_P")
 
 
-class _Reader:
-    """Reads one file. `_at` is the table being read, for error messages."""
+@attrs.frozen
+class _Place:
+    """A table of the file, and a key in it. `number` is None for a table that there is only one of."""
 
-    def __init__(self, text: str, context: SeedContext) -> None:
-        self._text = text
+    kind: str
+    number: int | None = None
+    key: str | None = None
+
+
+class _Unusable(Exception):
+    """The table has an error, which is in the list."""
+
+
+class _Reader:
+    """Reads one file. `_at` is what is being read, for error messages."""
+
+    def __init__(self, lines: SeedLines, content: dict[str, Any], context: SeedContext) -> None:
+        self._lines = lines
+        self._content = content
         self._context = context
-        self._at: tuple[str, int | None] = ("account", None)
+        self._problems: list[tuple[int, str]] = []
+        self._numbers: dict[str, dict[str, int]] = {}  # by kind and id: the place among the tables of the kind
+        self._ids: dict[str, dict[str, str]] = {}  # by kind and name
+        self._at = _Place("account")
         self._account_id = ""
 
-    def account(self) -> Account:
-        file = self._file()
-        self._account_id = self._id(file.account.id, "account", file.account.slug)
-        sites = {one.id: one for one in self._named("sites", file.sites)}
-        groups = {one.id: one.name for one in self._named("groups", file.groups)}
-        actors = self._each("actors", file.actors, lambda table: self._actor(table, groups))
-        resources = self._each("resources", file.resources, lambda table: self._resource(table, sites))
-        tokens = self._each("tokens", file.tokens, lambda table: self._token(table, actors, sites))
-        policies = self._each("policies", file.policies, lambda table: self._policy(table, groups, resources))
-        self._check_names(actors.values(), "actors")
-        turn_servers = self._each("turn_servers", file.turn_servers, self._turn_server)
-        self._check_names(resources.values(), "resources")
-        self._check_names(turn_servers.values(), "turn_servers")
-        return Account(
+    def seed(self) -> Seed:
+        self._check_table_names()
+        head = self._single("account", AccountTable)
+        dns = self._dns(self._single("dns", DnsTable) or DnsTable())
+        self._account_id = "" if head is None else self._id(head.id, "account", head.slug)
+        sites = self._named("sites", self._list("sites", NamedTable), self._site)
+        groups = self._named("groups", self._list("groups", NamedTable), self._site)
+        actors = self._named("actors", self._list("actors", ActorTable), self._actor)
+        resources = self._named("resources", self._list("resources", ResourceTable), self._resource)
+        tokens = self._each("tokens", self._list("tokens", TokenTable), self._token)
+        policies = self._each("policies", self._list("policies", PolicyTable), self._policy)
+        turn_servers = self._named("turn_servers", self._list("turn_servers", TurnServerTable), self._turn_server)
+        if head is None or self._problems:
+            raise SeedError(*(what for _, what in sorted(self._problems)))
+        account = Account(
             id=self._account_id,
-            name=file.account.name,
-            slug=file.account.slug,
-            dns=self._dns(file.dns),
+            name=head.name,
+            slug=head.slug,
+            dns=dns,
             sites=sites,
-            groups=groups,
+            groups={group.id: group.name for group in groups.values()},
             actors=actors,
             tokens={token.hash: token for token in tokens.values()},
             resources=resources,
             policies=tuple(policies.values()),
             turn_servers=turn_servers,
         )
+        return Seed(account, tuple(self._warnings(account)))
 
-    def _file(self) -> _File:
-        try:
-            raw = tomllib.loads(self._text)
-        except tomllib.TOMLDecodeError as error:
-            end = f"at line {len(self._text.splitlines())}, the last"
-            what = str(error).replace("at end of document", end)
-            raise ConfigurationError(f"not valid TOML: {what}") from error
-        try:
-            return msgspec.convert(raw, _File, strict=True)
-        except msgspec.ValidationError as error:
-            found = _PATH.search(str(error))
-            if found is not None:
-                self._at = (found[1], int(found[2]) if found[2] else None)
-            what, _, _ = str(error).partition(" - at `")
-            self._fail(what[:1].lower() + what[1:])
+    def _check_table_names(self) -> None:
+        for name in self._content:
+            if name not in SINGLE and name not in LISTS:
+                self._note(_Place(name), f"there is no such table{suggest(name, [*SINGLE, *LISTS])}")
 
-    def _named(self, kind: str, tables: Iterable[_Named]) -> Iterable[Site]:
-        named = self._each(kind, tables, lambda one: Site(self._id(one.id, kind, one.name), one.name))
-        self._check_names(named.values(), kind)
-        return named.values()
+    def _single(self, kind: str, table: type[_TableKind]) -> _TableKind | None:
+        place = _Place(kind)
+        if kind not in self._content:
+            if kind == "account":
+                self._note(place, "the table is missing")
+            return None
+        if isinstance(self._content[kind], list):
+            self._note(place, f"there can be only one: write [{kind}]")
+            return None
+        return read_table(table, self._content[kind], lambda key, what: self._note(attrs.evolve(place, key=key), what))
 
-    def _actor(self, table: _ActorTable, groups: Mapping[str, str]) -> Actor:
-        members = tuple(self._find("group", name, groups) for name in table.groups)
+    def _list(self, kind: str, table: type[_TableKind]) -> dict[int, _TableKind]:
+        """The tables without errors, by their place in the file."""
+        raw = self._content.get(kind, [])
+        if not isinstance(raw, list):
+            self._note(_Place(kind), f"there can be several: write [[{kind}]]")
+            return {}
+        found = {}
+        for number, one in enumerate(raw):
+            place = _Place(kind, number)
+            read = read_table(table, one, lambda key, what, at=place: self._note(attrs.evolve(at, key=key), what))  # type: ignore[misc]
+            if read is not None:
+                found[number] = read
+        return found
+
+    def _site(self, table: NamedTable) -> Site:
+        """A site; a group has the same keys."""
+        return Site(self._id(table.id, self._at.kind, table.name), table.name)
+
+    def _actor(self, table: ActorTable) -> Actor:
+        members = tuple(self._find("groups", name, key="groups") for name in table.groups)
         return Actor(self._id(table.id, "actors", table.name), table.name, table.email, members)
 
-    def _token(self, table: _TokenTable, actors: Mapping[str, Actor], sites: Mapping[str, Site]) -> Token:
+    def _token(self, table: TokenTable) -> Token:
         role = PeerRole(table.kind)
         if (role is PeerRole.CLIENT) is (table.actor is None):
             self._fail("`actor` is required for a client's token, and allowed for no other")
@@ -216,67 +204,70 @@ class _Reader:
             self._fail("`site` is required for a gateway's token, and allowed for no other")
         owner = self._account_id
         if table.actor is not None:
-            owner = self._find("actor", table.actor, {one.id: one.name for one in actors.values()})
+            owner = self._find("actors", table.actor, key="actor")
         if table.site is not None:
-            owner = self._find("site", table.site, {one.id: one.name for one in sites.values()})
+            owner = self._find("sites", table.site, key="site")
         hashed = self._token_hash(table)
         expires_at = None
         if table.expires_at is not None:
             if table.expires_at.tzinfo is None:
-                self._fail("`expires_at` needs an offset, as in 2030-01-01T00:00:00Z")
-            expires_at = int(table.expires_at.timestamp())
+                self._fail("`expires_at` needs an offset, as in 2030-01-01T00:00:00Z", key="expires_at")
+            try:
+                expires_at = int(table.expires_at.astimezone(UTC).timestamp())
+            except OverflowError:
+                self._fail("`expires_at` is outside of the years 1 to 9999 in UTC", key="expires_at")
         return Token(self._id(None, "tokens", hashed), role, hashed, owner, expires_at)
 
-    def _token_hash(self, table: _TokenTable) -> str:
+    def _token_hash(self, table: TokenTable) -> str:
         given = [value for value in (table.token, table.token_file, table.sha3_256) if value is not None]
         if len(given) != 1:
             self._fail("exactly one of `token`, `token_file` and `sha3_256` must be given")
         if table.sha3_256 is not None:
             if not _HASH.fullmatch(table.sha3_256):
-                self._fail("`sha3_256` is not 64 lower-case hex digits")
+                self._fail("`sha3_256` is not 64 lower-case hex digits", key="sha3_256")
             return table.sha3_256
         text = table.token
         if text is None:
-            text = self._try(self._context.read_file, given[0])
+            text = self._try("token_file", self._context.read_file, given[0])
         text = "".join(text.split())
         if not text:
             self._fail("the token is empty")
         return token_hash(text)
 
-    def _resource(self, table: _ResourceTable, sites: Mapping[str, Site]) -> Resource:
+    def _resource(self, table: ResourceTable) -> Resource:
         names = [*table.sites, *([table.site] if table.site is not None else [])]
         if not names:
             self._fail("a resource needs a `site` (or `sites`)")
         if table.ip_stack is not None and table.type != "dns":
-            self._fail("`ip_stack` is for DNS resources only")
+            self._fail("`ip_stack` is for DNS resources only", key="ip_stack")
         if table.filters and table.type == "internet":
-            self._fail("an internet resource has no filters")
-        found = {self._find("site", name, {one.id: one.name for one in sites.values()}) for name in names}
+            self._fail("an internet resource has no filters", key="filters")
+        found = {self._find("sites", name, key="sites" if name in table.sites else "site") for name in names}
         return Resource(
             id=self._id(table.id, "resources", table.name),
             name=table.name,
             type=table.type,
-            address=self._try(_address, table),
+            address=self._try("address", parse_address, table.type, table.address),
             address_description=table.address_description,
             ip_stack=(table.ip_stack or "dual") if table.type == "dns" else None,
             sites=tuple(sorted(found)),
-            filters=tuple(self._try(_filter, text) for text in table.filters),
+            filters=tuple(self._try("filters", parse_filter, text) for text in table.filters),
         )
 
-    def _policy(self, table: _PolicyTable, groups: Mapping[str, str], resources: Mapping[str, Resource]) -> Policy:
-        group = self._find("group", table.group, groups)
-        resource = self._find("resource", table.resource, {one.id: one.name for one in resources.values()})
+    def _policy(self, table: PolicyTable) -> Policy:
+        group = self._find("groups", table.group, key="group")
+        resource = self._find("resources", table.resource, key="resource")
         conditions = tuple(
-            self._try(parse_condition, one.property, one.operator, one.values, self._context.time_zone)
+            self._try("conditions", parse_condition, one.property, one.operator, one.values, self._context.time_zone)
             for one in table.conditions
         )
         name = f"{group}:{resource}:{msgspec.json.encode(table.conditions).decode()}"
         return Policy(self._id(table.id, "policies", name), group, resource, conditions)
 
-    def _turn_server(self, table: _TurnServerTable) -> TurnServer:
-        addresses = tuple(self._try(SocketAddress.parse, text) for text in table.addresses)
+    def _turn_server(self, table: TurnServerTable) -> TurnServer:
+        addresses = tuple(self._try("addresses", parse_socket_address, text) for text in table.addresses)
         if len({address.is_ipv6 for address in addresses}) != len(addresses):
-            self._fail("a TURN server can have at most one address of each family")
+            self._fail("a TURN server can have at most one address of each family", key="addresses")
         return TurnServer(
             id=self._id(table.id, "turn_servers", table.name),
             name=table.name,
@@ -286,126 +277,133 @@ class _Reader:
             realm=table.realm,
         )
 
-    def _dns(self, table: _DnsTable) -> DnsSettings:
-        self._at = ("dns", None)
-        for url in table.upstream_doh:
-            if not url.startswith("https://"):
-                self._fail(f"{url!r} is not an https:// URL")
-        if table.search_domain is not None:
-            self._try(_check_host, table.search_domain)
-        upstream = tuple(self._try(_resolver, text) for text in table.upstream)
+    def _dns(self, table: DnsTable) -> DnsSettings:
+        self._at = _Place("dns")
+        try:
+            for url in table.upstream_doh:
+                self._try("upstream_doh", check_https_url, url)
+            if table.search_domain is not None:
+                self._try("search_domain", check_host, table.search_domain)
+            upstream = tuple(self._try("upstream", parse_resolver, text) for text in table.upstream)
+        except _Unusable:
+            return DnsSettings()
         return DnsSettings(upstream, tuple(table.upstream_doh), table.search_domain)
 
-    def _each(self, kind: str, tables: Iterable[_T], make: Callable[[_T], T]) -> dict[str, T]:
-        made: dict[str, T] = {}
-        for number, table in enumerate(tables):
-            self._at = (kind, number)
-            one = make(table)
-            if one.id in made:
-                self._fail("it is a duplicate")
-            made[one.id] = one
+    def _named(
+        self, kind: str, tables: Mapping[int, _NamedKind], make: Callable[[_NamedKind], _Made]
+    ) -> dict[str, _Made]:
+        """Tables that others refer to by name: it must be unique even where ids differ."""
+        first: dict[str, int] = {}
+        for number, table in tables.items():
+            if first.setdefault(table.name, number) != number:
+                self._note(_Place(kind, number, "name"), f"the name is used twice{self._too(kind, first[table.name])}")
+        made = self._each(kind, {number: tables[number] for number in first.values()}, make)
+        self._ids[kind] = {tables[self._numbers[kind][id_]].name: id_ for id_ in made}
         return made
 
-    def _check_names(self, things: Iterable[Site | Actor | Resource | TurnServer], kind: str) -> None:
-        """Tables refer to each other by name, so a name must be unique even where ids differ."""
-        seen: set[str] = set()
-        for number, thing in enumerate(things):
-            self._at = (kind, number)
-            if thing.name in seen:
-                self._fail(f"the name {thing.name!r} is used twice")
-            seen.add(thing.name)
+    def _each(
+        self, kind: str, tables: Mapping[int, _TableKind], make: Callable[[_TableKind], _Made]
+    ) -> dict[str, _Made]:
+        made: dict[str, _Made] = {}
+        numbers = self._numbers.setdefault(kind, {})
+        for number, table in tables.items():
+            self._at = _Place(kind, number)
+            try:
+                one = make(table)
+            except _Unusable:
+                continue
+            if one.id in made:
+                self._note(self._at, f"it is a duplicate{self._too(kind, numbers[one.id])}")
+                continue
+            made[one.id] = one
+            numbers[one.id] = number
+        return made
 
-    def _find(self, kind: str, name: str, names: Mapping[str, str]) -> str:
-        found = next((id_ for id_, known in names.items() if known == name), None)
-        if found is None:
-            self._fail(f"there is no {kind} named {name!r}")
-        return found
+    def _too(self, kind: str, number: int) -> str:
+        line = self._lines.find(kind, number)
+        return f", also in line {line}" if line else ""
+
+    def _find(self, kind: str, name: str, *, key: str) -> str:
+        """The id of the thing with this name."""
+        if name in self._ids[kind]:
+            return self._ids[kind][name]
+        tables: list[Any] = self._content[kind] if isinstance(self._content.get(kind), list) else []
+        names = [str(one["name"]) for one in tables if isinstance(one, dict) and "name" in one]
+        if name not in names:  # else that table has an error of its own
+            self._note(attrs.evolve(self._at, key=key), f"there is no {kind[:-1]} {name!r}{suggest(name, names)}")
+        raise _Unusable
 
     def _id(self, given: uuid.UUID | None, kind: str, name: str) -> str:
         return str(given or uuid.uuid5(_NAMESPACE, f"{self._account_id}/{kind}/{name}"))
 
-    def _try(self, parse: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def _try(self, key: str, parse: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return parse(*args, **kwargs)
         except ValueError as error:
-            self._fail(str(error))
+            self._fail(str(error), key=key)
 
-    def _fail(self, what: str) -> NoReturn:
-        kind, number = self._at
-        line = _line_of(self._text, kind, number or 0)
-        where = f"[[{kind}]]" if number is not None else f"[{kind}]"
-        raise ConfigurationError(f"{where}{f' in line {line}' if line else ''}: {what}")
+    def _fail(self, what: str, *, key: str | None = None) -> NoReturn:
+        self._note(attrs.evolve(self._at, key=key), what)
+        raise _Unusable
 
+    def _note(self, place: _Place, what: str) -> None:
+        """Add a problem; the list is ordered by lines in the end."""
+        line = self._lines.find(place.kind, place.number, place.key) or 0
+        self._problems.append((line, f"{self._where(place, line)}: {what}"))
 
-def _address(table: _ResourceTable) -> str:
-    """The address in its wire form."""
-    if table.type == "internet":
-        if table.address:
-            raise ValueError("an internet resource has no address")
-        return ""
-    if table.type == "dns":
-        return _pattern(table.address)
-    network = ipaddress.ip_network(table.address, strict=False)
-    if table.type == "ip" and network.num_addresses != 1:
-        raise ValueError(f"{table.address!r} is a network, not an address: use type cidr")
-    if network.prefixlen == 0:
-        raise ValueError(f"{table.address} covers everything: use type internet")
-    if network.is_loopback:
-        raise ValueError(f"{table.address} is the loopback network, which every host has for itself")
-    if any(network.version == one.version and network.overlaps(one) for one in RESERVED):
-        raise ValueError(f"{table.address} overlaps the tunnel's own addresses (100.64.0.0/10, fd00:2021:1111::/48)")
-    return str(network)
+    def _where(self, place: _Place, line: int | None) -> str:
+        table = f"[{place.kind}]"
+        if place.number is not None:
+            raw = self._content[place.kind][place.number]
+            name = raw.get("name") if isinstance(raw, dict) else None
+            table = f"[{table}] {name!r}" if isinstance(name, str) else f"[{table}]"
+        return f"{table} in line {line}" if line else table
 
+    def _warnings(self, account: Account) -> Iterator[str]:
+        """Sentences about what has no effect."""
+        with_policy = {policy.resource for policy in account.policies}
+        with_gateway = {token.owner for token in account.tokens.values() if token.role is PeerRole.GATEWAY}
+        with_members = {group for actor in account.actors.values() for group in actor.groups}
+        for site in account.sites:
+            if site not in with_gateway:
+                yield self._warning("sites", site, "no token of kind gateway is for this site, so nothing can reach it")
+        for group in account.groups:
+            if group not in with_members:
+                yield self._warning("groups", group, "no actor is a member")
+        for resource in account.resources:
+            if resource not in with_policy:
+                yield self._warning("resources", resource, "no policy gives it to a group, so no client can use it")
+        for policy in account.policies:
+            if policy.group not in with_members:
+                group = account.groups[policy.group]
+                yield self._warning("policies", policy.id, f"it gives access to nobody: {group!r} has no members")
 
-def _pattern(text: str) -> str:
-    pattern = text.lower().rstrip(".")
-    labels = pattern.split(".")
-    if not pattern or len(pattern) > 253 or not all(_PATTERN_LABEL.fullmatch(label) for label in labels):
-        raise ValueError(f"{text!r} is not a domain name or pattern")
-    last = labels[-1]
-    if "*" in last or "?" in last or last == "localhost":
-        raise ValueError(f"{text!r}: the last label must be a plain top-level domain")
-    if last.isdigit():
-        raise ValueError(f"{text!r} is an IP address: use type ip")
-    return pattern
-
-
-def _check_host(text: str) -> None:
-    if len(text) > 253 or not all(_HOST_LABEL.fullmatch(label) for label in text.lower().split(".")):
-        raise ValueError(f"{text!r} is not a domain name")
+    def _warning(self, kind: str, id_: str, what: str) -> str:
+        place = _Place(kind, self._numbers[kind][id_])
+        return f"{self._where(place, self._lines.find(place.kind, place.number))}: {what}"
 
 
-def _filter(text: str) -> Filter:
-    """`icmp`, `tcp`, `udp/53` or `tcp/8000-8080`."""
-    protocol, _, ports = text.replace(" ", "").lower().partition("/")
-    if protocol == "icmp" and not ports:
-        return Filter(protocol="icmp")
-    first, dash, last = ports.partition("-")
-    if protocol not in {"tcp", "udp"} or (ports and not (first.isdigit() and (last.isdigit() if dash else True))):
-        raise ValueError(f"{text!r} is not a filter (icmp, tcp, udp/53, tcp/8000-8080)")
-    start, end = int(first or 0), int(last or first or 0xFFFF)
-    if not start <= end <= 0xFFFF:
-        raise ValueError(f"{text!r} is not a valid port range")
-    return Filter(protocol="tcp" if protocol == "tcp" else "udp", port_range_start=start, port_range_end=end)
+_TOML_PLACE = re.compile(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", re.DOTALL)
+_TOML_ADVICE = {
+    "Invalid value": "a value is missing, or a text is not in quotes",
+    "Invalid statement": "this is neither `key = value` nor the [name] of a table",
+    "Invalid initial character for a key part": "a key or the name of a table is missing",
+    "Expected '=' after a key in a key/value pair": "`=` is missing after a key",
+    "Expected newline or end of document after a statement": "there is more than one value, or a quote is missing",
+    "Illegal character '\\n'": "the text is not closed by a quote on its line",
+    "Unterminated string": "the text is not closed by a quote",
+    "Unclosed array": "the list is not closed by `]`, or a comma is missing",
+    "Unclosed inline table": "the table is not closed by `}`, or a comma is missing",
+    "Cannot overwrite a value": "the key is given twice",
+    "Unescaped '\\' in a string": "write \\\\ for a backslash in a text",
+}
 
 
-def _resolver(text: str) -> tuple[str, int]:
-    host, port = text, str(_DNS_PORT)
-    if text.startswith("["):
-        host, _, port = text[1:].partition("]")
-        port = port.removeprefix(":") or str(_DNS_PORT)
-    elif text.count(":") == 1:
-        host, _, port = text.partition(":")
-    address = ipaddress.ip_address(host)
-    if not port.isdigit() or not 0 < int(port) <= 0xFFFF:
-        raise ValueError(f"{text!r} is not the address of a resolver")
-    if any(address in one for one in RESERVED):
-        raise ValueError(f"the resolver {text} lies in the tunnel's own addresses")
-    return str(address), int(port)
-
-
-def _line_of(text: str, kind: str, number: int) -> int | None:
-    """The line of the n-th `[kind]` or `[[kind]]` header; None if the file has no such header."""
-    header = re.compile(rf"\s*\[\[?\s*{re.escape(kind)}\s*\]\]?\s*(?:#.*)?")
-    lines = [place for place, line in enumerate(text.splitlines(), 1) if header.fullmatch(line)]
-    return lines[number] if number < len(lines) else None
+def _explain(text: str, error: Exception) -> str:
+    """Our words for the parser's error, where it has an equivalent."""
+    found = _TOML_PLACE.fullmatch(str(error))
+    if found is None:
+        return f"not valid TOML: {error}"
+    what = _TOML_ADVICE.get(found[1], found[1][:1].lower() + found[1][1:])
+    place = f"line {found[2]}, column {found[3]}" if found[2] else f"line {len(text.splitlines())}, the last"
+    return f"not valid TOML in {place}: {what}"

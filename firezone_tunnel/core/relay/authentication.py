@@ -25,11 +25,23 @@ class AuthenticatedRequest(NamedTuple):
     key: bytes
 
 
+class RejectedLogin(NamedTuple):
+    """Credentials that a client presented in vain."""
+
+    reason: str  # "unknown user", "expired" or "wrong password"
+    username: str
+    client: SocketAddress
+
+
 class AuthenticationRefusal(NamedTuple):
-    """An error response for an unauthenticated request, signed with the `key` of its USERNAME if that is valid."""
+    """An error response for an unauthenticated request, signed with the `key` of its USERNAME if that is valid.
+
+    `rejected` is None where the request carries no credentials that could be judged: a first request, a stale nonce.
+    """
 
     code: int
     key: bytes | None
+    rejected: RejectedLogin | None = None
 
 
 class Authenticator:
@@ -51,6 +63,10 @@ class Authenticator:
             return AuthenticationRefusal(401, key)
         if not self._nonces.is_valid(nonce, client, now):
             return AuthenticationRefusal(438, key)
-        if key is None or not self._credentials.is_current(username, utc_now) or not message.is_authentic(key):
-            return AuthenticationRefusal(401, key)
+        if key is None:
+            return AuthenticationRefusal(401, key, RejectedLogin("unknown user", username, client))
+        if not message.is_authentic(key):
+            return AuthenticationRefusal(401, key, RejectedLogin("wrong password", username, client))
+        if not self._credentials.is_current(username, utc_now):
+            return AuthenticationRefusal(401, key, RejectedLogin("expired", username, client))
         return AuthenticatedRequest(message, client, local, username, key)

@@ -6,6 +6,7 @@ from collections import Counter, deque
 
 import attrs
 
+from firezone_tunnel.core.relay.authentication import RejectedLogin
 from firezone_tunnel.core.relay.peer_policy import Network
 from firezone_tunnel.core.sansio import Releasable, SocketAddress, Transmit
 
@@ -79,6 +80,8 @@ class RelayCounters:
     """Neither STUN nor channel data, or malformed."""
     withheld_responses: int = 0
     """Responses to unauthenticated senders beyond what `ResponseBudget` allows."""
+    rejected_logins: Counter[str] = attrs.field(factory=Counter)
+    """Requests with credentials that are not valid, by reason."""
     without_allocation: int = 0
     without_channel: int = 0
     """Channel data on a channel that isn't bound (any longer)."""
@@ -98,6 +101,11 @@ class Outbox:
     waiting: deque[RelayTransmit] = attrs.field(factory=deque)
     commands: deque[Command] = attrs.field(factory=deque)
     counters: RelayCounters = attrs.field(factory=RelayCounters)
+    last_rejected: RejectedLogin | None = None
+
+    def reject(self, login: RejectedLogin) -> None:
+        self.counters.rejected_logins[login.reason] += 1
+        self.last_rejected = login
 
     def refuse_peer(self, private_network: Network | None) -> None:
         """Count a peer to which nothing is relayed; `private_network` comes from `PeerPolicy`."""

@@ -19,7 +19,10 @@ _MAX_NAMED = 16  # of the unknown attributes, to keep a response below 100 bytes
 
 
 class Responder:
-    """Sends responses, without SOFTWARE and reason, and with a FINGERPRINT if the request has one."""
+    """Sends responses, without SOFTWARE, and with a FINGERPRINT if the request has one.
+
+    Only a 401 has a reason, and only where the response is not too large with it.
+    """
 
     def __init__(self, credentials: CredentialSource, nonces: Nonces, budget: ResponseBudget, outbox: Outbox) -> None:
         self._credentials = credentials
@@ -37,13 +40,15 @@ class Responder:
         self, refusal: AuthenticationRefusal, message: Message, client: SocketAddress, local: SocketAddress, now: float
     ) -> None:
         """Refuse an unauthenticated request, with realm and nonce if authentication may help."""
-        attributes: Attributes = ((stun.ERROR_CODE, ErrorCode(refusal.code)),)
+        challenge: Attributes = ()
         if refusal.code in {401, 438}:
-            attributes += (
-                (stun.REALM, self._credentials.realm),
-                (stun.NONCE, self._nonces.issue(client, now)),
-            )
-        response = _response(message, Kind.ERROR, attributes, refusal.key)
+            challenge = ((stun.REALM, self._credentials.realm), (stun.NONCE, self._nonces.issue(client, now)))
+        response = b""
+        for reason in (_UNAUTHORIZED, "") if refusal.code == 401 else ("",):
+            error = (stun.ERROR_CODE, ErrorCode(refusal.code, reason))
+            response = _response(message, Kind.ERROR, (error, *challenge), refusal.key)
+            if len(response) <= _limit(message):
+                break
         self._to_unauthenticated(response, message, client, local, refusal.code, now)
 
     def answer_binding(
@@ -77,7 +82,7 @@ class Responder:
         size = len(message.raw)
         if not proven:
             self._budget.received(size)
-        if len(response) > max(MAX_RESPONSE, size) or not self._budget.spend(client, len(response), now, proven=proven):
+        if len(response) > _limit(message) or not self._budget.spend(client, len(response), now, proven=proven):
             self._outbox.counters.withheld_responses += 1
             return
         self._send(response, message, client, local, code)
@@ -97,7 +102,13 @@ def unknown_attributes(message: Message) -> tuple[Attribute[Any], tuple[int, ...
     return (stun.UNKNOWN_ATTRIBUTES, tuple(dict.fromkeys(numbers))[:_MAX_NAMED]) if numbers else None
 
 
+_UNAUTHORIZED = "Unauthorized"  # RFC 8489, section 14.8
 _OPTIONAL = 0x8000  # RFC 8489, section 14: comprehension-optional from here on
+
+
+def _limit(message: Message) -> int:
+    """The largest response to an unauthenticated request, in bytes."""
+    return max(MAX_RESPONSE, len(message.raw))
 
 
 def _response(message: Message, kind: Kind, attributes: Attributes, key: bytes | None) -> bytes:

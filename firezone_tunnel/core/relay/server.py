@@ -11,7 +11,12 @@ from collections.abc import Iterator
 from firezone_tunnel.core.datagrams import DatagramBatch
 from firezone_tunnel.core.relay.allocation import CHANNEL_LIFETIME, PERMISSION_LIFETIME, Allocation, family_of
 from firezone_tunnel.core.relay.allocator import Allocator, RelayConfig, granted_lifetime
-from firezone_tunnel.core.relay.authentication import AuthenticatedRequest, AuthenticationRefusal, Authenticator
+from firezone_tunnel.core.relay.authentication import (
+    AuthenticatedRequest,
+    AuthenticationRefusal,
+    Authenticator,
+    RejectedLogin,
+)
 from firezone_tunnel.core.relay.budget import ResponseBudget
 from firezone_tunnel.core.relay.credentials import CredentialSource
 from firezone_tunnel.core.relay.forwarding import Forwarder, buffer_pool
@@ -66,6 +71,11 @@ class RelayServer:
     @property
     def counters(self) -> RelayCounters:
         return self._outbox.counters
+
+    @property
+    def last_rejected(self) -> RejectedLogin | None:
+        """The newest of `counters.rejected_logins`."""
+        return self._outbox.last_rejected
 
     @property
     def allocations(self) -> int:
@@ -156,6 +166,8 @@ class RelayServer:
             return
         sender = self._authenticator.authenticate(message, source, local, now, utc_now)
         if isinstance(sender, AuthenticationRefusal):
+            if sender.rejected is not None:
+                self._outbox.reject(sender.rejected)
             self._responder.refuse(sender, message, source, local, now)
             return
         self._handle_request(sender, now)

@@ -290,8 +290,7 @@ class ClientTunnel(Tunnel):
         if reason == "offline" and resource is not None:
             self._sites.offline(resource.site_ids, now)
             self._schedule_sites()
-            self._pending.pop(rid, None)
-        elif (pending := self._pending.get(rid)) is not None:
+        if (pending := self._pending.get(rid)) is not None:
             pending.packets.take()  # the next packet asks again, after two seconds at the earliest
 
     def _handle_control(self, gid: str, packet: SuperPacket, now: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from firezone_tunnel.errors import PlatformError, one_line
 from firezone_tunnel.shell.logs import events as log
 
 PROC_SYS = Path("/proc/sys")
+_NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _BOOT_ID = PROC_SYS / "kernel/random/boot_id"
 
 
@@ -18,7 +20,8 @@ class Sysctls:
     """Settings by their path under /proc/sys, such as "net/ipv4/ip_forward".
 
     The original values are on disk before any of them changes, so that the next process can restore them if this one
-    is killed. Values from an earlier boot are ignored.
+    is killed. Values from an earlier boot are ignored. Where the disk can't be written, as with a read-only root, they
+    are in memory only.
     """
 
     def __init__(self, originals_file: Path) -> None:
@@ -49,7 +52,7 @@ class Sysctls:
                 return False
             self._originals = dict(recorded["originals"])
             self.notes = list(recorded["notes"])
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # this process could not have written there either
             return False
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise PlatformError(
@@ -59,7 +62,7 @@ class Sysctls:
         return True
 
     def remember(self, names: Iterable[str]) -> None:
-        """Store the current values of these settings on disk, except for any stored before. Call it before `write`.
+        """Store the current values of these settings, except for any stored before. Call it before `write`.
 
         Raises: PlatformError.
         """
@@ -72,10 +75,17 @@ class Sysctls:
             record = {"boot_id": _boot_id(), "originals": self._originals, "notes": self.notes}
             _write_durably(self._file, json.dumps(record, indent=1))
         except OSError as error:
-            raise PlatformError(
-                f"Can't save the host's original settings to {self._file} ({error.strerror}): "
-                "make its directory writable, or choose another --state-dir"
-            ) from error
+            if error.errno not in _NOT_WRITABLE:
+                raise PlatformError(
+                    f"Can't save the host's original settings to {self._file} ({error.strerror}): "
+                    "make room there, or choose another --state-dir"
+                ) from error
+            log.info(
+                "host:originals_not_stored",
+                path=str(self._file),
+                reason=error.strerror,
+                consequence="they are restored at the end, but not if this process is killed",
+            )
 
     def write(self, name: str, value: str) -> None:
         """Set a value, unless it is set already. Call `remember` first.
@@ -110,7 +120,10 @@ class Sysctls:
     def forget(self) -> None:
         """Keep the current values for good: discard the remembered ones."""
         self._originals.clear()
-        self._file.unlink(missing_ok=True)
+        try:
+            self._file.unlink(missing_ok=True)
+        except OSError as error:  # a read-only file system refuses even if there is no such file
+            log.debug("host:originals_not_deleted", path=str(self._file), reason=error.strerror)
 
 
 def _boot_id() -> str:

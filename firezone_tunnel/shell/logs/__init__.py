@@ -1,1 +1,1 @@
-"""Structured logging with eliot: `events` logs messages, `writer` writes them to a stream."""
+"""Structured logging with eliot: `events` logs messages, `limiter` limits repetitions, `writer` writes to a stream."""

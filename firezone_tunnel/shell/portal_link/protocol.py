@@ -18,7 +18,7 @@ import msgspec
 from autobahn.twisted.websocket import WebSocketClientFactory, WebSocketClientProtocol
 from OpenSSL import SSL
 from service_identity import VerificationError
-from twisted.internet.interfaces import IPushProducer
+from twisted.internet.interfaces import IHandshakeListener, IPushProducer
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -35,6 +35,9 @@ REFUSAL_TIMEOUT = 2.0
 class Listener(Protocol):
     """Gets the events of a `PortalLinkProtocol`. `refused` or `closed` is the last."""
 
+    def secured(self) -> None:
+        """TLS is established, where there is TLS."""
+
     def opened(self) -> None: ...
 
     def text_received(self, text: bytes) -> None: ...
@@ -44,10 +47,11 @@ class Listener(Protocol):
 
     def refused(self, refusal: UpgradeRefused) -> None: ...
 
-    def closed(self, reason: str) -> None: ...
+    def closed(self, reason: str | None) -> None:
+        """`reason` is None where the portal dropped the connection before it had answered the upgrade."""
 
 
-@implementer(IPushProducer)
+@implementer(IHandshakeListener, IPushProducer)
 class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Autobahn has no types
     """Upgrades, then carries text frames. Pings and close frames are answered by Autobahn."""
 
@@ -62,6 +66,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
         self._refusal: _RefusalReader | None = None
         self._refusal_timer: BoottimeTimer | None = None
         self._tls_failure: str | None = None
+        self._was_dropped = False
         self.websocket_key = key
 
     @property
@@ -83,8 +88,13 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
     def connectionLost(self, reason: Failure) -> None:
         self._is_lost = True
         self._tls_failure = _describe_tls(reason.value)
+        self._was_dropped = self.state == self.STATE_CONNECTING and self.wasNotCleanReason is None
         self._stop_reading_refusal()
         super().connectionLost(reason)
+
+    def handshakeCompleted(self) -> None:
+        if self._listener is not None:
+            self._listener.secured()
 
     def startHandshake(self) -> None:
         self.sendData(self._request)
@@ -98,6 +108,9 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
 
     def processHandshake(self) -> None:
         """Parse the portal's answer. Autobahn has no limit for the header, and raises for bytes that aren't UTF-8."""
+        if not self.data[: len(_HTTP)].startswith(_HTTP[: len(self.data)]):
+            super().failHandshake(f"what answers is not HTTP: {_clean(self.data[:40].decode('latin-1'))}")
+            return
         if len(self.data) > HEADER_LIMIT and b"\r\n\r\n" not in self.data[:HEADER_LIMIT]:
             super().failHandshake("the header of the portal's answer is too long")
             return
@@ -135,6 +148,8 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
         listener, self._listener = self._listener, None
         if self._tls_failure is not None:
             listener.closed(self._tls_failure)
+        elif self._was_dropped:
+            listener.closed(None)
         elif wasClean:
             listener.closed(f"the portal closed the WebSocket: {code or 'no code'} {_clean(reason or '')}".rstrip())
         else:
@@ -301,6 +316,7 @@ class _NullLogger:
     trace = debug = info = warn = error = critical = failure = _ignore
 
 
+_HTTP = b"HTTP/"
 _STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: |$)")
 _DAY, _TIME = r"(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun)", r"[0-9]{2}:[0-9]{2}:[0-9]{2} GMT"
 _HTTP_DATE = re.compile(rf"{_DAY}, [0-9]{{2}} [A-Z][a-z]{{2}} [0-9]{{4}} {_TIME}")

@@ -18,9 +18,7 @@ from OpenSSL import crypto
 from twisted.internet import error, ssl
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.endpoints import wrapClientTLS
-from twisted.internet.interfaces import IResolutionReceiver
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from firezone_tunnel.core.phoenix.channel import (
     Channel,
@@ -31,15 +29,19 @@ from firezone_tunnel.core.phoenix.channel import (
     Event,
     Fatal,
     HangUp,
+    IdentityShared,
     Joined,
     Lost,
     PushReceived,
+    Stalled,
     UpgradeRefused,
 )
 from firezone_tunnel.core.sansio import Entropy
 from firezone_tunnel.errors import ConfigurationError, FirezoneError, one_line
 from firezone_tunnel.shell.logs import events as log
+from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.portal_link.protocol import PortalLinkFactory, PortalLinkProtocol
+from firezone_tunnel.shell.portal_link.resolver import HostResolver
 from firezone_tunnel.shell.portal_link.url import LoginUrl
 from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, call_later, utc
 from firezone_tunnel.shell.reactor.service import Service
@@ -96,7 +98,7 @@ class PortalLink(Service):
         :param mark: firewall mark of the sockets; None where nothing of ours leads into a tunnel.
         :param trust: whom to trust with the portal's certificate (`trust_from_file`); None: whom the host trusts.
         :param max_partition_time: give up when the delays between attempts sum up to more seconds; None: never.
-        :param resolve: in place of the reactor's name resolver.
+        :param resolve: in place of the host's name resolver.
         :param clock: `now`, and :param utc_clock: unix time, both in seconds; :param make_timer: runs on `clock`.
         """
         self.events = events
@@ -104,7 +106,7 @@ class PortalLink(Service):
         self._url = url
         self._mark = mark
         self._trust = trust
-        self._resolve = resolve or (lambda host: resolve_host(reactor, host))
+        self._resolve = resolve or HostResolver(reactor).resolve
         self._clock = clock
         self._utc_clock = utc_clock
         self._make_timer = make_timer or (lambda callback: BoottimeTimer(reactor, callback))
@@ -116,6 +118,7 @@ class PortalLink(Service):
         self._tls: Any = None
         self._timer: Timer | None = None
         self._attempt: _DialAttempt | None = None
+        self._limiter = Limiter(clock=clock)
         self._held: deque[Notice] = deque()
         self._retry_put: BoottimeTimer | None = None
 
@@ -209,6 +212,10 @@ class PortalLink(Service):
             self._dial(event)
         elif isinstance(event, HangUp):
             self._hang_up()
+        elif isinstance(event, Stalled):
+            self._limiter.warning("portal:connection_stalled", portal=str(self._url), missing=event.missing)
+        elif isinstance(event, IdentityShared):
+            self._warn_of_twin("the portal has refused another host with the identity of this device")
         elif isinstance(event, ChannelLost):
             log.info("portal:channel_lost", portal=str(self._url), reason=event.reason)
         else:
@@ -234,8 +241,14 @@ class PortalLink(Service):
         elif isinstance(event, Lost):
             if event.was_joined:
                 log.info("portal:connection_lost", portal=portal, reason=event.reason)
+            if event.is_identity_shared:
+                self._warn_of_twin(event.reason)
             delay, attempt = round(event.delay, 3), event.attempt + 1
             log.info("portal:retry_scheduled", portal=portal, reason=event.reason, attempt=attempt, delay=delay)
+
+    def _warn_of_twin(self, reason: str) -> None:
+        advice = "give each host its own identity: its own --firezone-id, or a state directory of its own"
+        self._limiter.warning("portal:identity_shared", portal=str(self._url), reason=reason, advice=advice)
 
     def _put(self, event: Notice) -> None:
         if isinstance(event, Lost | Fatal):  # undelivered events of a lost connection are obsolete
@@ -251,13 +264,6 @@ class PortalLink(Service):
             self._retry_put.set(boottime() + RETRY_PUT_INTERVAL)
         if self._attempt is not None:
             self._attempt.pause_reading(paused=bool(self._held))
-
-
-def resolve_host(reactor: Any, host: str) -> Deferred[list[str]]:
-    """Ask the reactor's name resolver, which asks the system's in a thread. Cancelling it only stops the waiting."""
-    receiver = _Addresses()
-    reactor.nameResolver.resolveHostName(receiver, host, transportSemantics="TCP")
-    return receiver.done
 
 
 def trust_from_file(path: Path) -> Any:
@@ -291,6 +297,7 @@ class _DialAttempt:
         self._utc_clock = utc_clock
         self._connecting: Deferred[None] | None = None
         self._protocol: PortalLinkProtocol | None = None
+        self._missing = ""
         self._is_paused = False
         self._closing: Deferred[None] | None = None
         self._close_timer: BoottimeTimer | None = None
@@ -343,6 +350,9 @@ class _DialAttempt:
         self._protocol.close()
         return closing
 
+    def secured(self) -> None:
+        self._wait_for("the answer to the WebSocket upgrade")
+
     def opened(self) -> None:
         self._channel.handle_open(self._clock())
         self._pump()
@@ -358,18 +368,21 @@ class _DialAttempt:
         self._channel.handle_refused(refusal, self._clock())
         self._pump()
 
-    def closed(self, reason: str) -> None:
-        self._channel.handle_lost(reason, self._clock())
+    def closed(self, reason: str | None) -> None:
+        dropped = f"the portal dropped the connection: {self._missing} is missing"
+        self._channel.handle_lost(dropped if reason is None else reason, self._clock())
         self._pump()
         self._closed()
 
     async def _connect(
         self, url: LoginUrl, factory: PortalLinkFactory, resolve: Resolver, tls: Any, mark: int | None
     ) -> None:
+        self._wait_for(f"the address of {url.host}")
         hosts = [url.host] if _is_ip(url.host) else await resolve(url.host)
         if not hosts:
             raise error.DNSLookupError(f"no address is known for {url.host}")
         log.debug("portal:resolved", portal=str(url), addresses=hosts)
+        self._wait_for(f"a TCP connection to {url}")
         endpoint: Any = RacingEndpoint(
             self._reactor,
             [MarkedEndpoint(self._reactor, host, url.port, mark, timeout=TCP_TIMEOUT) for host in dict.fromkeys(hosts)],
@@ -377,6 +390,14 @@ class _DialAttempt:
         if tls is not None:
             endpoint = wrapClientTLS(tls, endpoint)
         self._protocol = await endpoint.connect(factory)
+        if tls is not None:
+            self._wait_for("the TLS handshake")
+        else:
+            self.secured()
+
+    def _wait_for(self, missing: str) -> None:
+        self._missing = missing
+        self._channel.handle_progress(missing)
 
     def _failed(self, failure: Failure) -> None:
         problem: Any = failure.value
@@ -392,24 +413,6 @@ class _DialAttempt:
         closing, self._closing = self._closing, None
         if closing is not None:
             closing.callback(None)
-
-
-@implementer(IResolutionReceiver)
-class _Addresses:
-    """Collects what a name resolves to."""
-
-    def __init__(self) -> None:
-        self.done: Deferred[list[str]] = Deferred()
-        self._hosts: list[str] = []
-
-    def resolutionBegan(self, resolutionInProgress: object) -> None:
-        pass
-
-    def addressResolved(self, address: Any) -> None:
-        self._hosts.append(address.host)
-
-    def resolutionComplete(self) -> None:
-        self.done.callback(self._hosts)
 
 
 def _tls_options(host: str, trust: Any) -> Any:

@@ -9,6 +9,7 @@ from twisted.internet.defer import Deferred
 from twisted.logger import ILogObserver
 from twisted.python.failure import Failure
 
+from firezone_tunnel.errors import ConfigurationError
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.file import LogFile
 from firezone_tunnel.shell.logs.writer import LogWriter, TwistedMessages
@@ -28,6 +29,7 @@ class ApplicationService(MultiService):
         Raises: ConfigurationError.
         """
         super().__init__()
+        _refuse_background(name, options)
         self.process = Process(reactor, name)
         self._log_level = options["log-level"]
         self._logs = [LogWriter(stdout(), style=options["log-format"])]
@@ -64,3 +66,15 @@ class ApplicationService(MultiService):
     async def watch(self) -> None:
         """The parts have started: say when the process is ready, and raise what has to end it."""
         raise NotImplementedError
+
+
+def _refuse_background(name: str, options: Options) -> None:
+    """twistd forks to the background after this: our threads would be gone, and stdout, which has the log, closed.
+
+    Raises: ConfigurationError.
+    """
+    twistd = options.parent
+    if twistd is not None and not (twistd["nodaemon"] or twistd["debug"]):
+        raise ConfigurationError(
+            f"It runs in the foreground only: start it with twistd -n --pidfile= {name}, by a service manager if needed"
+        )

@@ -166,6 +166,18 @@ def parse_address(text: str) -> SocketAddress | None:
     return None if text == "off" else SocketAddress.parse(text)
 
 
+def parse_interface(text: str) -> str:
+    """The name of a network interface (`dev_valid_name` of Linux's net/core/dev.c).
+
+    Raises: ValueError.
+    """
+    if len(text.encode()) > _INTERFACE_MAX:
+        raise ValueError(f"{text!r} is too long for a network interface: at most {_INTERFACE_MAX} bytes")
+    if text in {".", ".."} or not text.isprintable() or any(character in "/:% " for character in text):
+        raise ValueError(f"{text!r} can't be the name of a network interface: use letters, digits, '-', '_' and '.'")
+    return text
+
+
 LOG_SETTINGS = (
     Setting(
         "log-level",
@@ -218,7 +230,7 @@ def device_settings(*, interface: str, token: str, state_directory: str) -> tupl
         Setting("firezone-id", "identity of this device; by default the stored identity", ("FIREZONE_ID",), short="i"),
         FIREZONE_NAME,
         CA_FILE,
-        Setting("interface", "name of the TUN device", ("FIREZONE_INTERFACE",), interface),
+        Setting("interface", "name of the TUN device", ("FIREZONE_INTERFACE",), interface, parse=parse_interface),
         Setting("no-telemetry", telemetry, ("FIREZONE_NO_TELEMETRY",), is_flag=True),
         token_path(token),
         Setting("state-dir", state, ("FIREZONE_STATE_DIR",), state_directory, parse=Path),
@@ -236,7 +248,7 @@ def read_token(environment: MutableMapping[str, str], path: Path) -> str:
     if not token and credentials:
         token = _read(Path(credentials) / "FIREZONE_TOKEN")
     if not token:
-        _check_owner(path)
+        check_private(path, "token file")
         token = _read(path)
     if not token:
         raise ConfigurationError(
@@ -245,16 +257,20 @@ def read_token(environment: MutableMapping[str, str], path: Path) -> str:
     return token
 
 
-def _check_owner(path: Path) -> None:
+def check_private(path: Path, what: str) -> None:
+    """Refuse a file with secrets that others can read. `what` is its name in the error. A missing file passes.
+
+    Raises: ConfigurationError.
+    """
     try:
         status = path.stat()
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ConfigurationError(f"Can't look at the token file {path}: {error.strerror}") from error
+        raise ConfigurationError(f"Can't look at the {what} {path}: {error.strerror}") from error
     if status.st_uid != os.geteuid() or status.st_mode & 0o177:
         raise ConfigurationError(
-            f"The token file {path} must belong to the user that runs this program, with mode 600: chmod 600 {path}"
+            f"The {what} {path} must belong to the user that runs this program, with mode 600: chmod 600 {path}"
         )
 
 
@@ -277,6 +293,7 @@ def _describe(setting: Setting) -> str:
     return f"{setting.help}{default}{variables}"
 
 
+_INTERFACE_MAX = 15  # IFNAMSIZ - 1 (<linux/if.h>)
 _FLAGS: Mapping[str, bool] = {
     **dict.fromkeys(("1", "true", "yes", "on"), True),
     **dict.fromkeys(("0", "false", "no", "off", ""), False),

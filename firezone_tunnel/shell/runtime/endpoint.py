@@ -171,6 +171,24 @@ class TunnelEndpoint(MultiService):
         """The families that work on the interface."""
         return self._link.families
 
+    def free_host(self) -> None:
+        """Remove rules and routes at once, although the worker's thread hangs. The rest is for the next start.
+
+        Blocks. Only for the end of the process.
+
+        Raises: PlatformError.
+        """
+        if self._instance is None:
+            return
+        netlink, routes = RtNetlink(), RouteSocket()
+        link = TunnelLink(netlink, self._config.interface)
+        try:
+            TunnelRules(netlink, link).remove()
+            TunnelRoutes(routes, link).remove()
+        finally:
+            netlink.close()
+            routes.close()
+
     def want(self, **changes: Any) -> None:
         """Change the wanted state of the host, by the fields of `HostState`, and keep the host so."""
         self._host_state = attrs.evolve(self._host_state, **changes)
@@ -231,6 +249,7 @@ class TunnelEndpoint(MultiService):
             steps += [self._host.stop, self._close_netlink, self._instance.close]
         for step in (*steps, self._worker.stop, lambda: self.ended(self._error)):
             await maybeDeferred(step).addErrback(self._not_stopped)
+        self._instance = None
 
     def _start_ended(self, result: Failure | None) -> None:
         assert self._started is not None

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from firezone_tunnel.apps.relay.engine import REPEAT_ADVICE_AFTER, STATISTICS_INTERVAL, Report
+import pytest
+
+from firezone_tunnel.apps.relay.engine import REPEAT_ADVICE_AFTER, REPEAT_REFUSALS_AFTER, STATISTICS_INTERVAL, Report
 from firezone_tunnel.core.sansio import SocketAddress
+from firezone_tunnel.core.stun.message import NONCE, Method
+from firezone_tunnel.shell.logs import events as log
 from tests.unit.core.relay.world import PEER4, Client, World, code_of
 from tests.unit.shell.reactor.turns import Turns
 
@@ -45,6 +49,51 @@ def test_advice_about_private_peers_is_given_once_an_hour(logged: list[dict[str,
     report.stop()
 
 
+def test_wrong_passwords_are_logged_once_a_minute_with_their_number(logged: list[dict[str, Any]]) -> None:
+    world = World()
+    report = Reporting(world)
+
+    for _ in range(15):
+        _log_in_with_a_wrong_password(world)
+        report.wait()
+
+    assert [message["count"] for message in _of("relay:logins_rejected", logged)] == [1, 6, 6]
+    report.stop()
+    last = _of("relay:logins_rejected", logged)[-1]
+    assert (last["count"], last["reasons"]) == (2, {"wrong password": 2})
+
+
+@pytest.mark.parametrize(("level", "naming"), [(log.DEBUG, ["relay:login_rejected"]), (log.INFO, [])])
+def test_who_was_rejected_is_logged_at_debug_level_only(
+    level: int, naming: list[str], logged: list[dict[str, Any]]
+) -> None:
+    world = World()
+    report = Reporting(world)
+    log.set_threshold(level)
+    try:
+        _log_in_with_a_wrong_password(world)
+        report.wait()
+    finally:
+        log.set_threshold(log.INFO)
+
+    report.stop()
+    assert [message["message_type"] for message in logged if "alice" in str(message)] == naming
+
+
+def test_forbidden_peers_are_logged_once_a_minute_with_their_number(logged: list[dict[str, Any]]) -> None:
+    client = Client(World())
+    client.allocate()
+    report = Reporting(client.world)
+
+    for _ in range(5):
+        client.permit(SocketAddress("127.0.0.1", 22))
+        client.bind(0x4000, SocketAddress("127.0.0.1", 22))
+    report.wait(intervals=round(2 * REPEAT_REFUSALS_AFTER / STATISTICS_INTERVAL))
+
+    report.stop()
+    assert [message["count"] for message in _of("relay:peers_refused", logged)] == [10]
+
+
 class Reporting:
     """A report with a clock of its own, which starts at 0: whatever is due on it is past for the kernel's timers."""
 
@@ -70,3 +119,14 @@ def _refused(logged: list[dict[str, Any]]) -> list[tuple[str, int]]:
         for message in logged
         if message["message_type"] == "relay:private_peers_refused"
     ]
+
+
+def _log_in_with_a_wrong_password(world: World) -> None:
+    client = Client(world, username="2000000000:alice", password="wrong")
+    client.nonce = "no nonce"
+    for _ in range(2):
+        client.nonce = client.ask(client.encode(Method.ALLOCATE)).get(NONCE)
+
+
+def _of(message_type: str, logged: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [message for message in logged if message["message_type"] == message_type]

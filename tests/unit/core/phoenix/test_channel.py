@@ -12,8 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firezone_tunnel.core.phoenix.channel import (
+    DIAL_TIMEOUT,
+    IDENTITY_SHARED,
     PROBE_TIMEOUT,
     QUEUE_CAPACITY,
+    STALLED_AFTER,
+    STEADY_AFTER,
     TRANSITIONS,
     Channel,
     ChannelLost,
@@ -21,9 +25,11 @@ from firezone_tunnel.core.phoenix.channel import (
     Dial,
     Fatal,
     HangUp,
+    IdentityShared,
     Joined,
     Lost,
     PushReceived,
+    Stalled,
     UpgradeRefused,
 )
 from firezone_tunnel.errors import AuthenticationError, PortalError
@@ -252,9 +258,33 @@ def test_a_connection_that_does_not_come_about_in_15_seconds_is_given_up(world: 
 
     world.advance(15.0)
 
-    hang_up, lost = world.events()
+    stalled, hang_up, lost = world.events()
+    assert isinstance(stalled, Stalled)
     assert isinstance(hang_up, HangUp)
     assert (lost.reason, lost.attempt, lost.was_joined) == ("no connection within 15 s", 1, False)
+
+
+def test_an_attempt_that_takes_long_names_what_is_missing_once(world: _World) -> None:
+    world.channel.connect(world.now)
+    world.channel.handle_progress("a TCP connection")
+    world.advance(2.0)
+    world.channel.handle_progress("the TLS handshake")
+    world.events()
+
+    world.advance(STALLED_AFTER)
+    assert world.events() == [Stalled("the TLS handshake")]
+    world.channel.handle_progress("the answer")
+    world.advance(DIAL_TIMEOUT)
+
+    assert world.lost()[0].reason == "no connection within 15 s: the answer is missing"
+
+
+def test_an_attempt_that_succeeds_in_time_is_not_stalled(world: _World) -> None:
+    world.join()
+
+    world.advance(STALLED_AFTER)
+
+    assert world.events() == []
 
 
 def test_heartbeats_keep_their_cadence_under_traffic(joined: _World) -> None:
@@ -443,6 +473,31 @@ def test_an_expired_token_is_final_and_asks_to_sign_in(joined: _World) -> None:
     assert fatal.error.requires_sign_in
 
 
+def test_a_displaced_device_is_told_why_and_comes_back(joined: _World) -> None:
+    joined.hear("disconnect", {"reason": IDENTITY_SHARED})
+
+    (lost,) = joined.lost()
+    assert lost.reason == "another host connected with the identity of this device"
+    assert (lost.is_identity_shared, lost.was_joined) == (True, True)
+
+
+def test_the_refusal_of_another_host_with_our_identity_ends_nothing(joined: _World) -> None:
+    joined.hear(IDENTITY_SHARED, {})
+
+    assert joined.events() == [IdentityShared()]
+    assert joined.channel.state is ChannelState.JOINED
+
+
+@pytest.mark.parametrize("code", ["gateway_already_connected", "device_identity_conflict"])
+def test_a_host_whose_identity_is_connected_already_is_refused_and_tries_again(world: _World, code: str) -> None:
+    world.channel.connect(world.now)
+    world.channel.handle_refused(UpgradeRefused(409, code, "Give it its own."), world.now)
+
+    (lost,) = world.lost()
+    assert lost.is_identity_shared
+    assert lost.reason == f"the portal answered HTTP 409 ({code}): Give it its own."
+
+
 @pytest.mark.parametrize("payload", [{"reason": "maintenance"}, {}, None, "token_expired"])
 def test_another_disconnect_is_ignored(joined: _World, payload: Any) -> None:
     joined.hear("disconnect", payload)
@@ -514,13 +569,47 @@ def test_delays_spread_by_half_and_never_exceed_a_minute(seed: bytes) -> None:
 
 def test_a_join_resets_the_delays(world: _World) -> None:
     _fail_repeatedly(world, 5)
-    world.channel.handle_open(world.now)
-    world.hear_reply(0)
-    world.events()
-    world.channel.handle_lost("gone", world.now)
 
-    (lost,) = world.lost()
+    lost = _lose_after_a_join(world, 0.0)
+
     assert (lost.delay, lost.was_joined) == (0.5, True)
+    assert _fail_repeatedly(world, 2) == [0.5, 0.75]
+
+
+def test_joins_that_do_not_last_are_followed_by_growing_delays(world: _World) -> None:
+    world.channel.connect(world.now)
+
+    delays = [_lose_after_a_join(world, 1.0).delay for _ in range(16)]
+
+    assert delays[:4] == pytest.approx([0.5, 0.75, 1.125, 1.6875])
+    assert delays[-1] == 60.0
+    assert _lose_after_a_join(world, STEADY_AFTER - 1.0).delay == 60.0
+
+
+def test_a_join_that_lasts_ends_the_delays_between_joins(world: _World) -> None:
+    world.channel.connect(world.now)
+    for _ in range(16):
+        _lose_after_a_join(world, 1.0)
+
+    assert _lose_after_a_join(world, STEADY_AFTER).delay == 0.5
+
+
+def test_two_hosts_with_one_identity_displace_each_other_ever_less_often() -> None:
+    present, other = _World(), _World()
+    present.join()
+    other.channel.connect(other.now)
+    delays = []
+    for _ in range(30):
+        _join(other)
+        present.hear("disconnect", {"reason": IDENTITY_SHARED})
+        (lost,) = present.lost()
+        delays.append(lost.delay)
+        present.advance(lost.delay)
+        _stay(other, lost.delay)
+        present, other = other, present
+
+    assert delays[:4] == pytest.approx([0.5, 0.5, 0.75, 0.75])
+    assert delays[-4:] == [60.0] * 4
 
 
 def test_an_upgrade_alone_does_not_reset_the_delays(world: _World) -> None:
@@ -645,6 +734,33 @@ def _take_step(world: _World, step: int) -> None:
     ]
     world.now += step
     actions[step]()
+
+
+def _join(world: _World) -> None:
+    world.channel.handle_open(world.now)
+    world.hear_reply(0)
+    world.events()
+
+
+def _lose_after_a_join(world: _World, seconds: float) -> Lost:
+    """Join, lose the connection after `seconds`, and wait for the next attempt."""
+    _join(world)
+    _stay(world, seconds)
+    world.channel.handle_lost("gone", world.now)
+    (lost,) = world.lost()
+    world.advance(lost.delay)
+    world.events()
+    return lost
+
+
+def _stay(world: _World, seconds: float) -> None:
+    """Let time pass while the portal answers every heartbeat."""
+    end = world.now + seconds
+    while world.now < end:
+        world.advance(min(1.0, end - world.now))
+        for frame in world.sent():
+            world.hear_reply(frame["ref"])
+    world.events()
 
 
 def _fail_repeatedly(world: _World, times: int) -> list[float]:

@@ -33,7 +33,7 @@ def _windows(*values: str) -> Condition:
     ],
 )
 def test_remote_address(operator: str, address: str, holds: bool) -> None:
-    condition = parse_condition("remote_ip", operator, ["192.0.2.1/24", "2001:db8::/32"], _zone)
+    condition = parse_condition("remote_ip", operator, ["192.0.2.0/24", "2001:db8::/32"], _zone)
 
     assert condition.holds(_at("2026-11-24T12:00", address)) is holds
     assert condition.ends_at(_at("2026-11-24T12:00", address)) is None

@@ -93,10 +93,12 @@ def test_every_peer_always_ends_with_relays_that_are_connected(course: list[tupl
     assert {id_: there[id_] for id_ in known} == client.relays
 
 
-def test_the_fourth_swap_in_a_minute_is_reported() -> None:
+def test_more_than_three_swaps_in_a_minute_are_too_many() -> None:
     swaps = SwapCounter()
 
-    assert [swaps.note("d1", now) for now in (0, 10, 20, 30, 40)] == [False, False, False, True, False]
+    assert [swaps.note("d1", now) for now in (0, 10, 20, 30, 40)] == [False, False, False, True, True]
+    assert swaps.is_excessive("d1", 69)
+    assert not swaps.is_excessive("d1", 91)
     assert [swaps.note("d2", now) for now in (0, 30, 60, 90, 120)] == [False] * 5
     swaps.forget_old(500)
     assert not swaps.note("d1", 501)

@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from firezone_tunnel.core.portal.derived_credentials import relay_credentials
-from firezone_tunnel.core.relay.credentials import StampSecret, StaticUsers, stamp_password
+from firezone_tunnel.core.relay.authentication import RejectedLogin
+from firezone_tunnel.core.relay.budget import MAX_RESPONSE
+from firezone_tunnel.core.relay.credentials import MAX_REALM, StampSecret, StaticUsers, stamp_password
 from firezone_tunnel.core.relay.nonce import NONCE_KEY_SIZE, NONCE_LIFETIME, Nonces
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.stun import message as stun
@@ -170,6 +172,41 @@ def test_an_invalid_name_gets_an_unsigned_401() -> None:
 
     assert code_of(answer) == 401
     assert not answer.has_integrity
+
+
+@pytest.mark.parametrize("fingerprint", [False, True])
+@pytest.mark.parametrize("username", [f"{int(UTC)}:{'s' * 43}", "unknown"])
+def test_a_401_says_unauthorized(username: str, fingerprint: bool) -> None:
+    client = Client(World(), username=username, password=stamp_password(int(UTC), SECRET, "s" * 43))
+
+    for request in (_request(TRANSPORT), client.encode(Method.ALLOCATE, TRANSPORT, fingerprint=fingerprint)):
+        assert client.ask(request).get(stun.ERROR_CODE) == stun.ErrorCode(401, "Unauthorized")
+
+
+def test_a_401_that_would_be_too_large_with_its_reason_has_none() -> None:
+    long_realm = Client(World(credentials=StaticUsers({"a": "b"}, realm="r" * MAX_REALM)))
+    short_name = Client(World(), username=f"{int(UTC)}:s", password=stamp_password(int(UTC), SECRET, "s"))
+
+    for refusal in (
+        long_realm.ask(_request(TRANSPORT)),
+        short_name.ask(short_name.encode(Method.ALLOCATE, fingerprint=True)),
+    ):
+        assert refusal.get(stun.ERROR_CODE) == stun.ErrorCode(401)
+        assert len(refusal.raw) <= MAX_RESPONSE
+
+
+def test_credentials_that_are_not_valid_are_counted_by_reason() -> None:
+    world = World()
+    stale = Client(world, username=f"{int(UTC) - 1}:s", password=stamp_password(int(UTC) - 1, SECRET, "s"))
+    wrong = Client(world, password="wrong")
+    unknown = Client(world, username="unknown")
+    for client in (stale, wrong, unknown, unknown):
+        client.nonce = client.ask(_request(TRANSPORT)).get(stun.NONCE)
+        assert world.server.last_rejected is None or client is not stale  # a challenge is not counted
+        client.ask(client.encode(Method.ALLOCATE, TRANSPORT))
+
+    assert world.server.counters.rejected_logins == {"expired": 1, "wrong password": 1, "unknown user": 2}
+    assert world.server.last_rejected == RejectedLogin("unknown user", "unknown", CLIENT4)
 
 
 @pytest.mark.parametrize("nonce", ["", "x", "00000000-0000-0000-0000-000000000000", "A" * 24, "é" * 24, "A" * 700])

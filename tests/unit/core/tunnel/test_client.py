@@ -197,11 +197,11 @@ def test_a_refusal_because_all_gateways_are_offline_shows_for_five_minutes() -> 
     assert statuses(client) == {"net": Status.UNKNOWN}
 
 
-def test_after_a_refusal_the_next_packet_asks_again_and_waiting_packets_are_dropped() -> None:
+def test_once_a_gateway_is_online_again_traffic_gets_through_and_older_packets_are_dropped() -> None:
     world, client, gateway = joined()
     world.portal.refusals["net"] = "offline"
     client.packets_in(datagram("too early"))
-    world.run(1)
+    world.run(ASK_AGAIN_AFTER)
     world.portal.refusals.clear()
 
     client.packets_in(datagram("in time"))
@@ -211,8 +211,8 @@ def test_after_a_refusal_the_next_packet_asks_again_and_waiting_packets_are_drop
     assert statuses(client) == {"net": Status.ONLINE}
 
 
-@pytest.mark.parametrize("reason", ["forbidden", "not_found", "version_mismatch", "something new"])
-def test_after_other_refusals_traffic_asks_again_only_after_two_seconds(reason: str) -> None:
+@pytest.mark.parametrize("reason", ["offline", "forbidden", "not_found", "version_mismatch", "something new"])
+def test_after_a_refusal_traffic_asks_again_only_after_two_seconds(reason: str) -> None:
     world, client, _ = joined()
     world.portal.refusals["net"] = reason
     for _ in range(19):
@@ -226,7 +226,23 @@ def test_after_other_refusals_traffic_asks_again_only_after_two_seconds(reason: 
 
     assert (asked, client.ask_count()) == (1, 2)
     assert client.of(FlowRefused) == [FlowRefused("net", reason)] * 2
-    assert statuses(client) == {"net": Status.UNKNOWN}
+    assert statuses(client) == {"net": Status.OFFLINE if reason == "offline" else Status.UNKNOWN}
+
+
+def test_many_packets_for_many_refused_resources_ask_once_for_each_every_two_seconds() -> None:
+    world, client, _ = joined()
+    for number in range(5):
+        rid = f"refused-{number}"
+        world.portal.refusals[rid] = "offline"
+        resource = Access(rid, f"10.21.{number}.0/24", "gateway").for_client()
+        client.hear(messages.ResourceChanged(resource=resource))
+
+    for _ in range(100):
+        for number in range(5):
+            client.packets_in(datagram("hello", f"10.21.{number}.1"))
+        world.run(0.05)
+
+    assert client.ask_count() == 5 * 3  # at 0, 2 and 4 s
 
 
 def test_a_refusal_of_an_unknown_resource_is_harmless() -> None:

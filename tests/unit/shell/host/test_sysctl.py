@@ -142,7 +142,39 @@ def test_a_damaged_file_is_named(kernel: Path, file: Path, content: str) -> None
         Sysctls(file).recover()
 
 
-def test_a_state_directory_that_cant_be_written_is_named_before_anything_changes(kernel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_where_the_disk_cannot_be_written_the_originals_are_in_memory(
+    kernel: Path, file: Path, monkeypatch: pytest.MonkeyPatch, logged: list[dict[str, Any]], number: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, "no")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    sysctls = Sysctls(file)
+    assert not sysctls.recover()
+    sysctls.remember([FORWARD])
+    sysctls.write(FORWARD, "1")
+
+    sysctls.restore()
+
+    assert sysctls.read(FORWARD) == "0"
+    (message,) = [entry for entry in logged if entry["message_type"] == "host:originals_not_stored"]
+    assert message["path"] == str(file)
+
+
+def test_a_state_directory_that_may_not_be_read_holds_nothing_of_ours(
+    kernel: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+
+    assert not Sysctls(file).recover()
+
+
+def test_a_state_directory_that_is_no_directory_is_named_before_anything_changes(kernel: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(PlatformError, match="originals"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.internet.testing import MemoryReactorClock
 
-from firezone_tunnel.errors import InUseError
+from firezone_tunnel.errors import ConfigurationError, InUseError
 from firezone_tunnel.shell.process.application import ApplicationService
 from firezone_tunnel.shell.process.settings import LOG_SETTINGS, Options
 
@@ -63,6 +64,16 @@ def test_it_has_stopped_when_all_parts_have_stopped() -> None:
     assert len(done) == 1
 
 
+@pytest.mark.parametrize(("nodaemon", "debug"), [(1, 0), (0, 1)])
+def test_it_runs_in_the_foreground(nodaemon: int, debug: int) -> None:
+    Example(twistd={"nodaemon": nodaemon, "debug": debug})
+
+
+def test_twistd_must_not_move_it_to_the_background() -> None:
+    with pytest.raises(ConfigurationError, match="start it with twistd -n --pidfile= example"):
+        Example(twistd={"nodaemon": 0, "debug": 0})
+
+
 class Part(Service):
     def __init__(self, fails: Exception | None = None) -> None:
         self.stopped: Deferred[None] = Deferred()
@@ -79,12 +90,14 @@ class Part(Service):
 
 
 class Example(ApplicationService):
-    def __init__(self, *parts: Service) -> None:
+    def __init__(self, *parts: Service, twistd: Mapping[str, int] | None = None) -> None:
         self.reactor: Any = MemoryReactorClock()
         self.reactor.running = True
         self.watches = False
         self.later: Deferred[None] = Deferred()
-        super().__init__(self.reactor, "example", _options(), *parts)
+        options = _options()
+        options.parent = twistd
+        super().__init__(self.reactor, "example", options, *parts)
 
     async def watch(self) -> None:
         self.watches = True

@@ -20,6 +20,7 @@ from firezone_tunnel.shell.process.settings import (
     Setting,
     parse_address,
     parse_duration,
+    parse_interface,
     parse_level,
 )
 
@@ -154,7 +155,7 @@ def test_text_that_is_not_a_duration_is_refused(text: str) -> None:
 
 @given(st.text(max_size=20))
 def test_parsers_raise_nothing_but_usage_errors(text: str) -> None:
-    for parse in (parse_duration, parse_level, parse_address):
+    for parse in (parse_duration, parse_level, parse_address, parse_interface):
         try:
             parse(text)
         except ValueError:
@@ -164,6 +165,34 @@ def test_parsers_raise_nothing_but_usage_errors(text: str) -> None:
 def test_an_address_may_be_off() -> None:
     assert parse_address("[::1]:8080") == SocketAddress("::1", 8080)
     assert parse_address("off") is None
+
+
+@pytest.mark.parametrize("text", ["tun-firezone", "wg0", "fz.1", "a" * 15, "é" * 7])
+def test_a_valid_interface_name_is_taken_as_it_is(text: str) -> None:
+    assert parse_interface(text) == text
+
+
+@pytest.mark.parametrize("options", [ClientOptions, GatewayOptions])
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a" * 16, "too long for a network interface: at most 15 bytes"),
+        ("é" * 8, "too long"),
+        ("a/b", "can't be the name of a network interface"),
+        ("a b", "can't be the name"),
+        ("a\tb", "can't be the name"),
+        ("eth0:1", "can't be the name"),
+        ("tun%d", "can't be the name"),
+        ("..", "can't be the name"),
+    ],
+)
+def test_an_interface_name_that_the_kernel_refuses_is_refused_at_once(
+    options: type[Options], text: str, complaint: str
+) -> None:
+    with pytest.raises(UsageError, match=f"^--interface: .*{complaint}"):
+        _parse(options, "--interface", text)
+    with pytest.raises(UsageError, match=f"^FIREZONE_INTERFACE: .*{complaint}"):
+        _parse(options, FIREZONE_INTERFACE=text)
 
 
 def test_client_and_gateway_keep_the_names_and_defaults_of_upstream() -> None:
