@@ -6,12 +6,17 @@ import errno
 import resource
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import pytest_twisted
+from twisted.internet import reactor as any_reactor
 from twisted.internet.defer import Deferred
 
-from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, call_later, utc
+from firezone_tunnel.shell.reactor.queues import BoundedQueue
+
+_reactor: Any = any_reactor
 
 
 @pytest_twisted.ensureDeferred
@@ -91,6 +96,73 @@ async def test_a_callback_that_raises_is_called_again_a_second_later(timers: Tim
     assert 0.9 < await again < 2
 
 
+@pytest_twisted.ensureDeferred
+async def test_a_callback_that_raises_after_setting_the_timer_again_is_called_when_it_said(timers: Timers) -> None:
+    called: list[float] = []
+    again: Deferred[float] = Deferred()
+
+    def fail() -> None:
+        called.append(boottime())
+        if len(called) == 1:
+            timer.set(boottime())
+            raise KeyError("a failure")
+        again.callback(called[1] - called[0])
+
+    timer = timers.calling(fail)
+    timer.set(boottime())
+
+    assert await again < 0.5
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_delayed_call_comes_once_in_a_later_turn_and_leaves_no_descriptor() -> None:
+    before = boottime()
+    calls: list[float] = []
+
+    at_once = call_later(_reactor, 0, lambda: calls.append(boottime()))
+    later = call_later(_reactor, 0.05, lambda: calls.append(boottime()))
+    assert calls == []
+    await _until(lambda: len(calls) == 2)
+
+    assert before <= calls[0] < before + 0.05 <= calls[1]
+    assert at_once.fileno() == later.fileno() == -1
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_delayed_call_that_is_closed_does_not_come() -> None:
+    calls: list[str] = []
+    unwanted = call_later(_reactor, 0.01, lambda: calls.append("unwanted"))
+    call_later(_reactor, 0.05, lambda: calls.append("wanted"))
+
+    unwanted.close()
+    await _until(lambda: bool(calls))
+
+    assert calls == ["wanted"]
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
+@pytest_twisted.ensureDeferred
+async def test_a_step_of_the_wall_clock_neither_delays_nor_hastens_anything(
+    timers: Timers, monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    timer, fired = timers.new()
+    got: list[int] = []
+    queue: BoundedQueue[int] = BoundedQueue(_reactor, 2, got.append)
+    called: Deferred[float] = Deferred()
+    before = boottime()
+
+    timer.set(before + 0.05)
+    queue.put(1)
+    call_later(_reactor, 0.05, lambda: called.callback(boottime()))
+    wall_clock = _reactor.seconds
+    monkeypatch.setattr(_reactor, "seconds", lambda: wall_clock() + step)
+
+    for at in (await fired, await called):
+        assert before + 0.05 <= at < before + 1
+    assert got == [1]
+    queue.close()
+
+
 def test_a_closed_timer_holds_no_descriptor(timers: Timers) -> None:
     timer, _ = timers.new()
 
@@ -116,6 +188,13 @@ def test_running_out_of_descriptors_is_reported(timers: Timers) -> None:
 def test_the_clocks_match_the_kernels() -> None:
     assert abs(boottime() - time.clock_gettime(time.CLOCK_BOOTTIME)) < 1
     assert abs(utc() - time.time()) < 1
+
+
+async def _until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        turn: Deferred[None] = Deferred()
+        call_later(_reactor, 0.005, lambda turn=turn: turn.callback(None))  # type: ignore[misc]
+        await turn
 
 
 class Timers:

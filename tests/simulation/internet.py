@@ -184,6 +184,12 @@ class Internet(World):
         host.node.restart_relays(self.now)
         host.drain()
 
+    def offer(self, host: Host, *addresses: SocketAddress, deprecated: tuple[SocketAddress, ...] = ()) -> None:
+        """Give a host these addresses, with the same sockets; from the deprecated ones it only sends where asked to."""
+        host.addresses = (*addresses, *deprecated)
+        host.node.set_local_addresses(addresses, self.now)
+        host.drain()
+
     def carry(self, sender: Host, transmit: Transmit) -> None:
         payload = bytes(transmit.payload)
         datagrams = _cut(payload, transmit.segment_size)
@@ -251,11 +257,14 @@ class Punctual(Host):
         self.heard: list[float] = []
         """The times at which packets arrived."""
         self.wake_ups = 0
+        self._is_paused = False
         self._woken_at: list[float] = []
 
     def take_in(
         self, data: bytes, segment_size: int, source: SocketAddress, local: SocketAddress, ecn: int = 0
     ) -> None:
+        if self._is_paused:
+            return
         before = len(self.packets)
         super().take_in(data, segment_size, source, local, ecn)
         for name, _ in self.packets[before:]:
@@ -270,7 +279,20 @@ class Punctual(Host):
         assert has_events or len(self.events) == reported
         assert [*self.node._relays.events(), *self.node._relays.transmits()] == []
 
+    def pause(self) -> None:
+        """Suspend the host: it does nothing, and what arrives is lost."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """The host goes on, and probes as the shell lets it. Its deadlines may be long past."""
+        self._is_paused = False
+        self.node.probe(self.world.now, self.world.utc)
+        self.drain()
+        self.handle_timeout()
+
     def due_at(self) -> float:
+        if self._is_paused:
+            return float("inf")
         due = super().due_at()
         assert due >= self.world.now, f"{self.name}: {self.node.next_timeout()} is {self.world.now - due} s ago"
         return due

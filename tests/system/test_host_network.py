@@ -171,16 +171,16 @@ def test_a_snapshot_tells_the_uplinks_and_the_host_candidates(
     host.ip("route", "add", "default", "via", "198.51.100.1", "metric", "50")
     host.ip("route", "add", "default", "via", "192.0.2.1", "metric", "600", "src", "192.0.2.2")
     host.ip("route", "add", "default", "via", "2001:db8::1")
-    host.ip("address", "add", "2001:db8::3/64", "dev", "eth0", "preferred_lft", "0")
+    host.ip("address", "add", "2001:db8::3/64", "dev", "eth0", "nodad", "preferred_lft", "0")
     tunnel.want("0.0.0.0/0", "::/0")
 
     snapshot = read_snapshot(netlink)
 
     assert uplinks(snapshot, own_link=NAME) == (
-        Uplink("eth1", "198.51.100.1", "198.51.100.2"),
-        Uplink("eth0", "2001:db8::1", "2001:db8::2"),
+        Uplink("eth1", "198.51.100.1", "198.51.100.2", ("198.51.100.2",)),
+        Uplink("eth0", "2001:db8::1", "2001:db8::2", ("2001:db8::2", "2001:db8::3")),
     )
-    assert host_candidates(snapshot, own_link=NAME) == ["198.51.100.2", "192.0.2.2", "2001:db8::2"]
+    assert host_candidates(snapshot, own_link=NAME) == ["198.51.100.2", "2001:db8::2"]
 
 
 def test_a_multipath_route_stands_for_its_first_hop(lab: Lab, host: Host, netlink: RtNetlink) -> None:
@@ -190,7 +190,7 @@ def test_a_multipath_route_stands_for_its_first_hop(lab: Lab, host: Host, netlin
 
     snapshot = read_snapshot(netlink)
 
-    assert uplinks(snapshot, own_link=NAME).ipv4 == Uplink("eth0", "192.0.2.1", "192.0.2.2")
+    assert uplinks(snapshot, own_link=NAME).ipv4 == Uplink("eth0", "192.0.2.1", "192.0.2.2", ("192.0.2.2",))
 
 
 def test_halves_of_the_default_route_are_an_uplink(lab: Lab, host: Host, netlink: RtNetlink) -> None:
@@ -201,7 +201,55 @@ def test_halves_of_the_default_route_are_an_uplink(lab: Lab, host: Host, netlink
     host.ip("route", "add", "default", "via", "192.0.2.1")
     host.ip("route", "add", "128.0.0.0/1", "via", "198.51.100.1")
 
-    assert uplinks(read_snapshot(netlink), own_link=NAME).ipv4 == Uplink("vpn", "198.51.100.1", "198.51.100.2")
+    uplink = uplinks(read_snapshot(netlink), own_link=NAME).ipv4
+
+    assert uplink == Uplink("vpn", "198.51.100.1", "198.51.100.2", ("198.51.100.2",))
+
+
+def test_a_vpn_that_a_rule_sends_everything_through_is_the_uplink(
+    lab: Lab, host: Host, tunnel: Tunnel, netlink: RtNetlink
+) -> None:
+    """The default route of the main table stays as it was, and the VPN's interface has no link-layer address."""
+    lab.cable(host, "eth0", lab.host("router"), "eth0")
+    host.add_address("eth0", "192.0.2.2/24", "2001:db8::2/64")
+    for next_hop in ("192.0.2.1", "2001:db8::1"):
+        host.ip("route", "add", "default", "via", next_hop)
+    tunnel.want("0.0.0.0/0", "::/0")
+    vpn = open_tun("vpn0")
+    try:
+        host.ip("address", "add", "10.8.0.2", "peer", "10.8.0.1/32", "dev", "vpn0")
+        host.ip("address", "add", "fd00:8::2/128", "dev", "vpn0", "nodad")
+        host.ip("link", "set", "vpn0", "up")
+        for family in ("-4", "-6"):
+            host.ip(family, "route", "add", "default", "dev", "vpn0", "table", "51820")
+            host.ip(family, "rule", "add", "not", "fwmark", "0xca6c", "table", "51820")
+
+        snapshot = read_snapshot(netlink)
+    finally:
+        vpn.close()
+
+    assert uplinks(snapshot, own_link=NAME) == (
+        Uplink("vpn0", None, "10.8.0.2", ("10.8.0.2",)),
+        Uplink("vpn0", None, "fd00:8::2", ("fd00:8::2",)),
+    )
+    assert host_candidates(snapshot, own_link=NAME) == ["10.8.0.2", "fd00:8::2"]
+
+
+def test_a_private_network_gives_no_candidates_unless_it_is_all_there_is(
+    lab: Lab, host: Host, tunnel: Tunnel, netlink: RtNetlink
+) -> None:
+    lab.cable(host, "eth0", lab.host("router"), "eth0")
+    lab.cable(host, "eth1", lab.host("neighbour"), "eth0")
+    host.add_address("eth0", "192.0.2.2/24", "2001:db8::2/64")
+    host.add_address("eth1", "10.20.0.1/24", "fd00:20::1/64")
+    tunnel.want("10.0.0.0/8")
+
+    isolated = host_candidates(read_snapshot(netlink), own_link=NAME)
+    host.ip("route", "add", "default", "via", "192.0.2.1")
+    attached = host_candidates(read_snapshot(netlink), own_link=NAME)
+
+    assert isolated == ["192.0.2.2", "10.20.0.1", "2001:db8::2", "fd00:20::1"]
+    assert attached == ["192.0.2.2", "2001:db8::2"]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 from tests.system.hosts import Host, Lab
 from tests.system.network import RELAYS, SERVER, WEB_PORT, Network
 from tests.system.product import Product
+from tests.system.programs import Program
 from tests.system.traffic import Download, Ping
 
 pytestmark = [pytest.mark.namespaces, pytest.mark.serial]
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.namespaces, pytest.mark.serial]
 KILLED_RELAY = 2.0  # seconds: docs/decisions.md, 3, as the next two
 SILENT_RELAY = 5.0
 ROAMING = 2.0
+PAUSED = 2.0
 # Until ICE gives up, docs/protocol/data-plane.md, 2.3; then a new flow, on a busy machine.
 KILLED_GATEWAY = 15.25 + 2.0 + 5.0
 RESTARTED_GATEWAY = 3.0  # after a clean shutdown
@@ -80,6 +82,20 @@ def test_a_gateway_that_roams_goes_on_in_the_other_network(lab: Lab, nat: str) -
         began = time.time()
 
         assert scene.silence_since(began) < ROAMING
+
+
+@pytest.mark.parametrize("nat", ["none", "cone", "symmetric"])
+@pytest.mark.parametrize("seconds", [10, 40])
+def test_a_client_that_was_paused_goes_on_at_once(lab: Lab, nat: str, seconds: int) -> None:
+    with _scene(lab, nat) as scene:
+        assert _silence_after_pause(scene, scene.product.client, seconds) < PAUSED
+
+
+@pytest.mark.parametrize("nat", ["none", "cone", "symmetric"])
+@pytest.mark.parametrize("seconds", [10, 40])
+def test_a_gateway_that_was_paused_serves_its_clients_at_once(lab: Lab, nat: str, seconds: int) -> None:
+    with _scene(lab, nat) as scene:
+        assert _silence_after_pause(scene, scene.product.gateway, seconds) < PAUSED
 
 
 def test_a_gateway_that_is_killed_and_started_again_serves_its_clients_again(lab: Lab) -> None:
@@ -144,6 +160,14 @@ def _scene(lab: Lab, nat: str, *, relays: tuple[str, ...] = ("relay",), download
         assert product.path()["path"] == ("direct" if network.nat.is_direct else "relayed")
         yield Scene(network, product, ping, downloading)
     product.stop()
+
+
+def _silence_after_pause(scene: Scene, program: Program, seconds: int) -> float:
+    program.send_signal(signal.SIGSTOP)
+    time.sleep(seconds)
+    began = time.time()
+    program.send_signal(signal.SIGCONT)
+    return scene.silence_since(began)
 
 
 def _relay_in_use(product: Product) -> str:

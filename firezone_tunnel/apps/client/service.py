@@ -38,6 +38,9 @@ from firezone_tunnel.shell.logs.names import Names
 from firezone_tunnel.shell.reactor.clock import boottime
 from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint, describe_packet
 
+GATEWAYS_PATIENCE = 15.0
+"""Seconds after which a gateway gives up a peer that doesn't answer its checks (docs/protocol/data-plane.md, 0.3)."""
+
 _REFUSALS: dict[str, Callable[[str], Event]] = {
     "offline": AllGatewaysOffline,
     "version_mismatch": GatewayVersionMismatch,
@@ -67,15 +70,25 @@ class ClientService(TunnelEndpoint):
         self._tun_interface: TunInterfaceUpdated | None = None
         self._reported: dict[Event, None] = {}
 
-    def reset(self, reason: str) -> None:
-        """Start again with a new key and new sockets, after the network has changed or on request."""
+    def reset(self, reason: str, *, paused: float = 0.0) -> None:
+        """Start again with a new key and new sockets, after the network has changed or on request.
+
+        `paused`: for so many seconds this process didn't run.
+        """
         log.info("client:reset", reason=reason)
-        self._client.reset(boottime())
+        self._client.reset(boottime(), paused=paused)
         self.rebind()
 
     def moved(self) -> None:
         self.reset("the network has changed")
         self.want(uplinks=self._monitor.interfaces)
+
+    def resumed(self, paused: float) -> None:
+        """After a pause that no gateway waits for, start again rather than find out for each that it has closed."""
+        if paused < GATEWAYS_PATIENCE:
+            super().resumed(paused)
+            return
+        self.reset(f"paused for {paused:.0f} s", paused=paused)
 
     def handle_event(self, event: Any) -> None:
         match event:

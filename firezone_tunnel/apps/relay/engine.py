@@ -21,7 +21,7 @@ from firezone_tunnel.core.relay.server import RelayServer
 from firezone_tunnel.errors import FirezoneError, InternalError
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.reactor.boundary import Boundary
-from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, call_later, utc
 from firezone_tunnel.shell.udp.transport import IBatchProtocol, UdpTransport
 
 STATISTICS_INTERVAL = 10.0  # docs/protocol/gateway-and-relay.md, 8.4
@@ -194,22 +194,22 @@ class Engine:
         log.info("relay:draining", allocations=self._server.allocations, seconds=self._config.drain_time)
         drained: Deferred[None] = Deferred()
         self._drained = drained
-        limit = self._reactor.callLater(self._config.drain_time, self.stop_draining)
+        limit = call_later(self._reactor, self._config.drain_time, self.stop_draining)
         self._server.drain()
         self._settle()
         await drained
-        if limit.active():
-            limit.cancel()
+        limit.close()
         log.info("relay:drained", allocations=self._server.allocations)
 
 
 class Report:
     """Logs changes every ten seconds, refusals every minute, and nothing while nothing changes."""
 
-    def __init__(self, reactor: Any, server: RelayServer) -> None:
+    def __init__(self, reactor: Any, server: RelayServer, clock: Callable[[], float] = boottime) -> None:
         self._reactor = reactor
         self._server = server
-        self._timer: Any = None
+        self._clock = clock
+        self._timer: BoottimeTimer | None = None
         self._measured = (0, 0, 0)
         self._refused: Counter[str] = Counter()
         self._advised: dict[str, float] = {}  # networks, and when
@@ -218,18 +218,23 @@ class Report:
         self._refusals_due = float("-inf")
 
     def start(self) -> None:
-        self._timer = self._reactor.callLater(STATISTICS_INTERVAL, self._write)
+        """
+        Raises: OSError if the process is out of file descriptors.
+        """
+        self._timer = BoottimeTimer(self._reactor, self._write)
+        self._timer.set(self._clock() + STATISTICS_INTERVAL)
 
     def stop(self) -> None:
         """Log what has not been logged yet."""
         timer, self._timer = self._timer, None
-        if timer is not None and timer.active():
-            timer.cancel()
+        if timer is not None:
+            timer.close()
             self._advise()
             self._report_refusals()
 
     def _write(self) -> None:
-        self.start()
+        if self._timer is not None:
+            self._timer.set(self._clock() + STATISTICS_INTERVAL)
         relayed = self._server.counters.relayed_bytes
         current = (self._server.allocations, self._server.channels, relayed)
         if current != self._measured:
@@ -237,7 +242,7 @@ class Report:
             log.info("relay:measured", allocations=current[0], channels=current[1], bytes_per_second=rate)
             self._measured = current
         self._advise()
-        if self._reactor.seconds() >= self._refusals_due:
+        if self._clock() >= self._refusals_due:
             self._report_refusals()
 
     def _report_refusals(self) -> None:
@@ -255,11 +260,11 @@ class Report:
             )
         if rejected or forbidden:
             self._rejected, self._forbidden = counters.rejected_logins.copy(), counters.forbidden_peers
-            self._refusals_due = self._reactor.seconds() + REPEAT_REFUSALS_AFTER
+            self._refusals_due = self._clock() + REPEAT_REFUSALS_AFTER
 
     def _advise(self) -> None:
         """Refused private peers may be what the relay is for: the operator can allow them."""
-        now = self._reactor.seconds()
+        now = self._clock()
         for network, count in self._server.counters.private_peers.items():
             is_due = now - self._advised.get(network, float("-inf")) >= REPEAT_ADVICE_AFTER
             if count > self._refused[network] and is_due:

@@ -23,6 +23,8 @@ from firezone_tunnel.shell.host.snapshot import read_hosts
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.portal_link.service import Notice, PortalLink, trust_from_file
 from firezone_tunnel.shell.portal_link.url import LoginUrl
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, call_later
+from firezone_tunnel.shell.reactor.pause import PauseDetector
 from firezone_tunnel.shell.reactor.queues import BoundedQueue
 from firezone_tunnel.shell.reactor.service import Service
 
@@ -105,6 +107,7 @@ class RelayService(Service):
         self._portal_events: BoundedQueue[Notice] = BoundedQueue(reactor, _PORTAL_EVENTS, self._handle_notice)
         self._portal: PortalLink | None = None
         self._url: LoginUrl | None = None
+        self._pauses = PauseDetector(reactor, self._paused)
         if url is not None and token is not None:
             self._url = LoginUrl.relay(url, token, ipv4=public_ipv4, ipv6=public_ipv6, port=listen_port, name=name)
             self._portal = PortalLink(
@@ -115,6 +118,7 @@ class RelayService(Service):
                 join_payload={"stamp_secret": self._secrets.stamp_secret},
                 trust=None if ca_file is None else trust_from_file(Path(ca_file)),
                 max_partition_time=max_partition_time,
+                make_timer=lambda callback: BoottimeTimer(reactor, callback, observe=self._pauses.fired),
             )
         if (self._portal is None) is (users is None):
             raise ConfigurationError("A relay needs either a portal's URL and a token, or users")
@@ -151,11 +155,12 @@ class RelayService(Service):
             self._relaying = Engine(self._reactor, self._engine, self._secrets, sockets[0], self._fail)
         else:
             self._relaying = WorkerGroup(self._reactor, self._engine, self._secrets, sockets, self._fail)
+        self._pauses.start()
         if self._portal is not None:
             self._portal.startService()
         serving = self._relaying.start()
         # In a later turn, once the reactor runs and handles signals.
-        serving.addCallback(lambda _: self._reactor.callLater(0, self._announce))
+        serving.addCallback(lambda _: call_later(self._reactor, 0, self._announce))
 
     def stopService(self) -> Deferred[None]:
         """Leave the portal, so that no new clients come, and serve present clients until they have moved elsewhere.
@@ -176,6 +181,7 @@ class RelayService(Service):
             self._relaying.stop_draining()
 
     async def _stop(self) -> None:
+        self._pauses.close()
         if self._portal is not None and self._portal.running:
             await self._portal.stopService()
         self._portal_events.close()
@@ -183,6 +189,11 @@ class RelayService(Service):
             if self._skips_drain:
                 self._relaying.stop_draining()
             await self._relaying.stop()
+
+    def _paused(self, seconds: float) -> None:
+        log.info("process:resumed", paused=round(seconds, 1))
+        if self._portal is not None:
+            self._portal.probe()
 
     def _not_stopped(self, failure: Failure) -> None:
         """A service's boundary: it counts as stopped even if stopping fails."""

@@ -34,6 +34,7 @@ from firezone_tunnel.apps.relay.worker_messages import (
 from firezone_tunnel.errors import FirezoneError, InternalError, one_line
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.writer import LogWriter, TwistedMessages
+from firezone_tunnel.shell.reactor.clock import call_later
 
 FLUSH_TIMEOUT = 1.0  # seconds for the last report
 
@@ -113,7 +114,7 @@ class WorkerProtocol(Protocol):
         """End once our last report is sent."""
         if not self._is_ending:
             self._is_ending = True
-            self._reactor.callLater(FLUSH_TIMEOUT, self.connectionLost)
+            call_later(self._reactor, FLUSH_TIMEOUT, self.connectionLost)
             self.transport.loseConnection()
 
 

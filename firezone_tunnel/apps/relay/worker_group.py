@@ -42,7 +42,7 @@ from firezone_tunnel.apps.relay.worker_messages import (
 )
 from firezone_tunnel.errors import FirezoneError, PlatformError
 from firezone_tunnel.shell.logs import events as log
-from firezone_tunnel.shell.reactor.clock import boottime
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, call_later
 
 FIRST_DELAY = 0.1  # seconds before a worker that died is replaced, twice as many each time
 MAX_DELAY = 30.0
@@ -151,7 +151,7 @@ class WorkerProcess:
         self._pipes: _Pipes | None = None
         self._delay = FIRST_DELAY
         self._served_since = 0.0
-        self._timer: Any = None
+        self._timer: BoottimeTimer | None = None
         self._reason = ""  # the reason that it reported
 
     def start(self) -> None:
@@ -181,7 +181,7 @@ class WorkerProcess:
             return
         self.state = WorkerState.ENDING
         self._pipes.send(order)
-        self._timer = self._reactor.callLater(patience, self._pipes.kill)
+        self._timer = call_later(self._reactor, patience, self._pipes.kill)
 
     # Its pipes call the methods below.
 
@@ -213,7 +213,7 @@ class WorkerProcess:
         if not self._group.worker_lost(self.number, reason):
             self._ended()
         elif self.state is WorkerState.RESTING:  # else: `worker_lost` ended it
-            self._timer = self._reactor.callLater(self._delay, self.start)
+            self._timer = call_later(self._reactor, self._delay, self.start)
             self._delay = min(MAX_DELAY, 2 * self._delay)
 
     def _ended(self) -> None:
@@ -223,8 +223,8 @@ class WorkerProcess:
 
     def _cancel_timer(self) -> None:
         timer, self._timer = self._timer, None
-        if timer is not None and timer.active():
-            timer.cancel()
+        if timer is not None:
+            timer.close()
 
 
 class _Pipes(ProcessProtocol):

@@ -260,6 +260,12 @@ class Agent:
         self._checklist.follow(self._timings.idle if idle else self._timings.active)
         self._advance(now)
 
+    def probe(self, now: float) -> None:
+        """Check every pair at once."""
+        for pair in self._checklist:
+            self._checklist.hasten(pair, now)
+        self._advance(now)
+
     def transmits(self) -> Iterator[Transmit]:
         """Take the datagrams to send."""
         while self._transmits:

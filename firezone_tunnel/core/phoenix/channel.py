@@ -28,6 +28,7 @@ from firezone_tunnel.errors import AuthenticationError, PortalError
 DIAL_TIMEOUT = 15.0  # TCP, TLS and WebSocket together (docs/protocol/portal-protocol.md, 1.7)
 JOIN_TIMEOUT = 5.0  # docs/protocol/portal-protocol.md, 1.7
 HEARTBEAT_INTERVAL = 10.0  # whatever else is sent (docs/protocol/portal-protocol.md, 1.8)
+PROBE_TIMEOUT = 1.5  # for the answer to a heartbeat after a pause; upstream doesn't ask
 MAX_UNANSWERED = 3  # docs/protocol/portal-protocol.md, 1.8
 QUEUE_CAPACITY = 128
 STALLED_AFTER = 4.0  # the operator learns what an attempt waits for well before it is given up
@@ -208,6 +209,17 @@ class Channel:
         self._attempt = 0
         self._dial(now)
 
+    def probe(self, now: float) -> None:
+        """Time has passed unnoticed: find out at once whether the portal is still there.
+
+        Elsewhere than in JOINED there is a deadline already.
+        """
+        link = self._link
+        if self._state is ChannelState.JOINED and link.probe is None:
+            link.heartbeat_at = now
+            self._beat(now)
+            link.probe = _Probe(link.next_ref - 1, now + PROBE_TIMEOUT)
+
     def close(self) -> None:
         """End the connection. The shell closes the WebSocket, if any."""
         if self._state is not ChannelState.IDLE:
@@ -298,6 +310,7 @@ class Channel:
             [
                 None if self._deadline is None else Timeout(self._deadline, self._state.value),
                 Timeout(self._link.heartbeat_at, "heartbeat") if self._state in _OPEN else None,
+                None if self._link.probe is None else Timeout(self._link.probe.deadline, "probe"),
                 Timeout(self._stalled_at, "stalled") if self._state is ChannelState.DIALING else None,
             ]
         )
@@ -305,6 +318,8 @@ class Channel:
     def handle_timeout(self, now: float) -> None:
         if self._deadline is not None and now >= self._deadline:
             self._handle_deadline(now)
+        if self._link.probe is not None and now >= self._link.probe.deadline:
+            self._lose(f"no answer within {PROBE_TIMEOUT} s after a pause", now, retry_after=0.0)
         if self._state in _OPEN and now >= self._link.heartbeat_at:
             self._beat(now)
         if self._state is ChannelState.DIALING and now >= self._stalled_at:
@@ -350,6 +365,8 @@ class Channel:
         link = self._link
         if frame.ref in link.unanswered:  # replies come in order: what was sent before it has been read, too
             del link.unanswered[: link.unanswered.index(frame.ref) + 1]
+            if link.probe is not None and link.probe.ref not in link.unanswered:
+                link.probe = None
             return
         status, reason = _read_reply(frame.payload)
         if self._state is ChannelState.JOINING and frame.ref == link.join_ref and frame.topic == self._topic:
@@ -442,15 +459,24 @@ class Channel:
         return encode(Frame(topic, event, payload, ref), Form.OBJECT)
 
 
+@attrs.frozen
+class _Probe:
+    """A heartbeat that has to be answered before the deadline."""
+
+    ref: int
+    deadline: float
+
+
 class _Link:
     """The state of one WebSocket: its refs, from 0, and its heartbeats."""
 
-    __slots__ = ("heartbeat_at", "join_ref", "next_ref", "unanswered", "urgent")
+    __slots__ = ("heartbeat_at", "join_ref", "next_ref", "probe", "unanswered", "urgent")
 
     def __init__(self, heartbeat_at: float = 0.0) -> None:
         self.heartbeat_at = heartbeat_at
         self.next_ref = 0
         self.join_ref = 0
+        self.probe: _Probe | None = None
         self.unanswered: list[Ref] = []
         self.urgent: deque[bytes] = deque()
 

@@ -141,6 +141,11 @@ class Connection:
         if self.path is not None:
             self._handshake(now, utc_now)
 
+    def probe(self, now: float, utc_now: float) -> None:
+        """Time has passed unnoticed: check at once whether the other side is still there."""
+        self.agent.probe(now)
+        self.renew(now, utc_now)
+
     def handle_check(self, message: Message, source: SocketAddress, destination: SocketAddress, now: float) -> bool:
         """A STUN message that names this connection. False: it is not authentic."""
         return self.agent.handle_message(message, source=source, destination=destination, now=now)

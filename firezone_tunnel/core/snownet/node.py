@@ -11,7 +11,7 @@ from operator import attrgetter
 from firezone_tunnel.core.datagrams import BufferPool, DatagramBatch
 from firezone_tunnel.core.deadlines import Deadlines
 from firezone_tunnel.core.ice.agent import MAX_REMOTE_ADDRESSES, Credentials
-from firezone_tunnel.core.ice.candidate import Candidate, CandidateKind, Identity, parse_sdp
+from firezone_tunnel.core.ice.candidate import Candidate, Identity, parse_sdp
 from firezone_tunnel.core.packet.superpacket import SuperPacket
 from firezone_tunnel.core.sansio import Entropy, SocketAddress, Timeout, Transmit
 from firezone_tunnel.core.snownet.connection import Connection, State
@@ -83,6 +83,8 @@ class Node:
             for address in new:
                 self._offer(connection, Candidate.host(address), now)
             self.deadlines.no_later_than(connection, now, "other local addresses")
+        self._relays.leave(gone, now)
+        self._follow_relays(now)
 
     def update_relays(self, gone: Iterable[str], connected: Iterable[RelayTerms], now: float) -> None:
         """Use other relays: some are gone, these are there (docs/protocol/data-plane.md, 2.10)."""
@@ -157,6 +159,14 @@ class Node:
             self._announce(connection)
             if withdrawn := self._withdrawn.get(connection.peer_id):
                 self._invalidated.setdefault(connection.peer_id, {}).update(dict.fromkeys(withdrawn.values()))
+
+    def probe(self, now: float, utc_now: float) -> None:
+        """Time has passed unnoticed: ask every relay and every peer at once whether it still knows us."""
+        self._relays.probe(now)
+        self._follow_relays(now)
+        for connection in list(self._connections.values()):
+            connection.probe(now, utc_now)
+            self._settle(connection, now, utc_now)
 
     def handle_datagrams(self, batch: DatagramBatch, now: float, utc_now: float) -> list[Received]:
         """Handle a batch. Returns the packets in it, by connection."""
@@ -329,16 +339,16 @@ class Node:
         """Pass on to the connections which candidates the relays gave and withdrew."""
         for event in self._relays.events():
             match event:
-                case CandidateFound(candidate) if candidate.kind is not CandidateKind.HOST:
+                case CandidateFound(candidate):
                     for connection in self._connections.values():
                         self._offer(connection, candidate, now)
                         self.deadlines.no_later_than(connection, now, "another candidate")
-                case CandidateLost(candidate) if candidate.kind is not CandidateKind.HOST:
+                case CandidateLost(candidate):
+                    if candidate.address in self._addresses or candidate in self._relays.candidates():
+                        continue  # it is still one of our own addresses, or what another relay sees
                     for connection in self._connections.values():
                         self._withdraw(connection, candidate, now)
                         self.deadlines.no_later_than(connection, now, "one candidate less")
-                case CandidateFound() | CandidateLost():
-                    pass  # `set_local_addresses` has our own addresses
                 case RelayAllocated():
                     for connection in self._connections.values():
                         connection.relay_allocated(now)

@@ -87,7 +87,7 @@ class RelayedPath:
             return None
         size = HEADER_SIZE + len(datagrams[0]) if len(datagrams) > 1 else 0
         payload = b"".join(encode_channel_data(channel, datagram) for datagram in datagrams)
-        return Transmit(relay, payload, segment_size=size, ecn=ecn)
+        return Transmit(relay, payload, source=self.allocation.active_source, segment_size=size, ecn=ecn)
 
     def send_run(
         self, payload: memoryview, *, segment_size: int, ecn: int, pooled: Releasable, now: float
@@ -100,7 +100,8 @@ class RelayedPath:
         size = segment_size or len(payload)
         count = -(-len(payload) // size)
         write_headers(payload, channel, size, count, len(payload))
-        return Transmit(relay, payload, segment_size=segment_size, ecn=ecn, pooled=pooled)
+        source = self.allocation.active_source
+        return Transmit(relay, payload, source=source, segment_size=segment_size, ecn=ecn, pooled=pooled)
 
 
 def direct_path(nominated: Nominated) -> DirectPath:

@@ -7,7 +7,7 @@ docs/protocol/data-plane.md, 2.4, 2.7, 2.10 and 3. Every connection gets the can
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from operator import attrgetter
 
 import attrs
@@ -105,6 +105,12 @@ class Relays:
                 allocation.refresh(now)
                 self._touched[allocation] = None
 
+    def probe(self, now: float) -> None:
+        """Time has passed unnoticed: a relay may have forgotten us, and a NAT on the way to it."""
+        for allocation in self._allocations.values():
+            allocation.probe(now)
+            self._touched[allocation] = None
+
     def verify(self, now: float) -> None:
         """No path answers any longer. A relay may have restarted and lost our allocation."""
         for allocation in self._allocations.values():
@@ -117,6 +123,13 @@ class Relays:
             allocation.restart(now)
             self._touched[allocation] = None
 
+    def leave(self, addresses: Sequence[SocketAddress | None], now: float) -> None:
+        """These addresses of ours are gone: allocate again where a relay knows us by one of them."""
+        for allocation in self._allocations.values():
+            if allocation.active_source in addresses:
+                allocation.restart(now)
+                self._touched[allocation] = None
+
     def close(self) -> list[Transmit]:
         """Delete all allocations. Returns the requests, to send after everything that still goes through the relays."""
         return [farewell for rid in list(self._allocations) for farewell in self._give_back(rid)]
@@ -127,11 +140,9 @@ class Relays:
             self._drop(rid)
 
     def candidates(self) -> list[Candidate]:
-        """Reflexive and relayed candidates for a new connection, the relayed last."""
+        """Host, reflexive and relayed candidates for a new connection, in this order."""
         found = [one for allocation in self._allocations.values() for one in allocation.candidates]
-        return sorted(
-            (one for one in found if one.kind is not CandidateKind.HOST), key=attrgetter("priority"), reverse=True
-        )
+        return sorted(found, key=attrgetter("priority"), reverse=True)
 
     def bind_channels(self, remote: Candidate, now: float) -> None:
         """Let every relay forward what comes from this remote address, before it is needed.
@@ -156,7 +167,8 @@ class Relays:
         self._touched[allocation] = None
         if channel is None or allocation.active_socket is None:
             return None
-        return Transmit(allocation.active_socket, encode_channel_data(channel, transmit.payload))
+        payload = encode_channel_data(channel, transmit.payload)
+        return Transmit(allocation.active_socket, payload, source=allocation.active_source)
 
     def touch(self, allocation: Allocation) -> None:
         """An allocation was used: look at its timers and its transmits on the next drain."""

@@ -75,6 +75,11 @@ class Tunnel(ABC):
         self.node.set_local_addresses(addresses, now)
         self._follow_node(now)
 
+    def probe(self, now: float, utc_now: float) -> None:
+        """The host was suspended for a moment: ask all relays and peers at once whether they still know us."""
+        self.node.probe(now, utc_now)
+        self._follow_node(now)
+
     def close(self, now: float) -> None:
         """Say goodbye to every peer. The next `transmits` are the last."""
         self.node.close(now, farewell=GOODBYE)

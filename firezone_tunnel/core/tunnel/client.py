@@ -215,13 +215,14 @@ class ClientTunnel(Tunnel):
         self._follow_node(now)
         self._publish(now)
 
-    def reset(self, now: float) -> None:
+    def reset(self, now: float, *, paused: float = 0.0) -> None:
         """Start again with a new key after the network has changed: with new sockets and a new portal connection.
 
-        Flows with recent traffic are asked for again as soon as the portal has answered (docs/decisions.md, 3).
+        Flows with recent traffic are asked for again as soon as the portal has answered (docs/decisions.md, 3);
+        `paused` seconds, during which the host didn't run, don't count.
         """
         entries = sorted(self._resources.entries(), key=_latest_first)
-        self._wanted_again = tuple(entry.id for entry in entries if entry.used_at > now - RECENT_TRAFFIC)
+        self._wanted_again = tuple(entry.id for entry in entries if entry.used_at > now - paused - RECENT_TRAFFIC)
         self._is_joined = False
         self.node.reset(now, farewell=GOODBYE)
         self._gateways.forget_recent()

@@ -83,6 +83,11 @@ class Allocation:
         return None if self._contact is None else self._contact.socket
 
     @property
+    def active_source(self) -> SocketAddress | None:
+        """Our address that the relay knows us by: it takes what leaves from another for a stranger's."""
+        return None if self._contact is None else self._contact.source
+
+    @property
     def has_transmits(self) -> bool:
         """Whether there is something to be sent: most channel data needs no request before it."""
         return bool(self._exchange.transmits)
@@ -135,12 +140,12 @@ class Allocation:
                 self._request_channel(number, peer)
 
     def refresh(self, now: float) -> None:
-        """Find out within a second whether the relay still knows us; a suspended allocation begins anew."""
-        self._now = now
-        if self.state is State.SUSPENDED:
-            self._search()
-        elif self.state is State.ALLOCATED:
-            self._request_refresh(PROBE)
+        """Find out within a second whether the relay still knows us; one suspended or expired begins anew."""
+        self._find_out(PROBE, now)
+
+    def probe(self, now: float) -> None:
+        """The same with more patience: after a pause, the network may not be there yet."""
+        self._find_out(BACKOFF, now)
 
     def verify(self, now: float) -> None:
         """Find out whether the relay still knows us, with more patience than `refresh` has."""
@@ -164,14 +169,14 @@ class Allocation:
         self._exchange.transmits.clear()
         farewell = None
         if self.state is State.ALLOCATED:
-            farewell = self._exchange.encode_unanswered(deletion(self._relay))
+            farewell = self._from_our_source(self._exchange.encode_unanswered(deletion(self._relay)))
         self._become(State.CLOSED)
         return farewell
 
     def transmits(self) -> Iterator[Transmit]:
-        """Take what is to be sent; the system chooses the source."""
+        """Take what is to be sent. The system chooses the source until the relay has answered, and keeps to it then."""
         while self._exchange.transmits:
-            yield self._exchange.transmits.popleft()
+            yield self._from_our_source(self._exchange.transmits.popleft())
 
     def events(self) -> Iterator[AllocationEvent]:
         """Take what happened since the last call, in order."""
@@ -242,7 +247,7 @@ class Allocation:
         self._exchange.finish(request)
         self._events.extend(self._observed.update(mapped, local))
         if self.state is State.SEARCHING:
-            self._contact = _Contact(request.destination, self._now + KEEPALIVE_INTERVAL)
+            self._contact = _Contact(request.destination, local, self._now + KEEPALIVE_INTERVAL)
             self._allocate()
 
     def _handle_answer(self, request: Request, message: Message) -> None:
@@ -361,6 +366,19 @@ class Allocation:
     def _request_channel(self, number: int, peer: SocketAddress) -> None:
         self._exchange.start(channel_bind(self._relay, number, peer), self._now)
 
+    def _find_out(self, schedule: tuple[float, ...], now: float) -> None:
+        self._now = now
+        has_expired = self._grant is not None and now >= self._grant.expires_at
+        if self.state is State.SUSPENDED or has_expired:
+            self._search()
+        elif self.state is State.ALLOCATED:
+            self._request_refresh(schedule)
+
+    def _from_our_source(self, transmit: Transmit) -> Transmit:
+        if self._contact is not None and transmit.destination == self._contact.socket:
+            transmit.source = self._contact.source
+        return transmit
+
     @property
     def _relay(self) -> SocketAddress:
         """The active socket, where authenticated requests go."""
@@ -394,7 +412,8 @@ class Allocation:
 
 @attrs.define(eq=False)
 class _Contact:
-    """The relay's address that answered first, and when the next keepalive to it is due."""
+    """The relay's address that answered first, ours that it answered to, and when the next keepalive is due."""
 
     socket: SocketAddress
+    source: SocketAddress
     keepalive_at: float

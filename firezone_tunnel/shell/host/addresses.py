@@ -12,11 +12,10 @@ MAX_CANDIDATES = 4  # per family
 
 @attrs.frozen
 class Link:
-    """A network interface. `kind` is the type shown by `ip -details link`: "tun", "veth", ...; None for hardware."""
+    """A network interface."""
 
     index: int
     name: str
-    kind: str | None = None
     is_up: bool = True  # administratively up and with a carrier
     is_loopback: bool = False
 
@@ -34,13 +33,12 @@ class Address:
 
 @attrs.frozen
 class Route:
-    """A default route of the main table."""
+    """The route that the kernel chooses for our own packets to the internet, by whatever rule and table."""
 
     link: int
     is_ipv6: bool
     next_hop: str | None = None
     preferred_source: str | None = None
-    metric: int = 0
 
 
 @attrs.frozen
@@ -50,14 +48,17 @@ class HostSnapshot:
     links: tuple[Link, ...] = ()
     addresses: tuple[Address, ...] = ()
     default_routes: tuple[Route, ...] = ()
+    """One for each family that has one."""
 
 
 class Uplink(NamedTuple):
-    """How packets of one address family leave the host. A different uplink means that the host has changed networks."""
+    """How our own packets of one address family leave the host."""
 
     interface: str
     next_hop: str | None
     preferred_source: str | None
+    sources: tuple[str, ...] = ()
+    """Every address that the interface can send from, deprecated ones too."""
 
 
 class Uplinks(NamedTuple):
@@ -66,38 +67,71 @@ class Uplinks(NamedTuple):
 
 
 def uplinks(snapshot: HostSnapshot, *, own_link: str) -> Uplinks:
-    """The default route with the lowest metric for each family. Interfaces that are down and our own are ignored."""
-    links = {link.index: link for link in snapshot.links if link.is_up and link.name != own_link}
+    """The way to the internet in each family. Interfaces that are down and our own are ignored."""
+    links = _links(snapshot, own_link)
     return Uplinks(*(_uplink(snapshot, links, is_ipv6=is_ipv6) for is_ipv6 in (False, True)))
+
+
+def has_moved(before: Uplinks, after: Uplinks) -> bool:
+    """Whether the host is in another network now, so that our sockets' addresses and NAT mappings are void.
+
+    One of the addresses that remains is enough: privacy addresses rotate, and networks announce further prefixes. So
+    is one of the families: the other may come and go. An uplink that has no address yet is of no use.
+    """
+    old, new = (tuple(one if one is not None and one.sources else None for one in both) for both in (before, after))
+    kept = [_is_same(one, other) for one, other in zip(old, new, strict=True) if one is not None and other is not None]
+    return not all(kept) if kept else any(new)
 
 
 def host_candidates(snapshot: HostSnapshot, *, own_link: str) -> list[str]:
     """The addresses to offer as host candidates, IPv4 first, the best address of each family first.
 
-    Addresses of our own interface, other tunnels, loopback and interfaces that are down are excluded, and so are
-    link-local, deprecated and tentative IPv6 addresses. Ranges are not filtered: carriers use 100.64.0.0/10 too.
+    These are the addresses of the interface that leads to the internet: networks behind this host, such as a
+    container's bridge, are of no use to a peer. A family without such an interface takes that of the other, and a host
+    without any takes all. Addresses of our own interface, loopback and interfaces that are down are excluded, and so
+    are link-local, deprecated and tentative IPv6 addresses. Neither ranges nor kinds are filtered: carriers use
+    100.64.0.0/10 too, and the way to the internet may be a VPN.
     """
-    links = {link.index: link for link in snapshot.links if _is_candidate(link, own_link)}
-    default = uplinks(snapshot, own_link=own_link)
+    links = _links(snapshot, own_link)
+    ipv4, ipv6 = uplinks(snapshot, own_link=own_link)
     hosts: list[str] = []
-    for is_ipv6, uplink in ((False, default.ipv4), (True, default.ipv6)):
-        first = uplink.interface if uplink is not None else None
-        usable = [address for address in snapshot.addresses if address.link in links and _is_usable(address, is_ipv6)]
-        usable.sort(key=lambda address: links[address.link].name != first)
-        hosts += [address.host for address in usable[:MAX_CANDIDATES]]
+    for is_ipv6, uplink, other in ((False, ipv4, ipv6), (True, ipv6, ipv4)):
+        way_out = uplink or other
+        source = None if uplink is None else uplink.preferred_source
+        usable = [
+            address.host
+            for address in snapshot.addresses
+            if address.link in links and _is_usable(address, is_ipv6)
+            if address.host == source or _is_offered(links[address.link], way_out)
+        ]
+        usable.sort(key=lambda host: host != source)
+        hosts += usable[:MAX_CANDIDATES]
     return hosts
 
 
-_TUNNEL_KINDS = frozenset({"tun", "wireguard"})
+def _links(snapshot: HostSnapshot, own_link: str) -> dict[int, Link]:
+    return {link.index: link for link in snapshot.links if link.is_up and link.name != own_link}
 
 
 def _uplink(snapshot: HostSnapshot, links: dict[int, Link], *, is_ipv6: bool) -> Uplink | None:
-    routes = [route for route in snapshot.default_routes if route.link in links and route.is_ipv6 == is_ipv6]
-    if not routes:
-        return None
-    best = min(routes, key=lambda route: route.metric)
-    source = best.preferred_source or _first_source(snapshot, best.link, is_ipv6=is_ipv6)
-    return Uplink(links[best.link].name, best.next_hop, source)
+    for route in snapshot.default_routes:
+        link = links.get(route.link)
+        if link is not None and not link.is_loopback and route.is_ipv6 == is_ipv6:
+            source = route.preferred_source or _first_source(snapshot, route.link, is_ipv6=is_ipv6)
+            own = [one.host for one in snapshot.addresses if one.link == route.link and _is_valid(one, is_ipv6)]
+            sources = dict.fromkeys([source, *own] if source else own)
+            return Uplink(link.name, route.next_hop, source, tuple(sources))
+    return None
+
+
+def _is_offered(link: Link, way_out: Uplink | None) -> bool:
+    return not link.is_loopback if way_out is None else link.name == way_out.interface
+
+
+def _is_same(before: Uplink, after: Uplink) -> bool:
+    if (before.interface, before.next_hop) != (after.interface, after.next_hop):
+        return False
+    return any(source in after.sources for source in before.sources)
 
 
 def _first_source(snapshot: HostSnapshot, link: int, *, is_ipv6: bool) -> str | None:
@@ -107,11 +141,12 @@ def _first_source(snapshot: HostSnapshot, link: int, *, is_ipv6: bool) -> str | 
     return usable[0].host if usable else None
 
 
-def _is_candidate(link: Link, own_link: str) -> bool:
-    return link.is_up and not link.is_loopback and link.kind not in _TUNNEL_KINDS and link.name != own_link
-
-
 def _is_usable(address: Address, is_ipv6: bool) -> bool:
-    if (":" in address.host) != is_ipv6 or address.is_deprecated or address.is_tentative:
+    return _is_valid(address, is_ipv6) and not address.is_deprecated
+
+
+def _is_valid(address: Address, is_ipv6: bool) -> bool:
+    """Whether the kernel sends from it, at least where asked to."""
+    if (":" in address.host) != is_ipv6 or address.is_tentative:
         return False
     return not is_ipv6 or not ipaddress.IPv6Address(address.host).is_link_local

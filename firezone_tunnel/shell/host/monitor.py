@@ -8,7 +8,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.python.failure import Failure
 
-from firezone_tunnel.shell.host.addresses import HostSnapshot, Uplinks, host_candidates, uplinks
+from firezone_tunnel.shell.host.addresses import HostSnapshot, Uplinks, has_moved, host_candidates, uplinks
 from firezone_tunnel.shell.host.rtnetlink import RtNetlink
 from firezone_tunnel.shell.host.snapshot import read_snapshot
 from firezone_tunnel.shell.host.worker_thread import WorkerThread
@@ -78,7 +78,7 @@ class NetworkMonitor:
             self.hosts = hosts
             log.debug("network:addresses_changed", hosts=hosts)
             self._on_hosts(hosts)
-        if before is not None and before != self._uplinks and any(self._uplinks):
+        if before is not None and has_moved(before, self._uplinks):
             log.info("network:moved", interfaces=self.interfaces)
             self._on_moved(self._uplinks)
 

@@ -69,7 +69,6 @@ def _default_routes(netlink: RtNetlink) -> Iterator[Route]:
             is_ipv6=family == socket.AF_INET6,
             next_hop=hop.get("RTA_GATEWAY") or via.get("addr"),
             preferred_source=message.get("RTA_PREFSRC"),
-            metric=message.get("RTA_PRIORITY") or 0,
         )
 
 
@@ -78,7 +77,6 @@ def _link(message: Any) -> Link:
     return Link(
         index=message["index"],
         name=message.get("IFLA_IFNAME"),
-        kind=message.get(("linkinfo", "kind")),
         is_up=flags & (_IFF_UP | _IFF_RUNNING) == _IFF_UP | _IFF_RUNNING,
         is_loopback=bool(flags & _IFF_LOOPBACK),
     )

@@ -20,8 +20,9 @@ from twisted.internet.interfaces import IHandshakeListener, IPushProducer
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from firezone_tunnel.core.phoenix.channel import DIAL_TIMEOUT, UpgradeRefused
+from firezone_tunnel.core.phoenix.channel import UpgradeRefused
 from firezone_tunnel.shell.portal_link.failures import Explanation, explain_tls
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, call_later
 
 MAX_MESSAGE = 16 << 20
 HEADER_LIMIT = 16 << 10
@@ -61,7 +62,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
         self._listener: Listener | None = listener
         self._utc_clock = utc_clock
         self._refusal: _RefusalReader | None = None
-        self._refusal_timer: Any = None
+        self._refusal_timer: BoottimeTimer | None = None
         self._tls_failure: Explanation | None = None
         self._was_dropped = False
         self.websocket_key = key
@@ -124,7 +125,7 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
             return
         _, _, body = self.data.partition(b"\r\n\r\n")
         self._refusal = _RefusalReader(int(status[1]), self.http_headers)
-        self._refusal_timer = self.factory.reactor.callLater(REFUSAL_TIMEOUT, self._refuse)
+        self._refusal_timer = call_later(self.factory.reactor, REFUSAL_TIMEOUT, self._refuse)
         self._read_refusal(body)
 
     def onOpen(self) -> None:
@@ -180,8 +181,8 @@ class PortalLinkProtocol(WebSocketClientProtocol):  # type: ignore[misc]  # Auto
         self.abort()
 
     def _stop_reading_refusal(self) -> None:
-        if self._refusal_timer is not None and self._refusal_timer.active():
-            self._refusal_timer.cancel()
+        if self._refusal_timer is not None:
+            self._refusal_timer.close()
 
 
 class PortalLinkFactory(WebSocketClientFactory):  # type: ignore[misc]  # Autobahn has no types
@@ -201,7 +202,7 @@ class PortalLinkFactory(WebSocketClientFactory):  # type: ignore[misc]  # Autoba
         super().__init__(reactor=reactor)
         self.log = _NullLogger()
         self.setProtocolOptions(
-            openHandshakeTimeout=DIAL_TIMEOUT,
+            openHandshakeTimeout=0,  # on the wall clock; the channel has a limit for the whole attempt
             closeHandshakeTimeout=0,  # 1 s may be over before the frame has left; the caller has a limit of its own
             maxFramePayloadSize=MAX_MESSAGE,
             maxMessagePayloadSize=MAX_MESSAGE,

@@ -44,7 +44,7 @@ from firezone_tunnel.shell.portal_link.failures import explain
 from firezone_tunnel.shell.portal_link.protocol import PortalLinkFactory, PortalLinkProtocol
 from firezone_tunnel.shell.portal_link.resolver import HostResolver
 from firezone_tunnel.shell.portal_link.url import LoginUrl
-from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, call_later, utc
 from firezone_tunnel.shell.reactor.service import Service
 from firezone_tunnel.shell.udp.stream import MarkedEndpoint, RacingEndpoint
 
@@ -122,7 +122,7 @@ class PortalLink(Service):
         self._advice = ""  # of the last attempt
         self._limiter = Limiter(clock=clock)
         self._held: deque[Notice] = deque()
-        self._retry_put: Any = None
+        self._retry_put: BoottimeTimer | None = None
 
     @property
     def state(self) -> ChannelState:
@@ -140,6 +140,7 @@ class PortalLink(Service):
         if self._url.is_secure and self._tls is None:
             self._tls = _tls_options(self._url.host, self._trust)
         self._timer = self._make_timer(self._timed_out)
+        self._retry_put = BoottimeTimer(self._reactor, self._deliver)
         if self._is_wanted:
             self._connect()
 
@@ -151,8 +152,9 @@ class PortalLink(Service):
         self._pump()
         log.debug("portal:closed", portal=str(self._url), **log.nonzero(self.counters))
         self._held.clear()
-        if self._retry_put is not None and self._retry_put.active():
-            self._retry_put.cancel()
+        if self._retry_put is not None:
+            self._retry_put.close()
+            self._retry_put = None
         if self._timer is not None:
             self._timer.close()
             self._timer = None
@@ -168,6 +170,12 @@ class PortalLink(Service):
         self._is_wanted = True
         if self.running:
             self._connect()
+
+    def probe(self) -> None:
+        """The host was suspended for a moment: find out at once whether the portal is still there."""
+        if self.running:
+            self._channel.probe(self._clock())
+            self._pump()
 
     def send(self, event: str, payload: object) -> bool:
         """Send a message to the portal, at once or when the join is through; see `Channel.send`.
@@ -264,9 +272,8 @@ class PortalLink(Service):
         """Move held events into the queue while it has room; resume reading when none are left."""
         while self._held and self.events.put(self._held[0]):
             self._held.popleft()
-        is_waiting = self._retry_put is not None and self._retry_put.active()
-        if self._held and not is_waiting:
-            self._retry_put = self._reactor.callLater(RETRY_PUT_INTERVAL, self._deliver)
+        if self._held and self._retry_put is not None and self._retry_put.deadline is None:
+            self._retry_put.set(boottime() + RETRY_PUT_INTERVAL)
         if self._attempt is not None:
             self._attempt.pause_reading(paused=bool(self._held))
 
@@ -307,7 +314,7 @@ class _DialAttempt:
         self._missing = ""
         self._is_paused = False
         self._closing: Deferred[None] | None = None
-        self._close_timer: Any = None
+        self._close_timer: BoottimeTimer | None = None
 
     @property
     def is_writable(self) -> bool:
@@ -352,7 +359,7 @@ class _DialAttempt:
             return succeed(None)
         closing: Deferred[None] = Deferred()
         self._closing = closing
-        self._close_timer = self._reactor.callLater(CLOSE_TIMEOUT, self.abort)
+        self._close_timer = call_later(self._reactor, CLOSE_TIMEOUT, self.abort)
         self.pause_reading(paused=False)
         self._protocol.close()
         return closing
@@ -416,8 +423,8 @@ class _DialAttempt:
         self.closed(*explain(problem))
 
     def _closed(self) -> None:
-        if self._close_timer is not None and self._close_timer.active():
-            self._close_timer.cancel()
+        if self._close_timer is not None:
+            self._close_timer.close()
         closing, self._closing = self._closing, None
         if closing is not None:
             closing.callback(None)

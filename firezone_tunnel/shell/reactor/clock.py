@@ -1,6 +1,7 @@
 """The shell's clocks: seconds since boot, which go on during suspend and never step, and unix time.
 
-`reactor.callLater` runs on the wall clock, which may be set: a core's deadlines are driven by `BoottimeTimer`.
+`reactor.callLater` runs on the wall clock, which may be set: every deadline runs on a `BoottimeTimer`, and whatever is
+due once runs by `call_later`.
 """
 
 from __future__ import annotations
@@ -32,19 +33,27 @@ class BoottimeTimer:
     """One timer on CLOCK_BOOTTIME: `callback()` is called by the reactor once the deadline has passed.
 
     It fires once for each `set`; setting it again replaces the deadline, and a deadline in the past fires in the
-    next turn. A callback that raises is called again a second later: what was due may be so still. It holds a file
-    descriptor until `close()`.
+    next turn. A callback that raises without having set it again is called again a second later: what was due may be
+    so still. It holds a file descriptor until `close()`.
     """
 
-    def __init__(self, reactor: IReactorFDSet, callback: Callable[[], object]) -> None:
-        """
+    def __init__(
+        self,
+        reactor: IReactorFDSet,
+        callback: Callable[[], object],
+        *,
+        observe: Callable[[float], object] = lambda deadline: None,
+    ) -> None:
+        """`observe(deadline)` is called before each `callback()`, for those who look at how late it comes.
+
         Raises: OSError, where the process is out of file descriptors.
         """
         self._reactor = reactor
         self._callback = callback
+        self._observe = observe
         self._boundary = Boundary("process:timer_failed")
         self._deadline: float | None = None
-        self._fd = _create_timer()
+        self._fd = create_timer(time.CLOCK_BOOTTIME)
         reactor.addReader(self)
 
     @property
@@ -58,7 +67,7 @@ class BoottimeTimer:
             return
         self._deadline = deadline
         # Zero would disarm it; a time long past fires at once.
-        _set_timer(self._fd, 0 if deadline is None else max(1, round(deadline * 1e9)))
+        set_timer(self._fd, 0 if deadline is None else max(1, round(deadline * 1e9)))
 
     def close(self) -> None:
         """Never fire again. May be called more than once."""
@@ -77,11 +86,15 @@ class BoottimeTimer:
             os.read(self._fd, 8)
         except BlockingIOError:  # set anew after the reactor saw it fire
             return
-        self._deadline = None
+        deadline, self._deadline = self._deadline, None
         with self._boundary:  # the reactor would close it
-            self._callback()
+            if deadline is not None:
+                self._observe(deadline)
+            if self._deadline is None and self._fd != -1:  # else: what was due has been put off, or will not come
+                self._callback()
             return
-        self.set(boottime() + _TRY_AGAIN_AFTER)
+        if self._deadline is None:
+            self.set(boottime() + _TRY_AGAIN_AFTER)
 
     def connectionLost(self, reason: Failure) -> None:
         self.close()
@@ -90,18 +103,43 @@ class BoottimeTimer:
         return "BoottimeTimer"
 
 
+def call_later(reactor: IReactorFDSet, seconds: float, callback: Callable[[], object]) -> BoottimeTimer:
+    """Call `callback()` once, in a later turn. The timer closes itself then; closing it earlier cancels the call.
+
+    Raises: OSError, where the process is out of file descriptors.
+    """
+
+    def call() -> None:
+        timer.close()
+        callback()
+
+    timer = BoottimeTimer(reactor, call)
+    timer.set(boottime() + seconds)
+    return timer
+
+
 if sys.version_info >= (3, 13):
 
-    def _create_timer() -> int:
-        return os.timerfd_create(time.CLOCK_BOOTTIME, flags=os.TFD_NONBLOCK | os.TFD_CLOEXEC)
+    def create_timer(clock: int) -> int:
+        """A timerfd on one of the kernel's clocks, non-blocking (timerfd_create(2)).
 
-    def _set_timer(fd: int, nanoseconds: int) -> None:
-        os.timerfd_settime_ns(fd, flags=os.TFD_TIMER_ABSTIME, initial=nanoseconds)
+        Raises: OSError.
+        """
+        return os.timerfd_create(clock, flags=os.TFD_NONBLOCK | os.TFD_CLOEXEC)
+
+    def set_timer(fd: int, nanoseconds: int, *, cancel_on_set: bool = False) -> None:
+        """Let it expire at this time of its clock; 0: not at all. `cancel_on_set`: reading fails once that clock steps.
+
+        Raises: OSError.
+        """
+        flags = os.TFD_TIMER_ABSTIME | (os.TFD_TIMER_CANCEL_ON_SET if cancel_on_set else 0)
+        os.timerfd_settime_ns(fd, flags=flags, initial=nanoseconds)
 
 else:
     import ctypes
 
     _TFD_TIMER_ABSTIME = 1  # <sys/timerfd.h>
+    _TFD_TIMER_CANCEL_ON_SET = 2
     _TFD_FLAGS = os.O_NONBLOCK | os.O_CLOEXEC
 
     class _TimeSpec(ctypes.Structure):
@@ -112,12 +150,13 @@ else:
 
     _libc = ctypes.CDLL(None, use_errno=True)
 
-    def _create_timer() -> int:
-        return _checked(_libc.timerfd_create(time.CLOCK_BOOTTIME, _TFD_FLAGS))
+    def create_timer(clock: int) -> int:
+        return _checked(_libc.timerfd_create(clock, _TFD_FLAGS))
 
-    def _set_timer(fd: int, nanoseconds: int) -> None:
+    def set_timer(fd: int, nanoseconds: int, *, cancel_on_set: bool = False) -> None:
         value = _ITimerSpec(value=_TimeSpec(*divmod(nanoseconds, 1_000_000_000)))
-        _checked(_libc.timerfd_settime(fd, _TFD_TIMER_ABSTIME, ctypes.byref(value), None))
+        flags = _TFD_TIMER_ABSTIME | (_TFD_TIMER_CANCEL_ON_SET if cancel_on_set else 0)
+        _checked(_libc.timerfd_settime(fd, flags, ctypes.byref(value), None))
 
     def _checked(result: int) -> int:
         if result == -1:

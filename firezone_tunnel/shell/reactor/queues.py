@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer
+
 _T = TypeVar("_T")
 
 
@@ -21,7 +23,7 @@ class BoundedQueue(Generic[_T]):
         self._capacity = capacity
         self._consume = consume
         self._items: deque[_T] = deque()
-        self._turn: Any = None
+        self._turn: BoottimeTimer | None = None  # made when it is first needed
         self.refused = 0
 
     def __len__(self) -> int:
@@ -32,24 +34,27 @@ class BoundedQueue(Generic[_T]):
         if len(self._items) >= self._capacity:
             self.refused += 1
             return False
-        self._items.append(item)
         if self._turn is None:
-            self._turn = self._reactor.callLater(0, self._deliver)
+            self._turn = BoottimeTimer(self._reactor, self._deliver)
+        self._items.append(item)
+        self._turn.set(_NEXT_TURN)
         return True
 
     def close(self) -> None:
         """Forget what waits."""
         self._items.clear()
         if self._turn is not None:
-            self._turn.cancel()
+            self._turn.close()
             self._turn = None
 
     def _deliver(self) -> None:
         """One item a turn: data and timers come in between."""
-        self._turn = None
         if not self._items:
             return
         item = self._items.popleft()
-        if self._items:
-            self._turn = self._reactor.callLater(0, self._deliver)
+        if self._items and self._turn is not None:
+            self._turn.set(_NEXT_TURN)
         self._consume(item)
+
+
+_NEXT_TURN = 0.0  # a deadline long past

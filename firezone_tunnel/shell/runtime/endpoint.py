@@ -41,7 +41,8 @@ from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.portal_link.service import Notice, PortalLink
 from firezone_tunnel.shell.portal_link.url import LoginUrl
-from firezone_tunnel.shell.reactor.clock import boottime, utc
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
+from firezone_tunnel.shell.reactor.pause import PauseDetector
 from firezone_tunnel.shell.reactor.queues import BoundedQueue
 from firezone_tunnel.shell.reactor.service import MultiService
 from firezone_tunnel.shell.runtime.tunnel import TunnelCore, TunnelService
@@ -129,6 +130,7 @@ class TunnelEndpoint(MultiService):
         self._role = role
         self.limiter = Limiter()
         self._parse = parse
+        self._pauses = PauseDetector(reactor, self._paused)
         self._tunnel = TunnelService(
             reactor,
             core,
@@ -136,6 +138,7 @@ class TunnelEndpoint(MultiService):
             on_event=self._handle_event,
             on_lost=self._fail,
             mark=FIREZONE_MARK,
+            observe=self._pauses.fired,
         )
         self._portal_events: BoundedQueue[Notice] = BoundedQueue(reactor, _PORTAL_EVENTS, self._handle_notice)
         self._portal_link = PortalLink(
@@ -146,6 +149,7 @@ class TunnelEndpoint(MultiService):
             mark=FIREZONE_MARK,
             trust=config.trust,
             max_partition_time=config.max_partition_time,
+            make_timer=lambda callback: BoottimeTimer(reactor, callback, observe=self._pauses.fired),
         )
         for child in (self._tunnel, self._portal_link):
             child.setServiceParent(self)
@@ -232,6 +236,7 @@ class TunnelEndpoint(MultiService):
         """
         self._instance = Instance(self._role)
         self._tunnel.startService()
+        self._pauses.start()
         self._watcher = NetworkWatcher(
             self._reactor, self._noticed, own_link=self._config.interface, own_ports=self._own_ports
         )
@@ -245,7 +250,12 @@ class TunnelEndpoint(MultiService):
         """Say goodbye to the peers, leave the portal, restore the host. A step that fails doesn't stop the next."""
         if self._started is not None:
             await self._started
-        steps: list[Callable[[], Any]] = [self._portal_events.close, self._monitor.close, self._tunnel.stopService]
+        steps: list[Callable[[], Any]] = [
+            self._portal_events.close,
+            self._pauses.close,
+            self._monitor.close,
+            self._tunnel.stopService,
+        ]
         if self._watcher is not None:
             steps.append(self._watcher.close)
         if self._portal_link.running:
@@ -279,6 +289,11 @@ class TunnelEndpoint(MultiService):
         if self.running:
             self._error = error
             self.stopService()
+
+    def _paused(self, seconds: float) -> None:
+        log.info("process:resumed", paused=round(seconds, 1))
+        if self.running:
+            self.resumed(seconds)
 
     def _noticed(self, aspects: Aspect, program: str | None) -> None:
         if Aspect.UPLINKS in aspects:
@@ -408,6 +423,11 @@ class TunnelEndpoint(MultiService):
     def moved(self) -> None:
         """The host moved to another network."""
         raise NotImplementedError
+
+    def resumed(self, paused: float) -> None:
+        """This process didn't run for so many seconds, or somewhat more: ask everyone whether they still know us."""
+        self._tunnel.probe()
+        self._portal_link.probe()
 
     def handle_event(self, event: Any) -> None:
         """Handle an event of the core that is not about a connection or a relay."""

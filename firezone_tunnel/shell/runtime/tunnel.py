@@ -57,6 +57,8 @@ class TunnelCore(Protocol):
 
     def handle_timeout(self, now: float, utc_now: float) -> None: ...
 
+    def probe(self, now: float, utc_now: float) -> None: ...
+
     def close(self, now: float) -> None: ...
 
 
@@ -74,11 +76,12 @@ class TunnelService(Service):
         on_event: Callable[[Any], object],
         on_lost: Callable[[FirezoneError], object],
         mark: int | None,
+        observe: Callable[[float], object] = lambda deadline: None,
     ) -> None:
         """`on_event` gets the core's events, in order. `on_lost` is called once if the TUN device or a socket is gone.
 
         `open_device` opens the TUN device, or raises PlatformError. `mark` is the firewall mark of the sockets, which
-        keeps their datagrams out of the tunnel.
+        keeps their datagrams out of the tunnel. `observe` is that of the core's timer.
         """
         self.lag = LoopLag(reactor)
         self._reactor = reactor
@@ -87,7 +90,7 @@ class TunnelService(Service):
         self._on_event = on_event
         self._on_lost = on_lost
         self._mark = mark
-        self._timer = BoottimeTimer(reactor, self._timed_out)
+        self._timer = BoottimeTimer(reactor, self._timed_out, observe=observe)
         self._buffer = receive_buffer()
         self._tun: TunTransport | None = None
         self._udp: dict[bool, UdpTransport] = {}
@@ -153,6 +156,11 @@ class TunnelService(Service):
             if (is_ipv6 := ":" in host) in self._udp
         ]
         self._core.set_local_addresses(addresses, boottime())
+        self.settle()
+
+    def probe(self) -> None:
+        """Ask all relays and peers at once whether they still know us."""
+        self._core.probe(boottime(), utc())
         self.settle()
 
     def forget_paths(self) -> None:

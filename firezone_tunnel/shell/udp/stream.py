@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -17,6 +18,7 @@ from zope.interface import implementer
 
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.shell.reactor.clock import BoottimeTimer, call_later
 from firezone_tunnel.shell.udp.sockets import set_mark
 
 CONNECT_TIMEOUT = 30.0
@@ -109,16 +111,20 @@ class _Connecting:
         self._socket = stream
         self._address = address
         self._factory = factory
-        self._timer: Any = None
+        self._timer: BoottimeTimer | None = None
 
     def start(self, sockaddr: Any, timeout: float | None) -> None:
         number = self._socket.connect_ex(sockaddr)
         if number not in {0, errno.EINPROGRESS}:
             self._fail(number)
             return
-        self._reactor.addWriter(self)
         if timeout is not None:
-            self._timer = self._reactor.callLater(timeout, self._fail, errno.ETIMEDOUT)
+            try:
+                self._timer = call_later(self._reactor, timeout, lambda: self._fail(errno.ETIMEDOUT))
+            except OSError as problem:  # out of descriptors
+                self._fail(problem.errno or errno.EMFILE)
+                return
+        self._reactor.addWriter(self)
 
     def doWrite(self) -> None:
         number = self._outcome()
@@ -164,8 +170,8 @@ class _Connecting:
         deferred.errback(cancelled)
 
     def _close(self) -> None:
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
+        if self._timer is not None:
+            self._timer.close()
         if self.fileno() != -1:
             self._reactor.removeWriter(self)
             self._socket.close()
@@ -188,14 +194,15 @@ class _Race:
         self._factory = factory
         self._running: list[Deferred[IProtocol]] = []
         self._failures: list[Failure] = []
-        self._timer: Any = None
+        self._timer: BoottimeTimer | None = None
 
     def start_next(self) -> None:
         self._stop_timer()
         running = self._waiting.popleft().connect(self._factory)
         self._running.append(running)
         if self._waiting:
-            self._timer = self._reactor.callLater(self._stagger, self.start_next)
+            with contextlib.suppress(OSError):  # out of descriptors: the next starts when this one fails
+                self._timer = call_later(self._reactor, self._stagger, self.start_next)
         running.addCallbacks(self._won, self._lost, callbackArgs=(running,), errbackArgs=(running,))
 
     def _won(self, protocol: IProtocol, winner: Deferred[IProtocol]) -> None:
@@ -229,6 +236,6 @@ class _Race:
             deferred.cancel()
 
     def _stop_timer(self) -> None:
-        if self._timer is not None and self._timer.active():
-            self._timer.cancel()
+        if self._timer is not None:
+            self._timer.close()
         self._timer = None

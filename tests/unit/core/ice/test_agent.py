@@ -88,6 +88,23 @@ def test_every_check_has_its_own_id_with_the_agents_prefix() -> None:
     assert {transaction_id[:4] for transaction_id in ids} == {world.client.agent.transaction_prefix}
 
 
+def test_a_probe_checks_every_pair_at_once() -> None:
+    world = World()
+    offer_hosts(world)
+    offer_relayed(world)
+    world.run(10.0)
+    world.client.agent.set_idle(True, world.now)
+    world.run(1.0)
+    world.sent.clear()
+    start = world.now
+
+    world.client.agent.probe(world.now)
+    world.run(0.01)
+
+    checked = {(check.source, check.destination) for check in world.client.checks() if check.at == start}
+    assert {(CLIENT_HOST, GATEWAY_HOST), (CLIENT_RELAYED, GATEWAY_RELAYED)} <= checked
+
+
 def test_all_working_pairs_are_checked_for_as_long_as_the_agents_live() -> None:
     world = World()
     offer_hosts(world)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from firezone_tunnel.core.phoenix.channel import (
     DIAL_TIMEOUT,
     IDENTITY_SHARED,
+    PROBE_TIMEOUT,
     QUEUE_CAPACITY,
     STALLED_AFTER,
     STEADY_AFTER,
@@ -340,6 +341,55 @@ def test_the_fourth_heartbeat_in_a_row_without_an_answer_ends_it(joined: _World)
     joined.advance(0.1)
 
     assert [event.reason for event in joined.lost()] == ["too many unanswered heartbeats"]
+
+
+@pytest.mark.parametrize("unanswered", [0, 2])
+def test_a_probe_is_a_heartbeat_now_and_its_answer_keeps_the_connection(joined: _World, unanswered: int) -> None:
+    joined.advance(10.0 * unanswered)
+    joined.sent()
+    joined.now += 3600.0
+
+    joined.channel.probe(joined.now)
+    joined.channel.probe(joined.now)
+    [beat] = joined.sent()
+    joined.advance(1.4)
+    joined.hear_reply(beat["ref"], topic="phoenix")
+    joined.advance(5.0)
+
+    assert (beat["event"], beat["ref"]) == ("heartbeat", unanswered + 1)
+    assert joined.channel.state is ChannelState.JOINED
+    assert joined.lost() == []
+
+
+@pytest.mark.parametrize("heard", [[], ["an old push"], ["the reply to an old heartbeat"]])
+def test_a_probe_without_an_answer_dials_at_once(joined: _World, heard: list[str]) -> None:
+    """What the kernel has received before the pause proves nothing."""
+    joined.advance(10.0)
+    joined.now += 3600.0
+
+    joined.channel.probe(joined.now)
+    if "an old push" in heard:
+        joined.hear("resource_deleted", "r")
+    if "the reply to an old heartbeat" in heard:
+        joined.hear_reply(1, topic="phoenix")
+    joined.advance(PROBE_TIMEOUT - 0.1)
+    assert joined.channel.state is ChannelState.JOINED
+    joined.advance(0.1)
+
+    assert [(event.delay, event.was_joined) for event in joined.lost()] == [(0.0, True)]
+    assert joined.channel.state is ChannelState.DIALING
+
+
+def test_a_probe_leaves_alone_what_has_a_deadline_already(world: _World) -> None:
+    world.channel.connect(world.now)
+    before = world.channel.next_timeout()
+
+    world.channel.probe(world.now + 1.0)
+
+    assert world.channel.next_timeout() == before
+    world.channel.handle_open(world.now)
+    world.channel.probe(world.now + 1.0)
+    assert [frame["event"] for frame in world.sent()] == ["phx_join"]
 
 
 def test_heartbeat_replies_with_wrong_refs_do_not_count(joined: _World) -> None:

@@ -681,6 +681,19 @@ def test_a_reset_does_not_ask_for_flows_used_long_ago() -> None:
     assert client.ask_count() == 0
 
 
+@pytest.mark.parametrize("paused", [600.0, 30000.0])
+def test_a_reset_after_a_pause_asks_for_the_flows_in_use_before_it(paused: float) -> None:
+    world, client, _ = connected(NET, OTHER_NET)
+    world.run(RECENT_TRAFFIC - 5)
+    world.now += paused
+
+    client.reset(paused=paused)
+    client.join()
+    world.run(FLOW_TIME)
+
+    assert (client.ask_count("net"), client.ask_count("other")) == (1, 0)
+
+
 def test_a_packet_between_reset_and_rejoin_does_not_ask_twice() -> None:
     world, client, gateway = connected()
     client.reset()

@@ -155,9 +155,9 @@ class Client(Device):
         messages = [heard.message for heard in self.world.portal.heard]
         return sum(isinstance(each, to_client.CreateFlow) and rid in {None, each.resource_id} for each in messages)
 
-    def reset(self) -> None:
+    def reset(self, *, paused: float = 0.0) -> None:
         """Its network has changed: say goodbye, and leave the portal to join it with a new key."""
-        self.tunnel.reset(self.world.now)
+        self.tunnel.reset(self.world.now, paused=paused)
         self.node = self.tunnel.node
         self.drain()
         self.tunnel.set_local_addresses(self.addresses, self.world.now)

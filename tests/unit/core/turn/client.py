@@ -143,6 +143,10 @@ class Client:
         self.allocation.refresh(self.now)
         self._drain()
 
+    def probe(self) -> None:
+        self.allocation.probe(self.now)
+        self._drain()
+
     def restart(self) -> None:
         self.allocation.restart(self.now)
         self._drain()
@@ -163,7 +167,8 @@ class Client:
 
     def _drain(self) -> None:
         for transmit in self.allocation.transmits():
-            assert transmit.source is None
+            is_active = transmit.destination == self.allocation.active_socket
+            assert transmit.source == (self.allocation.active_source if is_active else None)
             message = stun.parse(transmit.payload)
             assert message is not None
             sent = Sent(self.now - START, transmit.destination, message)

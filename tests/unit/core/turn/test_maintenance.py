@@ -152,6 +152,7 @@ class TestKeepalive:
             ("found", REFLEXIVE, MAPPED4),
             ("lost", REFLEXIVE, MAPPED4),
         ]
+        assert client.allocation.active_source == LOCAL4
 
     def test_without_an_answer_the_relay_counts_as_gone(self) -> None:
         client = bound(PEER4)
@@ -228,6 +229,22 @@ class TestProbe:
         client.grant(client.take_one(Method.ALLOCATE))
         assert client.allocation.state is State.ALLOCATED
 
+    def test_an_allocation_that_expired_during_a_pause_begins_anew_before_any_timer(self) -> None:
+        client = allocated()
+        client.now += 700.0
+        client.probe()
+
+        assert client.take_one(Method.BINDING)
+
+    def test_after_a_pause_it_has_more_patience(self) -> None:
+        client = bound(PEER4)
+        client.run_until(10.0)
+        client.probe()
+        client.run_until(13.0)
+
+        assert len(client.take(Method.REFRESH)) > 1
+        assert client.changes() == []
+
     def test_an_expired_allocation_begins_anew_with_its_nonce(self) -> None:
         client = allocated()
         client.sleep_until(700.0)
@@ -285,7 +302,7 @@ class TestClose:
         farewell = client.allocation.close()
 
         assert farewell is not None
-        assert (farewell.destination, farewell.source) == (RELAY4, None)
+        assert (farewell.destination, farewell.source) == (RELAY4, LOCAL4)
         message = stun.parse(farewell.payload)
         assert message is not None
         assert (message.method, message.get(stun.LIFETIME), message.get(stun.NONCE)) == (Method.REFRESH, 0, "nonce")
