@@ -13,6 +13,7 @@ ICMP = 1  # protocol numbers: IANA, "Assigned Internet Protocol Numbers"
 TCP = 6
 UDP = 17
 ICMPV6 = 58
+ICMP_PROTOCOLS = frozenset({ICMP, ICMPV6})
 
 TCP_FIN = 0x01  # RFC 9293, section 3.1
 TCP_PSH = 0x08
@@ -136,6 +137,40 @@ def parse(
     return packet if len(packet.data) <= max_size else None
 
 
+def parse_quoted(data: memoryview) -> SuperPacket | None:
+    """Parse what an ICMP error quotes of a packet: at least its IP header and the 8 bytes after it (RFC 792).
+
+    Returns a lone packet whose `data` is a copy of the quotation, with its length in the IP header. Where ports or
+    the type of an ICMP message are missing, it is None.
+    """
+    quotation = bytearray(data)
+    if len(quotation) < _IPV4.size:
+        return None
+    packet = SuperPacket()
+    if quotation[0] >> 4 == 4:
+        _U16.pack_into(quotation, 2, min(_U16.unpack_from(quotation, 2)[0], len(quotation)))
+        known = _parse_ipv4(packet, memoryview(quotation))
+    elif quotation[0] >> 4 == 6 and len(quotation) >= _IPV6.size:
+        _U16.pack_into(quotation, 4, min(_U16.unpack_from(quotation, 4)[0], len(quotation) - _IPV6.size))
+        known = _parse_ipv6(packet, memoryview(quotation))
+    else:
+        return None
+    if not known:
+        return None
+    start = packet.header_length = packet.transport_offset
+    packet.checksum_start = packet.segment_size = 0
+    packet.source_port = packet.destination_port = 0
+    if packet.fragment:
+        return packet
+    if len(packet.data) - start < _QUOTED_PAYLOAD:
+        return None
+    if packet.protocol in CHECKSUM_OFFSET:
+        packet.source_port, packet.destination_port = _PORTS.unpack_from(packet.data, start)
+    elif (packet.protocol, packet.data[start]) in _ECHO:
+        packet.source_port = packet.destination_port = _U16.unpack_from(packet.data, start + 4)[0]
+    return packet
+
+
 _VIRTIO = struct.Struct("=BBHHHH")
 """virtio 1.2, section 5.1.6: flags, gso_type, hdr_len, gso_size, csum_start, csum_offset; native byte order."""
 _NEEDS_CSUM = 1
@@ -233,6 +268,8 @@ _FRAGMENT = 44  # IPv6 extension headers, RFC 8200, section 4
 _AUTHENTICATION = 51
 _EXTENSIONS = frozenset({0, 43, _FRAGMENT, _AUTHENTICATION, 60})  # hop-by-hop, routing, ..., destination options
 _MAX_EXTENSIONS = 8
+_QUOTED_PAYLOAD = 8  # RFC 792
+_ECHO = frozenset({(ICMP, 8), (ICMP, 0), (ICMPV6, 128), (ICMPV6, 129)})  # request and reply
 
 
 def _parse_ipv4(packet: SuperPacket, view: memoryview) -> bool:
@@ -322,7 +359,7 @@ def _parse_transport(packet: SuperPacket) -> bool:
         if room < 8:
             return False
         packet.header_length = offset + 8
-        if data[offset] in ((8, 0) if protocol == ICMP else (128, 129)):  # echo request and reply
+        if (protocol, data[offset]) in _ECHO:
             packet.source_port = packet.destination_port = _U16.unpack_from(data, offset + 4)[0]
     return True
 

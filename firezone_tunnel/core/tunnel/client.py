@@ -13,7 +13,7 @@ import attrs
 from firezone_tunnel.core.datagrams import BufferPool, DatagramBatch
 from firezone_tunnel.core.messages import client as messages
 from firezone_tunnel.core.messages.common import Interface, Network, PortalMessage, RelaysPresence
-from firezone_tunnel.core.packet.rewrite import icmp_error
+from firezone_tunnel.core.packet.icmp import icmp_error
 from firezone_tunnel.core.packet.superpacket import SuperPacket
 from firezone_tunnel.core.sansio import Entropy, Timeout
 from firezone_tunnel.core.snownet.events import (
@@ -112,7 +112,7 @@ class ClientCounters:
     """Sent by the host from an address other than the tunnel's."""
     filtered: int = 0
     unexpected_source: int = 0
-    """From a gateway that doesn't serve the source, or not to our own address."""
+    """From a gateway that doesn't serve the source, or not to our own address; ICMP errors about other packets."""
     unknown_control: int = 0
     waiting_overwritten: int = 0
     """Too many packets were waiting for a flow."""
@@ -155,7 +155,7 @@ class ClientTunnel(Tunnel):
                 continue
             port = packet.destination_port
             for resource in candidates:
-                if resource.rules.permits(packet, port):
+                if resource.rules.permits(packet, port) or resource.rules.permits_report(packet):
                     break
             else:
                 counters.filtered += packet.segments
@@ -180,7 +180,7 @@ class ClientTunnel(Tunnel):
         for gid, packets in self.node.handle_datagrams(batch, now, utc_now):
             gateway = self._gateways.get(gid)
             for packet in packets:
-                if gateway is not None and packet.destination in own and gateway.may_send_from(packet.source):
+                if gateway is not None and packet.destination in own and gateway.may_send(packet):
                     accepted.append(packet)
                 elif control.is_control(packet):
                     self._handle_control(gid, packet, now)

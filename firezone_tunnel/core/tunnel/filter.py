@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import attrs
 
 from firezone_tunnel.core.messages.common import Filter
+from firezone_tunnel.core.packet.icmp import quoted_packet
 from firezone_tunnel.core.packet.superpacket import ICMP, ICMPV6, TCP, UDP, SuperPacket
 
 PortRange = tuple[int, int]
@@ -69,6 +70,17 @@ class Rules:
             if first <= port <= last:
                 return True
         return False
+
+    def permits_report(self, error: SuperPacket) -> bool:
+        """Whether a packet to the resource is an ICMP error about one that the resource may have sent to its sender.
+
+        A path of the client's that is too narrow, or a closed port, is then known to the resource without a permission
+        for ICMP. The error says nothing about any other flow.
+        """
+        quoted = quoted_packet(error)
+        if quoted is None or quoted.source != error.destination or quoted.destination != error.source:
+            return False
+        return self.permits(quoted, quoted.source_port)
 
 
 PERMIT_ALL = Rules(everything=True)

@@ -14,8 +14,8 @@ from firezone_tunnel.core.datagrams import BufferPool, DatagramBatch
 from firezone_tunnel.core.deadlines import Deadlines
 from firezone_tunnel.core.messages import gateway as messages
 from firezone_tunnel.core.messages.common import Authorization, PortalMessage, RelaysPresence
-from firezone_tunnel.core.packet.rewrite import icmp_error, is_icmp_error
-from firezone_tunnel.core.packet.superpacket import SuperPacket
+from firezone_tunnel.core.packet.icmp import icmp_error, is_icmp_error, quoted_packet
+from firezone_tunnel.core.packet.superpacket import ICMP_PROTOCOLS, SuperPacket
 from firezone_tunnel.core.sansio import Entropy, Timeout
 from firezone_tunnel.core.snownet.events import ConnectionEvent, InvalidatedCandidates, NewCandidates, RelayNews, Role
 from firezone_tunnel.core.tunnel import control
@@ -97,7 +97,7 @@ class GatewayCounters:
     filtered: int = 0
     """Not permitted by the filters of the client's resources. Answered with ICMP."""
     filtered_answers: int = 0
-    """From a resource that the client may not use."""
+    """From a resource that the client may not use, or an ICMP error about a packet that it may not send."""
     unknown_control: int = 0
 
 
@@ -123,8 +123,11 @@ class GatewayTunnel(Tunnel):
                 counters.unknown_client += packet.segments
                 continue
             source = packet.source
-            # An ICMP error may come from any router on the way.
-            if client.rules(source).permits(packet, packet.source_port) or source in own or is_icmp_error(packet):
+            if packet.protocol in ICMP_PROTOCOLS and is_icmp_error(packet):
+                may_return = self._reports_on(client, packet)
+            else:
+                may_return = client.rules(source).permits(packet, packet.source_port) or source in own
+            if may_return:
                 encapsulate(client.id, packet, now, utc_now)
             else:
                 counters.filtered_answers += packet.segments
@@ -148,7 +151,7 @@ class GatewayTunnel(Tunnel):
                     accepted.append(packet)
                 elif control.is_control(packet):
                     self._handle_control(client, packet, now)
-                elif packet.source in addresses and destination in own:
+                elif packet.source in addresses and (destination in own or rules(destination).permits_report(packet)):
                     accepted.append(packet)
                 else:
                     self._refuse(client, packet, now, utc_now)
@@ -287,6 +290,17 @@ class GatewayTunnel(Tunnel):
             at = min(max(now, first.at - self._utc_offset), now + _EXPIRY_CHECK_INTERVAL)
             timeout = Timeout(at, "flows that expire")
         self.node.deadlines.set(_EXPIRY, timeout)
+
+    def _reports_on(self, client: AdmittedClient, error: SuperPacket) -> bool:
+        """Whether an ICMP error is about a packet that this client may send.
+
+        It may come from any router on the way, whose address no resource covers.
+        """
+        quoted = quoted_packet(error)
+        if quoted is None or quoted.source != error.destination:
+            return False
+        destination = quoted.destination
+        return destination in self._own or client.rules(destination).permits(quoted, quoted.destination_port)
 
     def _refuse(self, client: AdmittedClient, packet: SuperPacket, now: float, utc_now: float) -> None:
         if packet.source in client.addresses:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from firezone_tunnel.core.messages.common import Network
+from firezone_tunnel.core.packet.icmp import is_icmp_error, is_of_a_host, quoted_packet
+from firezone_tunnel.core.packet.superpacket import ICMP_PROTOCOLS, SuperPacket
 from firezone_tunnel.core.tunnel.prefixes import PrefixTable
 
 MAX_RECENT = 100  # docs/protocol/data-plane.md, 4.4
@@ -14,7 +16,7 @@ _MAX_CACHED_SOURCES = 1024
 
 
 class Gateway:
-    """One gateway. `may_send_from(address)` says whether packets from it may have this source, 4 or 16 bytes."""
+    """One gateway. `may_send_from(address)` says whether it serves this address of 4 or 16 bytes, or has it itself."""
 
     def __init__(self, gid: str, site_id: str, addresses: tuple[bytes, bytes]) -> None:
         self.id = gid
@@ -23,6 +25,22 @@ class Gateway:
         self.resources: dict[str, tuple[Network, ...]] = {}
         self._networks: PrefixTable[bool] = PrefixTable()
         self.may_send_from = lru_cache(_MAX_CACHED_SOURCES)(self._may_send_from)
+
+    def may_send(self, packet: SuperPacket) -> bool:
+        """Whether a packet to our own address may come from this gateway.
+
+        Its source is served by the gateway. An ICMP error may come from any router behind it instead, as only the
+        router knows its address; but the packet that it quotes must be from that own address of ours to one that this
+        gateway serves. So a gateway affects only flows that it carries anyway, whose packets it could as well drop or
+        answer itself, and none through another gateway or outside the tunnel. That there is such a flow, and that a
+        quoted TCP sequence number is in its window, the host's kernel verifies (RFC 5927, section 4).
+        """
+        if packet.protocol not in ICMP_PROTOCOLS or not is_icmp_error(packet):
+            return self.may_send_from(packet.source)
+        quoted = quoted_packet(packet)
+        if quoted is None or quoted.source != packet.destination or not is_of_a_host(packet.source):
+            return False
+        return self.may_send_from(quoted.destination)
 
     def serve(self, rid: str, networks: tuple[Network, ...]) -> None:
         """Serve a resource that it doesn't serve yet."""

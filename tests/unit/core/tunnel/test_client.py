@@ -8,10 +8,11 @@ from typing import Any
 import attrs
 import msgspec
 import pytest
+from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, ICMPv6TimeExceeded
 
 from firezone_tunnel.core.messages import client as messages
 from firezone_tunnel.core.messages.common import Filter, Interface, Network
-from firezone_tunnel.core.packet.superpacket import UDP
+from firezone_tunnel.core.packet.superpacket import UDP, SuperPacket
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.snownet.events import ConnectionClosed, ConnectionEstablished, ConnectionFailed
 from firezone_tunnel.core.tunnel import control
@@ -27,6 +28,7 @@ from firezone_tunnel.core.tunnel.client import (
 )
 from firezone_tunnel.core.tunnel.resources import OFFLINE_FOR, ResourceView, Status
 from firezone_tunnel.core.tunnel.waiting import CAPACITY
+from tests.unit.core.packet.packets import ICMP, Packet
 from tests.unit.core.snownet.world import LATENCY
 from tests.unit.core.tunnel.world import (
     Access,
@@ -39,6 +41,7 @@ from tests.unit.core.tunnel.world import (
     control_packet,
     datagram,
     fragment,
+    icmp_about,
     inject,
     joined,
     passes,
@@ -519,6 +522,71 @@ def test_packets_from_a_foreign_source_are_dropped_and_counted() -> None:
         assert not arrives(world, client, gateway, packet)
 
     assert client.tunnel.counters.foreign_source == 2
+    assert client.received == []
+
+
+# ICMP errors
+
+
+@pytest.mark.parametrize("router", ["192.168.9.1", "100.64.9.9", "10.20.0.1", "100.64.0.200"])
+@pytest.mark.parametrize("error", [ICMP(type=3, code=4, nexthopmtu=1000), ICMP(type=3, code=1), ICMP(type=11)])
+def test_an_error_from_any_router_reaches_the_application(router: str, error: Packet) -> None:
+    world, client, gateway = connected()
+
+    assert arrives(world, gateway, client, icmp_about(datagram("too big"), router, error))
+
+
+@pytest.mark.parametrize("router", ["2001:db8::9", "fd00:20::1"])
+@pytest.mark.parametrize("error", [ICMPv6PacketTooBig(mtu=1280), ICMPv6DestUnreach(), ICMPv6TimeExceeded()])
+def test_an_ipv6_error_from_any_router_reaches_the_application(router: str, error: Packet) -> None:
+    world, client, gateway = connected(NET, Access("six", "fd00:20::/64", "gateway"))
+    client.packets_in(datagram("hello", "fd00:20::5"))
+    world.run(1)
+
+    assert arrives(world, gateway, client, icmp_about(datagram("x", "fd00:20::5"), router, error))
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        datagram("through another gateway", "10.30.0.5"),
+        datagram("outside the tunnel", "8.8.8.8"),
+        datagram("from another address", source="10.0.1.1"),
+        datagram("from a neighbour", source="100.64.0.2"),
+        datagram("the answer", "100.64.0.1", source="10.20.0.5"),
+        datagram("the other family", "fd00:20::5"),
+    ],
+)
+@pytest.mark.parametrize("router", ["192.168.9.1", "10.20.0.5"])
+def test_an_error_about_any_other_packet_is_dropped(about: SuperPacket, router: str) -> None:
+    world, client, gateway = connected(NET, Access("second", "10.30.0.0/24", "second"))
+
+    inject(world, gateway, client, icmp_about(about, router, ICMP(type=3, code=1)))
+
+    assert client.received == []
+    assert client.tunnel.counters.unexpected_source == 1
+
+
+@pytest.mark.parametrize("router", ["192.168.9.1", "10.20.0.5", "224.0.0.1", "127.0.0.1", "0.0.0.0"])
+def test_redirects_and_errors_from_no_hosts_address_are_dropped(router: str) -> None:
+    world, client, gateway = connected()
+    errors = [ICMP(type=5, gw="10.20.0.66"), ICMP(type=4)]
+    if router not in {"192.168.9.1", "10.20.0.5"}:
+        errors.append(ICMP(type=11))
+
+    inject(world, gateway, client, *(icmp_about(datagram("x"), router, error) for error in errors))
+
+    assert client.received == []
+
+
+def test_an_error_about_a_resource_that_is_gone_is_dropped() -> None:
+    world, client, gateway = connected(NET, OTHER_NET)
+    client.packets_in(datagram("hello", "10.30.0.5"))
+    world.run(1)
+    client.hear(messages.ResourceDeleted(id="other"))
+
+    inject(world, gateway, client, icmp_about(datagram("x", "10.30.0.5"), "192.168.9.1", ICMP(type=11)))
+
     assert client.received == []
 
 

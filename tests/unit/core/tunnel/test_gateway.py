@@ -10,6 +10,7 @@ import pytest
 
 from firezone_tunnel.core.messages import gateway as messages
 from firezone_tunnel.core.messages.common import Authorization, Filter
+from firezone_tunnel.core.packet.superpacket import SuperPacket
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.snownet.events import ConnectionClosed, ConnectionEstablished, ConnectionFailed
 from firezone_tunnel.core.tunnel.gateway import FlowAuthorized, FlowEnded, FlowIgnored, InterfaceChanged, PacketFiltered
@@ -28,6 +29,7 @@ from tests.unit.core.tunnel.world import (
     control_packet,
     datagram,
     fragment,
+    icmp_about,
     inject,
     joined,
     packet_of,
@@ -589,14 +591,62 @@ def test_answers_from_resources_that_the_client_may_not_use_are_dropped_silently
     assert gateway.received == []
 
 
-def test_an_icmp_error_passes_any_filters() -> None:
+@pytest.mark.parametrize("router", ["10.20.0.1", "192.168.9.1", "100.64.0.200"])
+def test_an_icmp_error_about_a_permitted_packet_comes_back_from_any_router(router: str) -> None:
     world, client, gateway = connected(attrs.evolve(NET, filters=[UDP_5000]))
-    about = bytes(IP(src="100.64.0.1", dst="10.20.0.5") / UDP(sport=40000, dport=5000))
-    error = packet_of(built(IP(src="10.20.0.1", dst="100.64.0.1"), ICMP(type=3, code=4), about))
-    reply = packet_of(built(IP(src="10.20.0.1", dst="100.64.0.1"), ICMP(type=0), b"ping"))
 
-    assert arrives(world, gateway, client, error)
-    assert not arrives(world, gateway, client, reply)
+    assert arrives(world, gateway, client, icmp_about(datagram("x"), router, ICMP(type=3, code=4)))
+    assert arrives(world, gateway, client, icmp_about(ping("100.64.0.200"), "100.64.0.200", ICMP(type=3, code=2)))
+    assert not arrives(world, gateway, client, ping("100.64.0.1", source="10.20.0.1"))
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        datagram("to another port", port=5001),
+        ping("10.20.0.5"),
+        datagram("to another network", "10.30.0.5"),
+        datagram("of another client", source="100.64.0.2"),
+        datagram("of the resource", "100.64.0.1", source="10.20.0.5"),
+        datagram("of another family", "fd00:20::5"),
+    ],
+)
+@pytest.mark.parametrize("router", ["10.20.0.1", "192.168.9.1", "100.64.0.200"])
+def test_an_icmp_error_about_any_other_packet_is_dropped(about: SuperPacket, router: str) -> None:
+    world, _, gateway = connected(attrs.evolve(NET, filters=[UDP_5000]))
+
+    gateway.packets_in(icmp_about(about, router, ICMP(type=3, code=1)))
+    world.run(2 * LATENCY)
+
+    assert gateway.tunnel.counters.filtered_answers == 1
+
+
+def test_a_redirect_is_never_passed_on() -> None:
+    _, _, gateway = connected()
+
+    gateway.packets_in(icmp_about(datagram("x"), "10.20.0.5", ICMP(type=5, gw="10.20.0.66")))
+
+    assert gateway.tunnel.counters.filtered_answers == 1
+
+
+def test_a_client_may_report_on_what_a_resource_sends_it_without_a_permission_for_icmp() -> None:
+    world, client, gateway = connected(attrs.evolve(NET, filters=[UDP_5000]))
+
+    def report(about: SuperPacket, to: str = "10.20.0.5") -> SuperPacket:
+        return icmp_about(about, "100.64.0.1", ICMP(type=3, code=3), to=to)
+
+    assert arrives(world, client, gateway, report(answer("x")))
+    refused = [
+        report(answer("x", port=5001)),
+        report(answer("x", "10.20.0.6")),
+        report(answer("x", to="100.64.0.2")),
+        report(datagram("x")),
+    ]
+    for packet in refused:
+        assert not arrives(world, client, gateway, packet)
+    inject(world, client, gateway, *refused)
+    assert client.tunnel.counters.filtered == gateway.tunnel.counters.filtered == len(refused)
+    assert client.received == []
 
 
 def test_packets_for_unknown_clients_are_dropped_and_counted() -> None:

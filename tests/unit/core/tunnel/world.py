@@ -20,7 +20,7 @@ from firezone_tunnel.core.tunnel import control
 from firezone_tunnel.core.tunnel.base import ToPortal
 from firezone_tunnel.core.tunnel.client import ClientTunnel
 from firezone_tunnel.core.tunnel.gateway import GatewayTunnel
-from tests.unit.core.packet.packets import ICMP, IP, UDP, ICMPv6EchoRequest, IPv6, built
+from tests.unit.core.packet.packets import ICMP, IP, UDP, ICMPv6EchoRequest, IPv6, Packet, built
 from tests.unit.core.snownet import world as snownet
 from tests.unit.core.snownet.world import LATENCY, stream
 
@@ -448,6 +448,15 @@ def answer(text: str, source: str = "10.20.0.5", *, to: str = "100.64.0.1", port
     if ":" in source and ":" not in to:
         to = "fd00:2021:1111::1"
     return datagram(text, to, source=source, port=40000, source_port=port)
+
+
+def icmp_about(packet: SuperPacket, router: str, error: Packet, *, to: str = "100.64.0.1") -> SuperPacket:
+    """What a router reports about a packet, to a client."""
+    is_ipv6 = ":" in router
+    if is_ipv6 and ":" not in to:
+        to = "fd00:2021:1111::1"
+    header = IPv6(src=router, dst=to) if is_ipv6 else IP(src=router, dst=to)
+    return packet_of(built(header, error, bytes(packet.data[:576])))
 
 
 def ping(destination: str, *, source: str = "100.64.0.1", number: int = 7) -> SuperPacket:
