@@ -13,9 +13,10 @@ import attrs
 from firezone_tunnel.core.datagrams import BufferPool, DatagramBatch
 from firezone_tunnel.core.messages import client as messages
 from firezone_tunnel.core.messages.common import Interface, Network, PortalMessage, RelaysPresence
-from firezone_tunnel.core.packet.icmp import icmp_error
-from firezone_tunnel.core.packet.superpacket import SuperPacket
-from firezone_tunnel.core.sansio import Entropy, Timeout
+from firezone_tunnel.core.packet.icmp import SOURCE_REFUSED, icmp_error
+from firezone_tunnel.core.packet.reset import is_reset, tcp_reset
+from firezone_tunnel.core.packet.superpacket import TCP, SuperPacket
+from firezone_tunnel.core.sansio import Entropy, SocketAddress, Timeout
 from firezone_tunnel.core.snownet.events import (
     ConnectionClosed,
     ConnectionEstablished,
@@ -27,6 +28,7 @@ from firezone_tunnel.core.snownet.events import (
     Role,
 )
 from firezone_tunnel.core.tunnel import control
+from firezone_tunnel.core.tunnel.answer_limit import AnswerLimit
 from firezone_tunnel.core.tunnel.base import GOODBYE, ToPortal, Tunnel, ice_credentials
 from firezone_tunnel.core.tunnel.gateways import Gateways
 from firezone_tunnel.core.tunnel.prefixes import TUNNEL_IPV4, TUNNEL_IPV6
@@ -109,7 +111,7 @@ class ClientCounters:
 
     without_resource: int = 0
     foreign_source: int = 0
-    """Sent by the host from an address other than the tunnel's."""
+    """Sent by the host from an address other than the tunnel's. Answered with a TCP reset or ICMP."""
     filtered: int = 0
     unexpected_source: int = 0
     """From a gateway that doesn't serve the source, or not to our own address; ICMP errors about other packets."""
@@ -139,6 +141,12 @@ class ClientTunnel(Tunnel):
         self._published: tuple[Interface, int, int] | None = None
         self._publish_from = float("-inf")
         self._wanted_again: tuple[str, ...] = ()
+        self._hosts: frozenset[bytes] = frozenset()  # the host's own addresses outside of the tunnel
+        self._answer_limit = AnswerLimit(now)
+
+    def set_local_addresses(self, addresses: Sequence[SocketAddress], now: float) -> None:
+        super().set_local_addresses(addresses, now)
+        self._hosts = frozenset(ipaddress.ip_address(address.host).packed for address in addresses)
 
     def handle_packets(self, packets: Sequence[SuperPacket], now: float, utc_now: float) -> list[SuperPacket]:
         """Handle packets that the host sent into the tunnel. Returns answers to the host."""
@@ -148,6 +156,8 @@ class ClientTunnel(Tunnel):
         for packet in packets:
             if packet.source not in own:
                 counters.foreign_source += packet.segments
+                if (answer := self._refuse_source(packet, now)) is not None:
+                    answers.append(answer)
                 continue
             candidates = lookup(packet.destination)
             if not candidates:
@@ -235,6 +245,22 @@ class ClientTunnel(Tunnel):
         self._schedule_sites()
         self._follow_node(now)
         self._publish(now)
+
+    def _refuse_source(self, packet: SuperPacket, now: float) -> SuperPacket | None:
+        """The answer to a packet from an address other than the tunnel's; None where there must be none.
+
+        It belongs to a connection from before the tunnel had this destination, or to an application that is bound to
+        an address of another interface. Neither can work: the application learns that at once, and may try again.
+        What the host forwards is never reset. Its NAT lets packets through unchanged that it can't assign (conntrack's
+        INVALID), and these belong to a connection that works.
+        """
+        if not self._own or is_reset(packet):
+            return None
+        if packet.protocol == TCP and not packet.fragment and packet.source in self._hosts:
+            answer = tcp_reset(packet)
+        else:
+            answer = icmp_error(packet, SOURCE_REFUSED)
+        return answer if answer is not None and self._answer_limit.take(now) else None
 
     def _send_to_gateway_itself(self, packet: SuperPacket, now: float, utc_now: float) -> None:
         gateway = self._gateways.at(packet.destination)

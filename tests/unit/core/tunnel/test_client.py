@@ -28,11 +28,12 @@ from firezone_tunnel.core.tunnel.client import (
 )
 from firezone_tunnel.core.tunnel.resources import OFFLINE_FOR, ResourceView, Status
 from firezone_tunnel.core.tunnel.waiting import CAPACITY
-from tests.unit.core.packet.packets import ICMP, Packet
+from tests.unit.core.packet.packets import ICMP, IP, TCP, UDP, Packet, built
 from tests.unit.core.snownet.world import LATENCY
 from tests.unit.core.tunnel.world import (
     Access,
     Client,
+    World,
     announced_candidates,
     answer,
     answers,
@@ -44,8 +45,10 @@ from tests.unit.core.tunnel.world import (
     icmp_about,
     inject,
     joined,
+    packet_of,
     passes,
     ping,
+    segment,
 )
 
 NET = Access("net", "10.20.0.0/24", "gateway")
@@ -515,14 +518,80 @@ def test_a_fragment_passes_only_where_everything_does() -> None:
     assert client.errors() == PROHIBITED  # about the first fragment; a later one is never answered
 
 
-def test_packets_from_a_foreign_source_are_dropped_and_counted() -> None:
+# Packets from a foreign source: the client's host has 10.0.1.1 and, where it is given, fd00:1::1
+
+
+@pytest.mark.parametrize("source", ["10.0.1.1", "100.64.0.2", "fd00:1::1", "fd00:2021:1111::2"])
+def test_a_datagram_from_a_foreign_source_is_answered_with_icmp(source: str) -> None:
     world, client, gateway = connected()
+    destination = "fd00:20::5" if ":" in source else "10.20.0.5"
 
-    for packet in (datagram("x", source="10.0.1.1"), datagram("x", source="100.64.0.2")):
-        assert not arrives(world, client, gateway, packet)
+    assert not arrives(world, client, gateway, datagram("x", destination, source=source))
 
-    assert client.tunnel.counters.foreign_source == 2
-    assert client.received == []
+    assert client.errors() == ([(1, 5)] if ":" in source else PROHIBITED)
+    assert client.tunnel.counters.foreign_source == 1
+
+
+@pytest.mark.parametrize("source", ["10.0.1.1", "fd00:1::1"])
+@pytest.mark.parametrize(("flags", "expected"), [("A", "R"), ("S", "RA"), ("FA", "R")])
+def test_a_segment_from_another_address_of_the_host_is_reset(source: str, flags: str, expected: str) -> None:
+    world, client, _ = connected()
+    client.tunnel.set_local_addresses((SocketAddress("10.0.1.1", 52625), SocketAddress("fd00:1::1", 52625)), world.now)
+
+    answered = client.packets_in(segment(source, flags=flags))
+
+    assert [TCP(bytes(one.data[one.transport_offset :])).flags for one in answered] == [expected]
+
+
+@pytest.mark.parametrize("source", ["172.17.0.2", "fd00:17::2"])
+def test_a_segment_that_the_host_forwards_is_answered_but_never_reset(source: str) -> None:
+    _, client, _ = connected()
+
+    client.packets_in(segment(source))
+
+    assert client.errors() == ([(1, 5)] if ":" in source else PROHIBITED)
+
+
+@pytest.mark.parametrize("source", ["10.0.1.1", "172.17.0.2", "fd00:17::2"])
+def test_a_reset_from_a_foreign_source_is_never_answered(source: str) -> None:
+    _, client, _ = connected()
+
+    assert client.packets_in(segment(source, flags="R"), segment(source, flags="RA")) == []
+
+
+def test_errors_fragments_and_multicast_from_a_foreign_source_are_never_answered() -> None:
+    _, client, _ = connected()
+    about = bytes(IP(src="10.20.0.5", dst="10.0.1.1") / UDP(sport=1, dport=2))
+    later = IP(src="10.0.1.1", dst="10.20.0.5", frag=9, proto=17)
+
+    answered = client.packets_in(
+        packet_of(built(IP(src="10.0.1.1", dst="10.20.0.5"), ICMP(type=3), about)),
+        packet_of(built(later, bytes(28))),
+        datagram("x", "224.0.0.251", source="10.0.1.1"),
+        datagram("x", "ff02::fb", source="fe80::1"),
+        datagram("x", "ff02::fb", source="::"),
+    )
+
+    assert answered == []
+    assert client.tunnel.counters.foreign_source == 5
+
+
+def test_answers_to_foreign_sources_have_a_rate_limit() -> None:
+    world, client, _ = connected()
+    flood = [datagram("x", source="10.0.1.1") for _ in range(300)]
+
+    at_once = len(client.packets_in(*flood))
+    world.run(1.0)
+    later = len(client.packets_in(*flood))
+
+    assert (at_once, later) == (100, 100)
+
+
+def test_before_the_portal_gave_an_address_nothing_is_foreign() -> None:
+    world = World()
+    client = world.add_client()
+
+    assert client.packets_in(datagram("x", source="10.0.1.1"), segment("10.0.1.1")) == []
 
 
 # ICMP errors

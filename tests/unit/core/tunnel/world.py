@@ -20,7 +20,7 @@ from firezone_tunnel.core.tunnel import control
 from firezone_tunnel.core.tunnel.base import ToPortal
 from firezone_tunnel.core.tunnel.client import ClientTunnel
 from firezone_tunnel.core.tunnel.gateway import GatewayTunnel
-from tests.unit.core.packet.packets import ICMP, IP, UDP, ICMPv6EchoRequest, IPv6, Packet, built
+from tests.unit.core.packet.packets import ICMP, IP, TCP, UDP, ICMPv6EchoRequest, IPv6, Packet, built
 from tests.unit.core.snownet import world as snownet
 from tests.unit.core.snownet.world import LATENCY, stream
 
@@ -448,6 +448,13 @@ def answer(text: str, source: str = "10.20.0.5", *, to: str = "100.64.0.1", port
     if ":" in source and ":" not in to:
         to = "fd00:2021:1111::1"
     return datagram(text, to, source=source, port=40000, source_port=port)
+
+
+def segment(source: str, *, flags: str = "A") -> SuperPacket:
+    """A TCP segment to a resource."""
+    is_ipv6 = ":" in source
+    header = IPv6(src=source, dst="fd00:20::5") if is_ipv6 else IP(src=source, dst="10.20.0.5", flags="DF")
+    return packet_of(built(header, TCP(sport=40000, dport=80, flags=flags)))
 
 
 def icmp_about(packet: SuperPacket, router: str, error: Packet, *, to: str = "100.64.0.1") -> SuperPacket:
