@@ -20,7 +20,7 @@ from typing import NamedTuple
 from firezone_tunnel.core.datagrams import DatagramBatch
 from firezone_tunnel.core.deadlines import Deadlines
 from firezone_tunnel.core.packet.coalesce import Arena, coalesce
-from firezone_tunnel.core.packet.rewrite import CE, mark_congestion
+from firezone_tunnel.core.packet.rewrite import CE, clamp_segment_size, mark_congestion
 from firezone_tunnel.core.packet.superpacket import SuperPacket, parse
 from firezone_tunnel.core.snownet.connection import Connection
 from firezone_tunnel.core.snownet.directory import Directory
@@ -160,6 +160,8 @@ class Inbound:
         if batch.ecn == CE:
             for packet in packets:
                 mark_congestion(packet)
+        for packet in packets:
+            clamp_segment_size(packet)
         return Received(connection.peer_id, packets)
 
     def _open_lone(self, batch: DatagramBatch, session: Session, index: int) -> tuple[list[SuperPacket] | None, int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 
 from firezone_tunnel.core.datagrams import BufferPool, send_limit
+from firezone_tunnel.core.packet.rewrite import clamp_segment_size
 from firezone_tunnel.core.packet.superpacket import SuperPacket
 from firezone_tunnel.core.sansio import Transmit
 from firezone_tunnel.core.snownet.events import Outbox
@@ -61,6 +62,7 @@ class Outbound:
                 self.flush(now)
             self._send_run(packet, session, path, now)
         else:
+            clamp_segment_size(packet)
             self._gather(packet, path, now)
         return True
 
