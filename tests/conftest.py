@@ -44,6 +44,16 @@ def logged() -> Iterator[list[dict[str, Any]]]:
 @pytest.fixture
 def lab() -> Iterator[Lab]:
     """Hosts made of network namespaces, of the test's own; nothing of them may be left behind."""
+    yield from _lab()
+
+
+@pytest.fixture(scope="module")
+def shared_lab() -> Iterator[Lab]:
+    """A lab whose hosts outlast a test."""
+    yield from _lab()
+
+
+def _lab() -> Iterator[Lab]:
     try:
         require_capabilities()
     except MissingCapability as missing:

@@ -35,6 +35,7 @@ from tests.system.programs import Program
 
 PREFIX = "fz"
 _LAB_NAME = re.compile(rf"^{PREFIX}(\d+)x\d+-")
+_CABLE = re.compile(r"^\d+: ([^:@]+)", re.MULTILINE)  # in the output of `ip -oneline link`
 _lab_numbers = itertools.count()
 
 # Mount the host's resolv.conf. `ip netns exec` runs the process in its own mount namespace.
@@ -75,6 +76,14 @@ class Lab:
         self.hosts[name] = host
         host.set_up(forwards=forwards)
         return host
+
+    def remove(self, host: Host) -> None:
+        """Remove a host with its programs, links and directory. A new host may then have its name and addresses."""
+        del self.hosts[host.name]
+        host.stop_programs()
+        host.unplug()  # the kernel takes its time to remove a deleted namespace's links
+        _remove_namespace(host.namespace)
+        shutil.rmtree(host.directory)
 
     def switch(self, name: str) -> Switch:
         """Create a network for hosts. It can be a router for its members, but has no uplink."""
@@ -153,6 +162,11 @@ class Host:
         """Add IPv4 or IPv6 addresses with prefix length, without duplicate address detection."""
         for address in addresses:
             self.ip("address", "add", address, "dev", interface, *(["nodad"] if ":" in address else []))
+
+    def unplug(self) -> None:
+        """Remove all cables."""
+        for interface in _CABLE.findall(self.ip("-oneline", "link", "show", "type", "veth")):
+            self.ip("link", "delete", interface)
 
     def sysctl(self, name: str, value: str) -> None:
         self.run("sysctl", "-qw", f"{name}={value}")

@@ -48,23 +48,29 @@ class Network:
         Raises: ValueError.
         """
         self.lab = lab
-        self.nat = nats.Pair.parse(nat)
         self.internet = lab.switch("internet")
         self.internet.route(f"{nats.INTERNET_ROUTERS[0]}/24", f"{nats.INTERNET_ROUTERS[1]}/64")
         self.portal = self._on_the_internet("portal", PORTAL, PORTAL_IPV6)
-        self.client = lab.host("client")
-        self.gateway = lab.host("gateway")
-        self.client_nats = nats.connect(lab, self.client, self.internet, _CLIENT_PLACE, self.nat.client)
-        self.gateway_nats = nats.connect(lab, self.gateway, self.internet, _GATEWAY_PLACE, self.nat.gateway)
         self.server = lab.host("server")
-        lab.cable(self.gateway, "eth1", self.server, "eth0")
-        self.gateway.add_address("eth1", "10.20.0.1/24", "fd00:20::1/64")
-        self.server.add_address("eth0", f"{SERVER}/24", f"{SERVER_IPV6}/64")
         self._other_provider: Switch | None = None
+        self._connect_sites(nat)
 
     def relay(self, name: str = "relay") -> Host:
         """The host of a relay of RELAYS, on the internet. The first call creates it."""
         return self.lab.hosts.get(name) or self._on_the_internet(name, *RELAYS[name])
+
+    def replace_sites(self, nat: str) -> None:
+        """Replace the client, the gateway and their NATs by new hosts, behind NATs of another kind.
+
+        The portal, the relays and the server remain, with their programs.
+
+        Raises: ValueError.
+        """
+        for host in (self.client, *self.client_nats, self.gateway, *self.gateway_nats):
+            self.lab.remove(host)
+        for host in self.lab.hosts.values():
+            host.ip("neigh", "flush", "all")  # the new hosts have the same addresses
+        self._connect_sites(nat)
 
     def portal_host(self, host: Host) -> str:
         """The portal's address for URLs, of a family that the host has."""
@@ -91,6 +97,16 @@ class Network:
         iperf.wait_until(
             lambda: iperf.is_running and _is_listening(iperf.pid, IPERF_PORT), f"listening on port {IPERF_PORT}"
         )
+
+    def _connect_sites(self, nat: str) -> None:
+        self.nat = nats.Pair.parse(nat)
+        self.client = self.lab.host("client")
+        self.gateway = self.lab.host("gateway")
+        self.client_nats = nats.connect(self.lab, self.client, self.internet, _CLIENT_PLACE, self.nat.client)
+        self.gateway_nats = nats.connect(self.lab, self.gateway, self.internet, _GATEWAY_PLACE, self.nat.gateway)
+        self.lab.cable(self.gateway, "eth1", self.server, "eth0")
+        self.gateway.add_address("eth1", "10.20.0.1/24", "fd00:20::1/64")
+        self.server.add_address("eth0", f"{SERVER}/24", f"{SERVER_IPV6}/64")
 
     def _on_the_internet(self, name: str, *addresses: str) -> Host:
         host = self.lab.host(name)

@@ -52,6 +52,22 @@ class Product:
         for program in [*map(self.spawn_relay, self._relays), self.spawn_gateway(), self.spawn_client()]:
             program.wait_ready()
 
+    def start_sites(self) -> None:
+        """Start the gateway and the client at the same time.
+
+        Raises: NotReady.
+        """
+        for program in (self.spawn_gateway(), self.spawn_client()):
+            program.wait_ready()
+
+    def stop_sites(self) -> None:
+        """Stop the gateway and the client at the same time."""
+        sites = [name for name in ("client", "gateway") if name in self._programs]
+        for name in sites:
+            self._programs[name].terminate()
+        for name in sites:
+            self._stop(name)
+
     def starts(self) -> tuple[tuple[str, Callable[[], None]], ...]:
         """The functions that start the programs, by name and in order."""
         relays = ((name, partial(self.start_relay, name)) for name in self._relays)

@@ -59,6 +59,23 @@ def test_a_program_that_ends_before_it_is_ready_is_reported_with_its_last_lines(
         program.wait_ready()
 
 
+def test_a_host_that_replaces_another_has_its_name_and_addresses(lab: Lab) -> None:
+    switch = lab.switch("internet")
+    alice, bob = lab.host("alice"), lab.host("bob")
+    switch.plug(alice, "203.0.113.20/24")
+    switch.plug(bob, "203.0.113.30/24")
+    program = alice.spawn("a", "sleep", "600")
+    (alice.directory / "left").touch()
+
+    lab.remove(alice)
+    alice = lab.host("alice")
+    switch.plug(alice, "203.0.113.20/24")
+
+    assert not program.is_running
+    assert not (alice.directory / "left").exists()
+    assert _can_connect(lab, "alice", "bob", "203.0.113.20")
+
+
 def test_closing_ends_every_process_on_the_hosts(lab: Lab) -> None:
     host = lab.host("alice")
     program = host.spawn("a", "sh", "-c", "setsid sleep 600 & echo $! > orphan; wait")
