@@ -72,6 +72,20 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = firezone_tunnel.no_such_name  # type: ignore[attr-defined]
 
 
+def test_a_plugin_loads_its_application_without_starting_threads() -> None:
+    script = """
+import gc, os, sys
+sys.path.append("twisted_plugins")
+from firezone_tunnel_plugins import gateway
+gateway.options
+assert len(os.listdir("/proc/self/task")) == 1
+assert gc.isenabled()
+"""
+    loaded = _loaded_after(script)
+
+    assert {"firezone_tunnel.apps.gateway.options", "numpy"} <= set(loaded)
+
+
 def test_client_and_gateway_load_none_of_the_portals_libraries() -> None:
     loaded = _loaded_after(_IMPORT_ALL_OF, "firezone_tunnel.apps.client", "firezone_tunnel.apps.gateway")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from twisted.application.service import IService, IServiceMaker
@@ -22,7 +25,7 @@ class _Application:
 
     @property
     def options(self) -> Any:
-        return import_module(self._module).Options
+        return self._load().Options
 
     def makeService(self, options: Any) -> IService:
         from twisted.internet import reactor
@@ -30,11 +33,24 @@ class _Application:
         from firezone_tunnel.errors import FirezoneError
 
         try:
-            service: IService = import_module(self._module).make_service(reactor, options)
+            service: IService = self._load().make_service(reactor, options)
         except FirezoneError as error:
             print(f"{self.tapname}: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         return service
+
+    def _load(self) -> ModuleType:
+        """Import the application, at least cost.
+
+        What an import makes remains, so garbage collections would find next to nothing. And numpy would start a thread
+        for each processor, but none of our arrays takes part in linear algebra.
+        """
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        gc.disable()
+        try:
+            return import_module(self._module)
+        finally:
+            gc.enable()
 
 
 client = _Application("client", "Reaches a company's resources through Firezone gateways.")
