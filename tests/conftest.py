@@ -47,7 +47,7 @@ def lab() -> Iterator[Lab]:
     yield from _lab()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shared_lab() -> Iterator[Lab]:
     """A lab whose hosts outlast a test."""
     yield from _lab()

@@ -23,7 +23,7 @@ class Product:
 
     def __init__(self, network: Network, *, relays: Sequence[str] = (), log_level: str = "debug") -> None:
         """`relays` are the relays to start, by their names in `network.RELAYS`."""
-        self._network = network
+        self.network = network
         self._relays = tuple(relays)
         self._log_level = log_level
         self._programs: dict[str, Program] = {}
@@ -79,11 +79,11 @@ class Product:
         )
 
     def start_portal(self) -> None:
-        host = self._network.portal
+        host = self.network.portal
         seed = host.directory / "portal.toml"
         seed.write_text(SEED)
         database = str(host.state_directory / "portal.sqlite3")
-        address = "[::]" if "v6" in self._network.nat else PORTAL
+        address = "[::]" if "v6" in self.network.nat else PORTAL
         arguments = ("--listen", f"{address}:{PORTAL_PORT}", "--seed", str(seed), "--database", database)
         self._spawn(host, "portal", *arguments).wait_ready()
 
@@ -99,14 +99,14 @@ class Product:
             "PUBLIC_IP6_ADDR": ipv6,
             "FIREZONE_RELAY_DRAIN_TIME": "2s",  # the allocations of killed clients remain
         }
-        return self._spawn(self._network.relay(name), name, application="relay", environment=environment)
+        return self._spawn(self.network.relay(name), name, application="relay", environment=environment)
 
     def start_gateway(self) -> None:
         self.spawn_gateway().wait_ready()
 
     def spawn_gateway(self) -> Program:
         """Start the gateway without waiting for it."""
-        host = self._network.gateway
+        host = self.network.gateway
         return self._spawn(host, "gateway", *_own_paths(host), environment={"FIREZONE_TOKEN": GATEWAY_TOKEN})
 
     def start_client(self, **environment: str) -> None:
@@ -114,7 +114,7 @@ class Product:
 
     def spawn_client(self, **environment: str) -> Program:
         """Start the client without waiting for it."""
-        host = self._network.client
+        host = self.network.client
         arguments = (*_own_paths(host), "--dns-control", "disabled")
         return self._spawn(host, "client", *arguments, environment={"FIREZONE_TOKEN": CLIENT_TOKEN, **environment})
 
@@ -177,7 +177,7 @@ class Product:
         environment: Mapping[str, str] | None = None,
     ) -> Program:
         common = {
-            "FIREZONE_API_URL": f"ws://{self._network.portal_host(host)}:{PORTAL_PORT}",
+            "FIREZONE_API_URL": f"ws://{self.network.portal_host(host)}:{PORTAL_PORT}",
             "FIREZONE_NAME": name,
             "FIREZONE_LOG_FORMAT": "json",
             "FIREZONE_LOG_LEVEL": self._log_level,
@@ -189,7 +189,7 @@ class Product:
 
     def _stop(self, name: str) -> int:
         program = self._programs.pop(name)
-        for host in self._network.lab.hosts.values():
+        for host in self.network.lab.hosts.values():
             if program in host.programs:
                 host.programs.remove(program)
         return program.stop()

@@ -25,33 +25,20 @@ _PORT = 52625
 _BYTES = 1_000_000
 
 
-@pytest.fixture(scope="module")
-def center(shared_lab: Lab) -> Iterator[tuple[Network, Product]]:
-    """The portal, a relay and the servers, for one pair of NATs after the other."""
-    network = Network(shared_lab, "v6-v4")  # so that the portal listens on addresses of both families
-    network.start_servers()
-    product = Product(network, relays=("relay",))
-    product.start_portal()
-    product.start_relay()
-    yield network, product
-    product.stop()
-
-
 @pytest.fixture
-def sites(center: tuple[Network, Product], nat: Pair) -> Iterator[tuple[Network, Product]]:
+def product(center: Product, nat: Pair) -> Iterator[Product]:
     """A new client and a new gateway behind these NATs."""
-    network, product = center
-    network.replace_sites(str(nat))
-    product.start_sites()
-    yield network, product
-    product.stop_sites()
+    center.network.replace_sites(str(nat))
+    center.start_sites()
+    yield center
+    center.stop_sites()
 
 
 @pytest.mark.parametrize("nat", PAIRS, ids=str)
 def test_every_pair_comes_up_directly_where_that_is_possible_and_else_through_a_relay(
-    sites: tuple[Network, Product], nat: Pair
+    product: Product, nat: Pair
 ) -> None:
-    network, product = sites
+    network = product.network
     began = time.time()
 
     with Download(network.client, SERVER, WEB_PORT) as download:
