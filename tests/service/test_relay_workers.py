@@ -88,7 +88,8 @@ def test_nothing_is_reserved_for_a_client_that_may_come_to_another_worker(relay:
 def test_a_quota_is_divided_among_the_workers(start: Start) -> None:
     relay = start("--max-allocations-per-user", "5")
     relay.wait_ready()
-    answers = [TurnClient(relay.port).allocate() for _ in range(60)]
+    clients = [TurnClient(relay.port) for _ in range(60)]  # all open: no port may be used twice
+    answers = [client.allocate() for client in clients]
     ports = [answer.get_all(stun.XOR_RELAYED_ADDRESS)[0].port for answer in answers if not code_of(answer)]
 
     assert [len([port for port in ports if port < _MIDDLE]), len([port for port in ports if port >= _MIDDLE])] == [3, 3]
