@@ -36,7 +36,7 @@ def product(network: Network) -> Iterator[Product]:
 
 
 def test_the_resource_is_reached_through_the_tunnel_and_not_without_it(network: Network) -> None:
-    assert download(network, 1) is None
+    assert download(network, 1, patience=1) is None
 
     product = Product(network)
     product.start()
@@ -44,7 +44,7 @@ def test_the_resource_is_reached_through_the_tunnel_and_not_without_it(network: 
     assert download(network, 5 * _MEGABYTE) == 5 * _MEGABYTE
     assert download(network, _MEGABYTE, server=f"[{SERVER_IPV6}]") == _MEGABYTE
     assert product.stop() == {"client": 0, "gateway": 0, "portal": 0}
-    assert download(network, 1) is None
+    assert download(network, 1, patience=1) is None
 
 
 def test_on_one_network_the_path_is_direct(network: Network, product: Product) -> None:
