@@ -12,7 +12,8 @@ from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6PacketTooBig, ICMPv6Time
 
 from firezone_tunnel.core.messages import client as messages
 from firezone_tunnel.core.messages.common import Filter, Interface, Network
-from firezone_tunnel.core.packet.superpacket import UDP, SuperPacket
+from firezone_tunnel.core.packet import superpacket
+from firezone_tunnel.core.packet.superpacket import SuperPacket
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.snownet.events import ConnectionClosed, ConnectionEstablished, ConnectionFailed
 from firezone_tunnel.core.tunnel import control
@@ -503,7 +504,7 @@ def test_filters_refuse_packets_at_once_even_before_there_is_a_flow(
     assert client.errors() == expected
     assert refused[0].source == ipaddress.ip_address(destination).packed
     assert (client.ask_count(), client.tunnel.counters.filtered) == (0, 1)
-    assert client.of(PacketFiltered) == [PacketFiltered("net", UDP, 5000)]
+    assert client.of(PacketFiltered) == [PacketFiltered("net", superpacket.UDP, 5000)]
 
 
 def test_a_fragment_passes_only_where_everything_does() -> None:
