@@ -131,7 +131,7 @@ MEANINGS = {
     "portal:seed_reloaded": "The seed file was read again, and changes were pushed to the peers.",
     "portal:store_failed": "The database failed.",
     "portal:timeout_failed": "A bug in handling a timeout.",
-    "process:resumed": "The machine or the process did not run for `paused` seconds: peers and portal are asked at once.",
+    "process:resumed": "The machine or the process did not run for `paused` seconds. All peers are asked at once.",
     "process:end_forced": "The end took too long: where each thread hangs. Rules and routes are removed.",
     "process:failed": "The process ends because of this error.",
     "process:last_step_failed": "A step of a forced end failed.",
