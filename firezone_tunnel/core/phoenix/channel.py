@@ -253,6 +253,7 @@ class Channel:
         elif frame.topic != self._topic:
             self.counters.unknown += 1
         else:
+            self._link.is_heard = True
             self._handle_push(frame, now)
 
     def handle_lost(self, reason: str, now: float) -> None:
@@ -354,6 +355,9 @@ class Channel:
         link = self._link
         self.counters.heartbeat_late_max = max(self.counters.heartbeat_late_max, now - link.heartbeat_at)
         link.heartbeat_at += HEARTBEAT_INTERVAL * (1 + (now - link.heartbeat_at) // HEARTBEAT_INTERVAL)
+        if link.is_heard:  # the portal is there: its answers may be behind thousands of other messages
+            link.is_heard = False
+            link.unanswered.clear()
         if len(link.unanswered) >= MAX_UNANSWERED:  # this one would be one too many
             self._lose("too many unanswered heartbeats", now)
             return
@@ -470,7 +474,7 @@ class _Probe:
 class _Link:
     """The state of one WebSocket: its refs, from 0, and its heartbeats."""
 
-    __slots__ = ("heartbeat_at", "join_ref", "next_ref", "probe", "unanswered", "urgent")
+    __slots__ = ("heartbeat_at", "is_heard", "join_ref", "next_ref", "probe", "unanswered", "urgent")
 
     def __init__(self, heartbeat_at: float = 0.0) -> None:
         self.heartbeat_at = heartbeat_at
@@ -478,6 +482,7 @@ class _Link:
         self.join_ref = 0
         self.probe: _Probe | None = None
         self.unanswered: list[Ref] = []
+        self.is_heard = False  # since the last heartbeat
         self.urgent: deque[bytes] = deque()
 
 

@@ -335,6 +335,16 @@ def test_answered_heartbeats_keep_the_connection(joined: _World) -> None:
     assert joined.channel.state is ChannelState.JOINED
 
 
+def test_a_portal_that_sends_is_there_although_its_answers_are_late(joined: _World) -> None:
+    for _ in range(20):
+        joined.advance(10.0)
+        joined.hear("resource_deleted", "x")
+
+    assert joined.channel.state is ChannelState.JOINED
+    joined.advance(40.0)
+    assert [event.reason for event in joined.lost()] == ["too many unanswered heartbeats"]
+
+
 def test_the_fourth_heartbeat_in_a_row_without_an_answer_ends_it(joined: _World) -> None:
     joined.advance(39.9)
     assert joined.channel.state is ChannelState.JOINED

@@ -35,6 +35,9 @@ class Heard:
     def close(self) -> None:
         self.is_closed = True
 
+    def probe(self) -> None:
+        """The peer's host is there."""
+
     def disconnect(self, reason: str) -> None:
         self.push("disconnect", {"reason": reason})
         self.close()
