@@ -120,10 +120,14 @@ class Reconciler:
         delay = SETTINGS_DELAY if watched == Aspect.SETTINGS else 0.0
         self._schedule(max(boottime() + delay, self._ended_at + self._pause))
 
-    async def stop(self) -> None:
-        """Leave the host as it was. Later calls do nothing. Failures are logged."""
+    def close(self) -> None:
+        """Look no more, and leave the host as it is. May be called more than once."""
         self._wanted = None
         self._timer.close()
+
+    async def stop(self) -> None:
+        """Leave the host as it was before. Failures are logged."""
+        self.close()
         if self._is_running:
             self._last = Deferred()
             await self._last

@@ -29,7 +29,7 @@ from firezone_tunnel.errors import FirezoneError, InternalError, PlatformError, 
 from firezone_tunnel.shell.host.instance import Instance
 from firezone_tunnel.shell.host.link import TunnelLink
 from firezone_tunnel.shell.host.monitor import NetworkMonitor
-from firezone_tunnel.shell.host.parts import Aspect, HostState, Part
+from firezone_tunnel.shell.host.parts import EVERYTHING, Aspect, HostState, Part
 from firezone_tunnel.shell.host.reconciler import Reconciler
 from firezone_tunnel.shell.host.route_socket import RouteSocket
 from firezone_tunnel.shell.host.routing import TunnelRoutes, TunnelRules
@@ -254,6 +254,7 @@ class TunnelEndpoint(MultiService):
             self._portal_events.close,
             self._pauses.close,
             self._monitor.close,
+            self._host.close,
             self._tunnel.stopService,
         ]
         if self._watcher is not None:
@@ -292,6 +293,7 @@ class TunnelEndpoint(MultiService):
 
     def _paused(self, seconds: float) -> None:
         log.info("process:resumed", paused=round(seconds, 1))
+        self._host.notice(EVERYTHING, None)
         if self.running:
             self.resumed(seconds)
 
