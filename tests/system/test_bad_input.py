@@ -280,7 +280,7 @@ def test_a_url_that_is_none_ends_it_with_one_sentence(network: Network, role: st
 def test_a_name_that_no_interface_can_have_ends_it_with_one_sentence(network: Network, role: str, name: str) -> None:
     host = getattr(network, role)
     with unchanged(host):
-        assert_ends(start(host, role, "--interface", name), role, name)
+        assert_ends(start(host, role, "--interface", name), role, name, code=2)
 
 
 @BOTH

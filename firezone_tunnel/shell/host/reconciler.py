@@ -97,9 +97,14 @@ class Reconciler:
         self.repairs = 0
 
     @property
+    def is_applied(self) -> bool:
+        """Whether the newest wanted state was there at the last look."""
+        return self._wanted is not None and self._applied == self._wanted and not self.problems
+
+    @property
     def is_settled(self) -> bool:
-        """Whether the newest wanted state is there and nothing is known to be missing."""
-        return self._wanted is not None and self._applied == self._wanted and not self.problems and not self._suspect
+        """Whether it is there, and nothing may have changed since."""
+        return self.is_applied and not self._suspect
 
     def want(self, state: HostState) -> None:
         """Bring this state about, and keep it."""

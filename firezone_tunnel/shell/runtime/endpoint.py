@@ -113,11 +113,11 @@ class TunnelEndpoint(MultiService):
         )
         self._link = TunnelLink(self._netlink, config.interface)
         self._routes = RouteSocket()
-        routes, rules = TunnelRoutes(self._routes, self._link), TunnelRules(self._netlink, self._link)
+        rules, routes = TunnelRules(self._netlink, self._link), TunnelRoutes(self._routes, self._link)
         self._host = Reconciler(
             reactor,
             self._worker,
-            (self._link, routes, rules, *parts),
+            (self._link, rules, routes, *parts),
             on_settled=self._host_settled,
             on_failed=self._host_failed,
         )
@@ -210,7 +210,7 @@ class TunnelEndpoint(MultiService):
 
     def host_problems(self) -> Sequence[str]:
         """What the host lacks of what is wanted, with reasons."""
-        if self._host.problems or self._host.is_settled:
+        if self._host.problems or self._host.is_applied:
             return self._host.problems
         return ("the host's network is being set up",)
 
