@@ -63,6 +63,7 @@ async def main(reactor: Any, host: str, port: str, resources: str, changes_per_s
     portal = PortalService(
         reactor, listen=(host, int(port)), seed_path=seed_path, database=directory / "portal.sqlite3"
     )
+    reactor.addSystemEventTrigger("before", "shutdown", portal.stopService)
     portal.startService()
     await portal.ready
     print(READY, flush=True)
