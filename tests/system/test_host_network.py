@@ -39,7 +39,7 @@ def test_a_link_is_configured_for_both_families(host: Host, tunnel: Tunnel) -> N
 
     assert tunnel.link.families == Families(ipv4=True, ipv6=True)
     [link] = show(host, "link", "show", NAME)
-    assert (link["mtu"], link["txqlen"], "UP" in link["flags"]) == (1280, 128, True)
+    assert (link["mtu"], link["txqlen"], "UP" in link["flags"]) == (1280, 1000, True)
     assert addresses(host) == [f"{IPV4}/32", f"{IPV6}/128"]
 
 

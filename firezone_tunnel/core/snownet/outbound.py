@@ -1,6 +1,6 @@
 """A packet's way out. One super-packet takes each step once, however many segments it has.
 
-1. `TunTransport.doRead` reads what the host sends, up to 64 KiB a frame, and merges the lone packets of a turn.
+1. `TunTransport.doRead` reads what the host sends, up to 64 KiB a frame, and merges the lone packets of a portion.
 2. `TunnelService.packets_received` hands them over, a few super-packets at a time.
 3. `ClientTunnel.handle_packets` or `GatewayTunnel.handle_packets` routes, authorizes and filters.
 4. `Node.encapsulate` finds the connection, `Connection.encapsulate` its path.

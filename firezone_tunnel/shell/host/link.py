@@ -12,7 +12,7 @@ from firezone_tunnel.shell.host.rtnetlink import EXISTS, GONE, NO_IPV6, Families
 from firezone_tunnel.shell.logs import events as log
 
 TUNNEL_MTU = 1280
-TUNNEL_QUEUE = 128  # in super-packets; a longer queue only adds delay
+TUNNEL_QUEUE = 1000  # packets or super-packets: a burst of datagrams, until `tun.transport` reads them
 
 
 class TunnelLink(Part):

@@ -1,7 +1,7 @@
 """The tunnel as a service: a core on its TUN device, its UDP sockets and the clocks.
 
 The core decides, the transports carry batches. Each read handler of the transports does a bounded amount of work. A
-socket without room stops the reading of packets.
+socket without room stops the delivery of packets.
 """
 
 from __future__ import annotations

@@ -8,11 +8,12 @@ from time import perf_counter
 
 import attrs
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
+from twisted.internet.interfaces import IReactorFDSet, IReadWriteDescriptor
 from twisted.python.failure import Failure
 from zope.interface import Interface, implementer
 
 from firezone_tunnel.core.packet.coalesce import Arena, coalesce_lone
+from firezone_tunnel.core.packet.fair_queue import FairQueue
 from firezone_tunnel.core.packet.superpacket import (
     TCP,
     UDP,
@@ -48,6 +49,7 @@ class TunCounters:
     received_packets: int = 0  # super-packets, after merging
     received_bytes: int = 0
     malformed: int = 0
+    waited_too_long: int = 0
     read_errors: int = 0
     written_frames: int = 0
     written_bytes: int = 0
@@ -57,16 +59,21 @@ class TunCounters:
     segmentation_refused: int = 0  # super-packets written segment by segment instead
 
 
-@implementer(IReadDescriptor)
+@implementer(IReadWriteDescriptor)
 class TunTransport:
     """Reads and writes one TUN device.
 
-    A turn of the reactor reads at most `MAX_FRAMES` frames, or what comes within `MAX_TURN` seconds, or as many runs
-    of 64 KiB as fill the slab: sealing them is what takes the time. The first turn after a calm reads one frame only,
-    so that a lone packet doesn't wait for a read that finds nothing.
+    The kernel's queue is limited by a count of frames of up to 64 KiB each, so no count is both long enough for a burst
+    of datagrams and short enough for TCP. Each turn of the reactor therefore empties it, within `MAX_READS` frames and
+    `MAX_TURN` seconds, and what is more than one portion waits in a queue that is limited by time.
+
+    A portion is at most `MAX_FRAMES` packets, or as many runs of 64 KiB as fill the slab: sealing them is what takes
+    the time. The first turn after a calm reads one frame only, so that a lone packet doesn't wait for a read that finds
+    nothing.
     """
 
     MAX_FRAMES = 64
+    MAX_READS = 1024
     MAX_TURN = 0.001
     CALM = 0.001
 
@@ -85,17 +92,25 @@ class TunTransport:
         self._limiter = Limiter()
         self._ended = perf_counter()  # of the last turn
         self._was_single = False
+        self._queue = FairQueue()
+        self._is_paused = False
         protocol.makeConnection(self)
         self.resumeProducing()
 
     def pauseProducing(self) -> None:
-        """Read nothing for now: the kernel's queue holds the packets, and drops some once it is full."""
-        self._reactor.removeReader(self)
+        """Deliver nothing for now: packets wait in our queue, and once it is full in the kernel's, which drops some."""
+        self._is_paused = True
+        self._reactor.removeWriter(self)
 
     def resumeProducing(self) -> None:
-        """Read again."""
-        if self._fd != -1:
+        """Deliver again."""
+        self._is_paused = False
+        if self._fd == -1:
+            return
+        if not self._queue.is_full:
             self._reactor.addReader(self)
+        if self._queue:
+            self._reactor.addWriter(self)
 
     def write(self, packet: SuperPacket) -> None:
         """Hand a packet to the host. A packet that the kernel refuses is dropped and counted."""
@@ -124,7 +139,7 @@ class TunTransport:
         began = perf_counter()
         deadline = began + self.MAX_TURN
         # Never twice in a row: the pause may be the reactor's other work, during which the queue grows.
-        most = self.MAX_FRAMES if self._was_single or began - self._ended <= self.CALM else 1
+        most = self.MAX_READS if self._was_single or began - self._ended <= self.CALM else 1
         self._was_single = most == 1
         fd = self._fd
         if fd == -1:
@@ -153,12 +168,44 @@ class TunTransport:
             else:
                 packets.append(packet)
                 position += length + 7 & ~7
-            if position > _LAST_FRAME or perf_counter() >= deadline:
+            if position > _LAST_FRAME:
+                self._enqueue(packets)
+                packets = []
+                position = _FIRST_FRAME
+                if self._queue.is_full:
+                    break
+            if perf_counter() >= deadline:
                 break
         if packets:
-            self._deliver(packets)
+            if self._queue or self._is_paused or len(packets) > self.MAX_FRAMES:
+                self._enqueue(packets)
+            else:
+                self._deliver(packets)
         if failure is not None:
             self._read_failed(failure)
+        self._ended = perf_counter()
+
+    def doWrite(self) -> None:
+        """Deliver a portion of the queue. The device is always writable: the reactor calls this once in each turn."""
+        if self._fd == -1:
+            return
+        queue = self._queue
+        now = perf_counter()
+        packets: list[SuperPacket] = []
+        size = 0
+        while len(packets) < self.MAX_FRAMES and size < _LAST_FRAME:
+            packet = queue.take(now)
+            if packet is None:
+                break
+            packets.append(packet)
+            size += len(packet.data)
+        self.counters.waited_too_long = queue.dropped
+        if not queue:
+            self._reactor.removeWriter(self)
+        if not queue.is_full:
+            self._reactor.addReader(self)
+        if packets:
+            self._deliver(packets)
         self._ended = perf_counter()
 
     def connectionLost(self, reason: Failure) -> None:
@@ -172,6 +219,17 @@ class TunTransport:
 
     def logPrefix(self) -> str:
         return "TunTransport"
+
+    def _enqueue(self, packets: list[SuperPacket]) -> None:
+        """Let packets wait, in memory of their own."""
+        queue, now = self._queue, perf_counter()
+        for packet in packets:
+            packet.data = memoryview(bytearray(packet.data))
+            queue.add(packet, now)
+        if queue.is_full:
+            self._reactor.removeReader(self)
+        if not self._is_paused:
+            self._reactor.addWriter(self)
 
     def _deliver(self, packets: list[SuperPacket]) -> None:
         if len(packets) > 1:
@@ -223,6 +281,8 @@ class TunTransport:
         if self._fd == -1:
             return
         self._reactor.removeReader(self)
+        self._reactor.removeWriter(self)
+        self._queue.clear()
         self._fd = -1
         self.device.close()
         self._protocol.connectionLost(reason)

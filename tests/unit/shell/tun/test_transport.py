@@ -11,7 +11,9 @@ import pytest
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
+from firezone_tunnel.core.packet import fair_queue
 from firezone_tunnel.core.packet.superpacket import UDP, SuperPacket, parse, set_lengths
+from firezone_tunnel.shell.tun import transport
 from firezone_tunnel.shell.tun.device import Offload, TunDevice
 from firezone_tunnel.shell.tun.transport import TunTransport
 
@@ -51,9 +53,79 @@ def test_a_turn_reads_no_more_than_its_frames(end: End, monkeypatch: pytest.Monk
         end.host.send(NO_OFFLOAD + datagram(1000 + number, b"x"))
 
     end.transport.doRead()
+    assert (end.turns, end.is_writing) == ([], True)
+    end.transport.doWrite()
+    end.transport.doWrite()
+
+    assert [[packet.source_port for packet in packets] for packets in end.turns] == [[1000, 1001, 1002], [1003, 1004]]
+    assert not end.is_writing
+
+
+def test_what_arrives_later_does_not_overtake_what_waits(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TunTransport, "MAX_FRAMES", 2)
+    for number in range(6):
+        end.host.send(NO_OFFLOAD + datagram(1000, str(number).encode()))
+        if number in {2, 4}:
+            end.transport.doRead()
+
+    while end.is_writing:
+        end.transport.doWrite()
     end.transport.doRead()
 
-    assert [len(packets) for packets in end.turns] == [3, 2]
+    assert payloads(end) == ["0", "1", "2", "3", "4", "5"]
+
+
+def test_a_burst_that_fills_the_slab_several_times_arrives_whole(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TunTransport, "MAX_TURN", 60.0)
+    monkeypatch.setattr(transport, "_LAST_FRAME", 2000)
+    for number in range(20):
+        end.host.send(NO_OFFLOAD + datagram(1000, f"{number:0900}".encode()))
+
+    end.transport.doRead()
+    while end.is_writing:
+        end.transport.doWrite()
+
+    assert [int(payload) for payload in payloads(end)] == list(range(20))
+    assert len(end.turns) > 2
+
+
+def test_while_paused_packets_are_read_but_wait(end: End) -> None:
+    end.transport.pauseProducing()
+    end.host.send(NO_OFFLOAD + datagram(1000, b"x"))
+
+    end.transport.doRead()
+    assert (end.turns, end.reading, end.is_writing) == ([], True, False)
+    end.transport.resumeProducing()
+    assert end.is_writing
+    end.transport.doWrite()
+
+    assert [len(packets) for packets in end.turns] == [1]
+
+
+def test_a_full_queue_leaves_packets_to_the_kernel(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fair_queue, "MAX_PACKETS", 3)
+    end.transport.pauseProducing()
+    for number in range(4):
+        end.host.send(NO_OFFLOAD + datagram(1000 + number, b"x"))
+
+    end.transport.doRead()
+    assert not end.reading
+    end.transport.resumeProducing()
+    assert not end.reading
+    end.transport.doWrite()
+
+    assert end.reading
+
+
+def test_nothing_that_waits_is_delivered_after_the_end(end: End) -> None:
+    end.transport.pauseProducing()
+    end.host.send(NO_OFFLOAD + datagram(1000, b"x"))
+    end.transport.doRead()
+
+    end.transport.close()
+    end.transport.doWrite()
+
+    assert (end.turns, end.reading, end.is_writing) == ([], False, False)
 
 
 def test_only_every_second_turn_after_a_pause_takes_a_single_frame(end: End, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +263,7 @@ class End:
         self.host, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         for side in (self.host, ours):
             side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.reading = False
+        self.reading = self.is_writing = False
         self.turns: list[list[SuperPacket]] = []
         self.lost: Failure | None = None
         self.transport = TunTransport(self, self, TunDevice(ours.detach(), "tun-firezone", offload))
@@ -215,6 +287,18 @@ class End:
 
     def removeReader(self, reader: TunTransport) -> None:
         self.reading = False
+
+    def addWriter(self, writer: TunTransport) -> None:
+        self.is_writing = True
+
+    def removeWriter(self, writer: TunTransport) -> None:
+        self.is_writing = False
+
+
+def payloads(end: End) -> list[str]:
+    """The payloads of all datagrams that were delivered, in order."""
+    packets = [packet.segment(index) for turn in end.turns for packet in turn for index in range(packet.segments)]
+    return [bytes(packet.data[28:]).decode() for packet in packets]
 
 
 def refuse(patch: pytest.MonkeyPatch, number: int) -> None:
