@@ -187,7 +187,7 @@ class TunTransport:
 
     def doWrite(self) -> None:
         """Deliver a portion of the queue. The device is always writable: the reactor calls this once in each turn."""
-        if self._fd == -1:
+        if self._fd == -1 or self._is_paused:
             return
         queue = self._queue
         now = perf_counter()
