@@ -22,7 +22,8 @@ SIZE = 2_000_000
 def test_a_tcp_upload_passes_a_hop_with_a_smaller_mtu_behind_the_gateway(lab: Lab) -> None:
     with _scene(lab) as network:
         far = _far_host(network, mtu=1000)
-        far.spawn("sink", sys.executable, "-c", _SINK)
+        sink = far.spawn("sink", sys.executable, "-u", "-c", _SINK)
+        sink.wait_until(lambda: "listening" in sink.output(), "listening")
 
         sent = network.client.run(sys.executable, "-c", _UPLOAD, FAR, timeout=30)
 
@@ -132,7 +133,9 @@ table ip filter {
 """
 _SINK = f"""
 import socket
-connection, _ = socket.create_server(("0.0.0.0", {IPERF_PORT})).accept()
+listener = socket.create_server(("0.0.0.0", {IPERF_PORT}))
+print("listening")
+connection, _ = listener.accept()
 size = 0
 while data := connection.recv(65536):
     size += len(data)
