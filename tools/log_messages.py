@@ -52,6 +52,7 @@ _EXPANSIONS = {
     "self._state.flow_fields(pending.flow)": ("cid", "client", "gid", "gateway", "rid", "resource"),
     "state.flow_fields(answer.flow)": ("cid", "client", "gid", "gateway", "rid", "resource"),
     "self.peer_fields(gid)": ("gid", "site"),
+    "peer_fields(peer_id)": _PEER,
     "peer": _PEER,
     "ends": ("local", "remote"),
     "named": ("missing", "count", "program"),

@@ -36,7 +36,8 @@ from firezone_tunnel.shell.host.rpfilter import ReplyMarks
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.names import Names
 from firezone_tunnel.shell.reactor.clock import boottime
-from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint, describe_packet
+from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint
+from firezone_tunnel.shell.runtime.endpoint_log import describe_packet
 
 GATEWAYS_PATIENCE = 15.0
 """Seconds after which a gateway gives up a peer that doesn't answer its checks (docs/protocol/data-plane.md, 0.3)."""
@@ -81,7 +82,6 @@ class ClientService(TunnelEndpoint):
 
     def moved(self) -> None:
         self.reset("the network has changed")
-        self.want(uplinks=self._monitor.interfaces)
 
     def resumed(self, paused: float) -> None:
         """After a pause that no gateway waits for, start again rather than find out for each that it has closed."""
@@ -98,7 +98,7 @@ class ClientService(TunnelEndpoint):
                 self.say(message)
             case TunConfigChanged(config):
                 self._tun_config = config
-                self.want(ipv4=str(config.ipv4), ipv6=str(config.ipv6), routes=config.routes)
+                self._host.want(ipv4=str(config.ipv4), ipv6=str(config.ipv6), routes=config.routes)
             case ResourcesChanged(resources):
                 self.events.put(ResourcesUpdated(resources))
             case FlowRefused(rid, reason):
@@ -160,7 +160,7 @@ class ClientService(TunnelEndpoint):
         config = self._tun_config
         if config is None or state.ipv4 is None:
             return
-        works = {4: self.families.ipv4, 6: self.families.ipv6}
+        works = {4: self._host.families.ipv4, 6: self._host.families.ipv6}
         interface = TunInterfaceUpdated(
             ipv4=config.ipv4 if works[4] else None,
             ipv6=config.ipv6 if works[6] else None,

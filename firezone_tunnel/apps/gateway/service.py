@@ -31,7 +31,8 @@ from firezone_tunnel.shell.portal_link.service import trust_from_file
 from firezone_tunnel.shell.portal_link.url import LoginUrl, default_name
 from firezone_tunnel.shell.process.identity import load_identity
 from firezone_tunnel.shell.reactor.clock import boottime, utc
-from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint, describe_packet
+from firezone_tunnel.shell.runtime.endpoint import EndpointConfig, TunnelEndpoint
+from firezone_tunnel.shell.runtime.endpoint_log import describe_packet
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME
 
 DEFAULT_STATE_DIRECTORY = Path("/var/lib/firezone")
@@ -105,7 +106,7 @@ class GatewayService(TunnelEndpoint):
         """Why clients can't be served at the moment; empty if they can."""
         if not self.running or not self.ready.called:
             return ["the portal has not admitted this gateway yet"]
-        return list(self.host_problems())
+        return self._host.problems()
 
     def moved(self) -> None:
         """Unlike a client, a gateway keeps its key and its connections: it only takes other paths.
@@ -121,7 +122,7 @@ class GatewayService(TunnelEndpoint):
             case ToPortal(message):
                 self.say(message)
             case InterfaceChanged(ipv4, ipv6):
-                self.want(ipv4=str(ipv4), ipv6=str(ipv6), routes=(TUNNEL_IPV4, TUNNEL_IPV6))
+                self._host.want(ipv4=str(ipv4), ipv6=str(ipv6), routes=(TUNNEL_IPV4, TUNNEL_IPV6))
             case FlowAuthorized(cid, rid, expires_at):
                 log.info("gateway:flow_authorized", **self._flow_fields(cid, rid), expires_at=expires_at)
             case FlowIgnored(cid, rid, reason):

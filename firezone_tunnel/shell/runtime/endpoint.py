@@ -11,32 +11,14 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.python.failure import Failure
 
 from firezone_tunnel import __version__
-from firezone_tunnel.core.messages import client as to_client
-from firezone_tunnel.core.messages import gateway as to_gateway
 from firezone_tunnel.core.messages.common import Generation, PortalMessage, write
-from firezone_tunnel.core.packet.superpacket import ICMP, ICMPV6, TCP, UDP
 from firezone_tunnel.core.phoenix.channel import Fatal, Joined, PushReceived
-from firezone_tunnel.core.snownet.events import (
-    ConnectionClosed,
-    ConnectionEstablished,
-    ConnectionEvent,
-    ConnectionFailed,
-    PairNominated,
-    PathChanged,
-)
-from firezone_tunnel.core.snownet.relays import RelayAllocated, RelayFailed
+from firezone_tunnel.core.snownet.events import ConnectionEvent, RelayNews
 from firezone_tunnel.errors import FirezoneError, InternalError, PlatformError, ProtocolError, one_line
 from firezone_tunnel.shell.host.instance import Instance
-from firezone_tunnel.shell.host.link import TunnelLink
-from firezone_tunnel.shell.host.monitor import NetworkMonitor
-from firezone_tunnel.shell.host.parts import EVERYTHING, Aspect, HostState, Part
-from firezone_tunnel.shell.host.reconciler import Reconciler
-from firezone_tunnel.shell.host.route_socket import RouteSocket
-from firezone_tunnel.shell.host.routing import TunnelRoutes, TunnelRules
-from firezone_tunnel.shell.host.rtnetlink import Families, RtNetlink
+from firezone_tunnel.shell.host.network import HostNetwork
+from firezone_tunnel.shell.host.parts import HostState, Part
 from firezone_tunnel.shell.host.tables import FIREZONE_MARK
-from firezone_tunnel.shell.host.watcher import NetworkWatcher
-from firezone_tunnel.shell.host.worker_thread import WorkerThread
 from firezone_tunnel.shell.logs import events as log
 from firezone_tunnel.shell.logs.limiter import Limiter
 from firezone_tunnel.shell.portal_link.service import Notice, PortalLink
@@ -45,10 +27,10 @@ from firezone_tunnel.shell.reactor.clock import BoottimeTimer, boottime, utc
 from firezone_tunnel.shell.reactor.pause import PauseDetector
 from firezone_tunnel.shell.reactor.queues import BoundedQueue
 from firezone_tunnel.shell.reactor.service import MultiService
+from firezone_tunnel.shell.runtime.endpoint_log import log_candidates, log_node_event
 from firezone_tunnel.shell.runtime.tunnel import TunnelCore, TunnelService
 from firezone_tunnel.shell.tun.device import DEFAULT_NAME, open_tun
 
-_MAX_CANDIDATES = 20  # in a message of the log
 _PORTAL_EVENTS = 128  # docs/protocol/client-application.md, 0.3
 
 
@@ -101,30 +83,14 @@ class TunnelEndpoint(MultiService):
         leaves out.
         """
         super().__init__()
-        self._worker = WorkerThread(reactor)
-        self._netlink = RtNetlink()
-        self._monitor = NetworkMonitor(
+        self._host = HostNetwork(
             reactor,
-            self._worker,
-            self._netlink,
-            own_link=config.interface,
+            interface=config.interface,
+            parts=parts,
             on_hosts=self._set_hosts,
-            on_moved=lambda _: self.moved(),
+            on_moved=self.moved,
+            on_settled=self.host_settled,
         )
-        self._link = TunnelLink(self._netlink, config.interface)
-        self._routes = RouteSocket()
-        rules, routes = TunnelRules(self._netlink, self._link), TunnelRoutes(self._routes, self._link)
-        self._host = Reconciler(
-            reactor,
-            self._worker,
-            (self._link, rules, routes, *parts),
-            on_settled=self._host_settled,
-            on_failed=self._host_failed,
-        )
-        self._host_state = HostState()
-        self._host_ready: Deferred[None] = Deferred()
-        self._watcher: NetworkWatcher | None = None
-        self._reactor = reactor
         self._config = config
         self._core = core
         self._role = role
@@ -180,43 +146,17 @@ class TunnelEndpoint(MultiService):
         self._stopped.addBoth(lambda _: done.callback(None))
         return done
 
-    @property
-    def families(self) -> Families:
-        """The families that work on the interface."""
-        return self._link.families
-
     def free_host(self) -> None:
-        """Remove rules and routes at once, although the worker's thread hangs. The rest is for the next start.
-
-        Blocks. Only for the end of the process.
+        """Remove rules and routes at once, although something hangs: only for the end of the process. Blocks.
 
         Raises: PlatformError.
         """
-        if self._instance is None:
-            return
-        netlink, routes = RtNetlink(), RouteSocket()
-        link = TunnelLink(netlink, self._config.interface)
-        try:
-            TunnelRules(netlink, link).remove()
-            TunnelRoutes(routes, link).remove()
-        finally:
-            netlink.close()
-            routes.close()
-
-    def want(self, **changes: Any) -> None:
-        """Change the wanted state of the host, by the fields of `HostState`, and keep the host so."""
-        self._host_state = attrs.evolve(self._host_state, **changes)
-        self._host.want(self._host_state)
-
-    def host_problems(self) -> Sequence[str]:
-        """What the host lacks of what is wanted, with reasons."""
-        if self._host.problems or self._host.is_applied:
-            return self._host.problems
-        return ("the host's network is being set up",)
+        if self._instance is not None:
+            self._host.free()
 
     def say(self, message: PortalMessage) -> None:
         """Send a message to the portal. V2 portals understand the names of V1, too (docs/decisions.md, 10)."""
-        self._log_candidates(message)
+        log_candidates(message, self.peer_fields)
         self._portal_link.send(message.event(Generation.V1), write(message))
 
     def rebind(self) -> None:
@@ -227,7 +167,7 @@ class TunnelEndpoint(MultiService):
         except PlatformError as error:
             self._fail(error)
             return
-        self._set_hosts(self._monitor.hosts)
+        self._set_hosts(self._host.hosts)
         self._portal_link.connect(self._core.public_key)
 
     async def _start(self) -> None:
@@ -237,12 +177,7 @@ class TunnelEndpoint(MultiService):
         self._instance = Instance(self._role)
         self._tunnel.startService()
         self._pauses.start()
-        self._watcher = NetworkWatcher(
-            self._reactor, self._noticed, own_link=self._config.interface, own_ports=self._own_ports
-        )
-        await self._monitor.start()
-        self.want(uplinks=self._monitor.interfaces)
-        await self._host_ready
+        await self._host.start()
         self._portal_link.startService()
         self._portal_link.connect(self._core.public_key)
 
@@ -253,17 +188,14 @@ class TunnelEndpoint(MultiService):
         steps: list[Callable[[], Any]] = [
             self._portal_events.close,
             self._pauses.close,
-            self._monitor.close,
             self._host.close,
             self._tunnel.stopService,
         ]
-        if self._watcher is not None:
-            steps.append(self._watcher.close)
         if self._portal_link.running:
             steps.append(self._portal_link.stopService)
         if self._instance is not None:
-            steps += [self._host.stop, self._close_netlink, self._instance.close]
-        for step in (*steps, self._worker.stop, lambda: self.ended(self._error)):
+            steps += [self._host.restore, self._host.stop, self._instance.close]
+        for step in (*steps, lambda: self.ended(self._error)):
             await maybeDeferred(step).addErrback(self._not_stopped)
         self._instance = None
 
@@ -293,32 +225,9 @@ class TunnelEndpoint(MultiService):
 
     def _paused(self, seconds: float) -> None:
         log.info("process:resumed", paused=round(seconds, 1))
-        self._host.notice(EVERYTHING, None)
+        self._host.suspect()
         if self.running:
             self.resumed(seconds)
-
-    def _noticed(self, aspects: Aspect, program: str | None) -> None:
-        if Aspect.UPLINKS in aspects:
-            self._monitor.notice()
-        self._host.notice(aspects, program)
-
-    def _own_ports(self) -> tuple[int | None, ...]:
-        return self._netlink.port_id, self._routes.port_id
-
-    def _close_netlink(self) -> Deferred[None]:
-        def close() -> None:
-            self._netlink.close()
-            self._routes.close()
-
-        return self._worker.call(close)
-
-    def _host_settled(self, state: HostState) -> None:
-        if not self._host_ready.called:
-            self._host_ready.callback(None)
-        self.host_settled(state)
-
-    def _host_failed(self, error: FirezoneError) -> None:
-        self._host_ready.errback(error)
 
     def _set_hosts(self, hosts: list[str]) -> None:
         self._tunnel.set_hosts(hosts)
@@ -348,58 +257,15 @@ class TunnelEndpoint(MultiService):
         if left_out:  # unknown or malformed
             count, reasons = len(left_out), left_out[:5]
             self.limiter.info("portal:entries_left_out", key=event, event=event, count=count, reasons=reasons)
-        self._log_candidates(message)
+        log_candidates(message, self.peer_fields)
         self.message_received(message)
         self._core.handle_message(message, boottime(), utc())
 
     def _handle_event(self, event: Any) -> None:
-        if isinstance(event, ConnectionEvent):
-            self._log_connection(event)
-        elif isinstance(event, RelayAllocated):
-            log.info("tunnel:relay_allocated", relay=event.rid, address=str(event.address))
-        elif isinstance(event, RelayFailed):
-            log.info("tunnel:relay_failed", relay=event.rid, reason=f"the relay {event.reason}")
+        if isinstance(event, ConnectionEvent | RelayNews):
+            log_node_event(event, self.peer_fields)
         else:
             self.handle_event(event)
-
-    def _log_connection(self, event: ConnectionEvent) -> None:
-        peer = self.peer_fields(event.peer_id)
-        match event:
-            case PairNominated(_, local_kind, local, remote_kind, remote):
-                ends = {"local": f"{local_kind} {local}", "remote": f"{remote_kind} {remote}"}
-                log.debug("tunnel:pair_nominated", **peer, **ends)
-            case ConnectionEstablished(_, path, local, remote):
-                log.info("tunnel:connection_established", **peer, path=path, local=str(local), remote=str(remote))
-            case PathChanged(_, path, local, remote):
-                log.info("tunnel:path_changed", **peer, path=path, local=str(local), remote=str(remote))
-            case ConnectionFailed(_, reason):
-                log.info("tunnel:connection_failed", **peer, reason=reason)
-            case ConnectionClosed():
-                log.info("tunnel:connection_closed", **peer)
-
-    def _log_candidates(self, message: Any) -> None:
-        match message:
-            case to_client.IceCandidates(gateway_id=peer_id) | to_gateway.IceCandidates(client_id=peer_id):
-                peer, candidates = self.peer_fields(peer_id), message.candidates[:_MAX_CANDIDATES]
-                log.debug("tunnel:candidates_added", **peer, side="remote", candidates=candidates)
-            case (
-                to_client.InvalidateIceCandidates(gateway_id=peer_id)
-                | to_gateway.InvalidateIceCandidates(client_id=peer_id)
-            ):
-                peer, candidates = self.peer_fields(peer_id), message.candidates[:_MAX_CANDIDATES]
-                log.debug("tunnel:candidates_removed", **peer, side="remote", candidates=candidates)
-            case (
-                to_client.BroadcastIceCandidates(gateway_ids=[peer_id])
-                | to_gateway.BroadcastIceCandidates(client_ids=[peer_id])
-            ):
-                peer, candidates = self.peer_fields(peer_id), message.candidates
-                log.debug("tunnel:candidates_added", **peer, side="local", candidates=candidates)
-            case (
-                to_client.BroadcastInvalidatedIceCandidates(gateway_ids=[peer_id])
-                | to_gateway.BroadcastInvalidatedIceCandidates(client_ids=[peer_id])
-            ):
-                peer, candidates = self.peer_fields(peer_id), message.candidates
-                log.debug("tunnel:candidates_removed", **peer, side="local", candidates=candidates)
 
     def summary(self) -> str:
         """The state in a few words, for a `repr`."""
@@ -438,12 +304,3 @@ class TunnelEndpoint(MultiService):
     def ended(self, error: FirezoneError | None) -> None:
         """The service has stopped, because of `error` if there was one."""
         raise NotImplementedError
-
-
-def describe_packet(protocol: int, port: int) -> str:
-    """A packet in the form of the filters: "tcp/22"."""
-    name = _PROTOCOLS.get(protocol, f"protocol {protocol}")
-    return f"{name}/{port}" if protocol in {TCP, UDP} else name
-
-
-_PROTOCOLS = {ICMP: "icmp", ICMPV6: "icmp", TCP: "tcp", UDP: "udp"}
