@@ -11,11 +11,12 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import count
 
 from firezone_tunnel.core.messages.common import Network
 from firezone_tunnel.errors import PlatformError
+from firezone_tunnel.shell.host.netlink import attributes, encode_attribute, encode_message, messages
 from firezone_tunnel.shell.host.rtnetlink import FAMILIES
 from firezone_tunnel.shell.host.tables import ROUTE_PROTOCOL
 
@@ -77,15 +78,15 @@ class RouteSocket:
         netlink = self._open()
         numbers = [next(self._numbers) for _ in routes]
         requests = (
-            _message(kind, flags | _NLM_F_REQUEST | _NLM_F_ACK, number, _route(network, oif, table, kind))
+            encode_message(kind, flags | _NLM_F_REQUEST | _NLM_F_ACK, number, _route(network, oif, table, kind))
             for number, (network, oif) in zip(numbers, routes, strict=True)
         )
         self._send(netlink, b"".join(requests))
         codes: dict[int, int] = {}
         while len(codes) < len(numbers):
-            for answer, _, number, body in _messages(self._receive(netlink)):
-                if answer == _NLMSG_ERROR and number >= numbers[0]:
-                    codes[number] = -_ERROR.unpack_from(body)[0]
+            for answer in messages(self._receive(netlink)):
+                if answer.kind == _NLMSG_ERROR and answer.number >= numbers[0]:
+                    codes[answer.number] = -_ERROR.unpack_from(answer.body)[0]
         return [
             None if codes[number] in {0, tolerated} else OSError(codes[number], os.strerror(codes[number]))
             for number in numbers
@@ -95,11 +96,11 @@ class RouteSocket:
         """Returns whether the dump is consistent."""
         netlink = self._open()
         number = next(self._numbers)
-        body = _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0) + _attribute(_RTA_TABLE, _UINT.pack(table))
-        self._send(netlink, _message(_RTM_GETROUTE, _NLM_F_REQUEST | _NLM_F_DUMP, number, body))
+        body = _RTMSG.pack(family, 0, 0, 0, 0, 0, 0, 0, 0) + encode_attribute(_RTA_TABLE, _UINT.pack(table))
+        self._send(netlink, encode_message(_RTM_GETROUTE, _NLM_F_REQUEST | _NLM_F_DUMP, number, body))
         is_consistent = True
         while True:
-            for kind, flags, answered, entry in _messages(self._receive(netlink)):
+            for kind, flags, answered, _, entry in messages(self._receive(netlink)):
                 if answered != number:
                     continue
                 is_consistent = is_consistent and not flags & _NLM_F_DUMP_INTR
@@ -140,8 +141,6 @@ _AT_ONCE = 64  # requests; their answers have room in the socket
 _TIMEOUT = 10.0
 _RECEIVE_SIZE = 65536
 
-_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port: <linux/netlink.h>
-_ATTRIBUTE = struct.Struct("=HH")  # length, type
 _ERROR = struct.Struct("=i")
 _UINT = struct.Struct("=I")
 _INT = struct.Struct("=i")
@@ -171,32 +170,16 @@ _RT_SCOPE_UNIVERSE = 0
 _RT_SCOPE_NOWHERE = 255  # in a deletion this matches any scope
 
 
-def _message(kind: int, flags: int, number: int, body: bytes) -> bytes:
-    return _HEADER.pack(_HEADER.size + len(body), kind, flags, number, 0) + body  # `body` is aligned
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value  # 4 or 16 bytes: aligned
-
-
 def _route(network: Network, oif: int, table: int, kind: int) -> bytes:
     family = socket.AF_INET if network.version == 4 else socket.AF_INET6
     is_new = kind == _RTM_NEWROUTE
     protocol, scope = (ROUTE_PROTOCOL, _RT_SCOPE_UNIVERSE) if is_new else (0, _RT_SCOPE_NOWHERE)
     return (
         _RTMSG.pack(family, network.prefixlen, 0, 0, 0, protocol, scope, _RTN_UNICAST, 0)
-        + _attribute(_RTA_TABLE, _UINT.pack(table))
-        + _attribute(_RTA_DST, network.network_address.packed)
-        + _attribute(_RTA_OIF, _INT.pack(oif))
+        + encode_attribute(_RTA_TABLE, _UINT.pack(table))
+        + encode_attribute(_RTA_DST, network.network_address.packed)
+        + encode_attribute(_RTA_OIF, _INT.pack(oif))
     )
-
-
-def _messages(data: memoryview) -> Iterator[tuple[int, int, int, memoryview]]:
-    """Type, flags, sequence number and body of each message."""
-    while len(data) >= _HEADER.size:
-        length, kind, flags, number, _ = _HEADER.unpack_from(data)
-        yield kind, flags, number, data[_HEADER.size : length]
-        data = data[length + 3 & ~3 :]
 
 
 def _check_dump(body: memoryview) -> None:
@@ -214,17 +197,13 @@ def _parse(body: memoryview, table: int, only_own: bool) -> Route | None:
     if kind != _RTN_UNICAST or (only_own and protocol != ROUTE_PROTOCOL):
         return None
     address, oif, found_table = b"", 0, 0
-    attributes = body[_RTMSG.size :]
-    while len(attributes) >= _ATTRIBUTE.size:
-        size, attribute = _ATTRIBUTE.unpack_from(attributes)
-        value = attributes[_ATTRIBUTE.size : size]
+    for attribute, value in attributes(body[_RTMSG.size :]):
         if attribute == _RTA_DST:
             address = bytes(value)
         elif attribute == _RTA_OIF:
             (oif,) = _INT.unpack(value)
         elif attribute == _RTA_TABLE:
             (found_table,) = _UINT.unpack(value)
-        attributes = attributes[size + 3 & ~3 :]
     if found_table != table:
         return None
     if family == socket.AF_INET:

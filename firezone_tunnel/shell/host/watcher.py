@@ -17,6 +17,7 @@ from twisted.internet.interfaces import IReactorFDSet, IReadDescriptor
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from firezone_tunnel.shell.host.netlink import Message, attributes, messages
 from firezone_tunnel.shell.host.parts import EVERYTHING, Aspect
 from firezone_tunnel.shell.host.tables import TABLES
 from firezone_tunnel.shell.logs import events as log
@@ -45,7 +46,7 @@ class NetworkWatcher:
         except OSError:
             own_index = 0
 
-        def changed(message: memoryview) -> Change:
+        def changed(message: Message) -> Change:
             return routing_change(message, own_index=own_index, own_ports=own_ports())
 
         self._sources = [_Source(reactor, _NETLINK_ROUTE, _ROUTE_GROUPS, changed, noticed)]
@@ -76,7 +77,7 @@ class _Source:
         reactor: IReactorFDSet,
         protocol: int,
         groups: int,
-        parse: Callable[[memoryview], Change],
+        parse: Callable[[Message], Change],
         noticed: Noticed,
         everything: Aspect = EVERYTHING & ~Aspect.NFTABLES,
     ) -> None:
@@ -110,7 +111,7 @@ class _Source:
             if data is None:
                 aspects |= self._everything
                 continue
-            for message in _messages(data):
+            for message in messages(data):
                 change = self._parse(message)
                 aspects |= change.aspect
                 program = change.program or program
@@ -141,10 +142,9 @@ class _Source:
         return "NetworkWatcher"
 
 
-def routing_change(message: memoryview, *, own_index: int, own_ports: Container[int | None]) -> Change:
-    """The change that a message of rtnetlink(7) reports, header included."""
-    _, kind, _, _, port = _HEADER.unpack_from(message)
-    body = message[_HEADER.size :]
+def routing_change(message: Message, *, own_index: int, own_ports: Container[int | None]) -> Change:
+    """The change that a message of rtnetlink(7) reports."""
+    kind, port, body = message.kind, message.port, message.body
     if port and port in own_ports:
         return Change(Aspect(0))
     if kind in _LINK_MESSAGES or kind in _ADDRESS_MESSAGES:
@@ -167,12 +167,11 @@ def routing_change(message: memoryview, *, own_index: int, own_ports: Container[
     return Change(Aspect(0))
 
 
-def nftables_change(message: memoryview) -> Change:
+def nftables_change(message: Message) -> Change:
     """The change that a message of nfnetlink's nftables reports. Each transaction ends with the program's name."""
-    _, kind, _, _, _ = _HEADER.unpack_from(message)
-    if kind != _NFT_MSG_NEWGEN:
+    if message.kind != _NFT_MSG_NEWGEN:
         return Change(Aspect.NFTABLES)
-    for attribute, value in _attributes(message[_HEADER.size + _NFGENMSG_SIZE :]):
+    for attribute, value in attributes(message.body[_NFGENMSG_SIZE:]):
         if attribute == _NFTA_GEN_PROC_NAME:
             return Change(Aspect.NFTABLES, bytes(value).rstrip(b"\0").decode(errors="replace"))
     return Change(Aspect.NFTABLES)
@@ -183,8 +182,6 @@ _NETLINK_NETFILTER = 12
 _MAX_DATAGRAMS = 64  # per reactor turn
 _DATAGRAM_SIZE = 16384
 
-_HEADER = struct.Struct("=IHHII")  # length, type, flags, sequence number, port
-_ATTRIBUTE = struct.Struct("=HH")  # length, type
 _INDEX = struct.Struct("=4xi")  # of ifinfomsg and of ifaddrmsg
 _ROUTE = struct.Struct("=BBxxBxxBxxxx")  # of rtmsg: family, prefix length, table, type
 
@@ -207,34 +204,11 @@ _NFTA_GEN_PROC_NAME = 3
 _NFGENMSG_SIZE = 4
 
 
-def _messages(data: memoryview) -> Iterator[memoryview]:
-    """The whole messages of a datagram."""
-    while len(data) >= _HEADER.size:
-        length = _HEADER.unpack_from(data)[0]
-        if not _HEADER.size <= length <= len(data):
-            return
-        yield data[:length]
-        data = data[_aligned(length) :]
-
-
-def _attributes(data: memoryview) -> Iterator[tuple[int, memoryview]]:
-    while len(data) >= _ATTRIBUTE.size:
-        length, kind = _ATTRIBUTE.unpack_from(data)
-        if not _ATTRIBUTE.size <= length <= len(data):
-            return
-        yield kind, data[_ATTRIBUTE.size : length]
-        data = data[_aligned(length) :]
-
-
-def _table(attributes: memoryview) -> int | None:
-    for kind, value in _attributes(attributes):
+def _table(data: memoryview) -> int | None:
+    for kind, value in attributes(data):
         if kind == _RTA_TABLE and len(value) == 4:
             return int.from_bytes(value, sys.byteorder)
     return None
-
-
-def _aligned(length: int) -> int:
-    return length + 3 & ~3
 
 
 def _program(port: int) -> str | None:
