@@ -190,7 +190,7 @@ async def test_while_another_program_fights_it_is_named_and_nothing_leaves_in_cl
         await becomes(lambda: "firezone_guard" in host.run("nft", "list", "ruleset").stdout)
         repairs = kept.host.repairs
         await deferLater(reactor, 2.0)
-        assert kept.host.repairs - repairs <= 3
+        assert kept.host.repairs - repairs <= 2 * 3  # two rules, once a second
         for destination in ("10.20.0.7", "2001:db8:20::7"):
             assert not leaves(host, destination)
         assert leaves(host, "192.0.2.1")
