@@ -102,12 +102,13 @@ async def test_a_full_disk_asks_to_come_back_soon(portal: Portal, logged: list[d
 async def test_plain_http_gets_an_answer(portal: Portal) -> None:
     health = await http(portal.address, "GET /healthz HTTP/1.1\nHost: localhost\n\n")
     page = await http(portal.address, "GET /client/websocket?redirect=http://x HTTP/1.1\nHost: localhost\n\n")
+    odd = await http(portal.address, "GET /?redirect=x&after=z HTTP/1.1\nHost: localhost\n\n")
     post = await http(portal.address, "POST /client/websocket HTTP/1.1\nHost: localhost\nContent-Length: 0\n\n")
 
     assert (health.status, health.body) == (200, b"ok\n")
-    assert page.status == 426
+    assert (page.status, odd.status) == (426, 426)
     assert post.status == 400
-    for answer in (health, page, post):
+    for answer in (health, page, odd, post):
         assert int(answer.headers["content-length"]) == len(answer.body)
 
 

@@ -143,19 +143,15 @@ class PortalProtocol(WebSocketServerProtocol):  # type: ignore[misc]  # Autobahn
             return
         super().processHandshake()
 
-    def sendServerStatus(self, redirectUrl: str | None = None, redirectAfter: int = 0) -> None:
-        """A request without an upgrade."""
-        if self.http_request_path == HEALTH_PATH:
-            self._answer(HTTPStatus.OK, "text/plain", b"ok\n")
-            return
-        self._answer_refusal(Refused(426, "upgrade_required", "Only WebSockets are served here."))
-
-    def sendRedirect(self, url: str) -> None:
-        self.sendServerStatus()
-
     def failHandshake(self, reason: str, code: int = 400, responseHeaders: Any = None) -> None:
         """Answer with a problem document (RFC 9457) in place of Autobahn's bare status line."""
         refused = self._refused
+        if refused is None and code == HTTPStatus.UPGRADE_REQUIRED:
+            if self.http_request_path == HEALTH_PATH:
+                self._answer(HTTPStatus.OK, "text/plain", b"ok\n")
+                self.dropConnection(abort=False)
+                return
+            refused = Refused(code, "upgrade_required", "Only WebSockets are served here.")
         if refused is None:
             status = 400 if code == HTTPStatus.METHOD_NOT_ALLOWED else code
             refused = Refused(status, "bad_request", reason)
@@ -191,6 +187,7 @@ class PortalFactory(WebSocketServerFactory):  # type: ignore[misc]  # Autobahn h
         # (docs/protocol/portal-protocol.md, 1.5).
         self.setProtocolOptions(
             versions=[13],
+            webStatus=False,  # it parses parameters of its own, and answers none that it can't read
             autoPingInterval=0,
             openHandshakeTimeout=15,
             closeHandshakeTimeout=2,
