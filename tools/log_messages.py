@@ -123,6 +123,7 @@ MEANINGS = {
     "portal:identity_shared": "Two hosts use one identity, and displace each other.",
     "portal:joined": "The connection to the portal is established.",
     "portal:listening": "The portal accepts connections.",
+    "portal:message_cut": "A peer named more candidates or recipients than one message may have. The rest is ignored.",
     "portal:message_malformed": "A message of the portal could not be read, and was ignored.",
     "portal:message_unknown": "A message of an unknown kind was ignored or refused.",
     "portal:resolved": "The name of the portal's host was resolved to these addresses.",

@@ -14,6 +14,7 @@ import pytest_twisted
 
 from firezone_tunnel.core.messages import client as client_messages
 from firezone_tunnel.core.messages import gateway as gateway_messages
+from firezone_tunnel.core.messages.common import MAX_CANDIDATES
 from firezone_tunnel.core.portal.derived_credentials import FOREVER
 from tests.service.portal_peers import LAB_ID, SITE_ID, WIKI_ID, Peer, Portal, key, start_portal, stop_portal, until
 
@@ -276,6 +277,28 @@ async def test_a_gateway_that_the_client_is_connected_to_is_preferred(portal: Po
     for _ in range(5):
         client.send("create_flow", {"resource_id": WIKI_ID, "connected_gateway_ids": [gateway_id]})
         await chosen.receive("authorize_flow")
+
+
+@pytest_twisted.ensureDeferred
+async def test_of_a_message_with_too_many_candidates_the_first_are_passed_on(
+    portal: Portal, logged: list[dict[str, Any]]
+) -> None:
+    gateway, client = await _pair(portal, v2=True)
+    asked, created = await _flow(gateway, client, v2=True)
+    cid, gid = asked["client"]["id"], created["gateway_id"]
+    many = [f"candidate:{number}" for number in range(50_000)]
+
+    for event in ("ice_candidates", "invalidate_ice_candidates"):
+        sent = "broadcast_invalidated_ice_candidates" if "invalidate" in event else "broadcast_ice_candidates"
+        client.send(sent, {"gateway_ids": [gid, *many], "candidates": many})
+        gateway.send(sent, {"client_ids": [cid, *many], "candidates": many})
+        assert (await gateway.receive(event))["candidates"] == many[:MAX_CANDIDATES]
+        assert (await client.receive(event))["candidates"] == many[:MAX_CANDIDATES]
+
+    cut = [message for message in logged if message["message_type"] == "portal:message_cut"]
+    assert [(one["recipients"], one["candidates"]) for one in cut if one["level"] == "warning"] == [
+        (50_001, 50_000)
+    ] * 2
 
 
 @pytest_twisted.ensureDeferred

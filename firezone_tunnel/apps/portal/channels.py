@@ -9,6 +9,7 @@ import attrs
 from firezone_tunnel.apps.portal.state import PortalState
 from firezone_tunnel.core.messages import client, gateway, relay
 from firezone_tunnel.core.messages.common import (
+    MAX_CANDIDATES,
     Authorization,
     Generation,
     PortalMessage,
@@ -25,6 +26,9 @@ from firezone_tunnel.core.portal.flows import Failure, visible_resources
 from firezone_tunnel.core.portal.relay_registry import RelaySession
 from firezone_tunnel.errors import PlatformError, ProtocolError
 from firezone_tunnel.shell.logs import events as log
+
+MAX_RECIPIENTS = 100
+"""Of one message with candidates. Upstream's peers name one."""
 
 _M = TypeVar("_M", bound=PortalMessage)
 
@@ -123,6 +127,7 @@ class ClientChannel:
 
     def _forward(self, event: str, gateway_ids: list[str], candidates: list[str]) -> None:
         kind = gateway.InvalidateIceCandidates if "invalidate" in event else gateway.IceCandidates
+        gateway_ids, candidates = _bounded(self._state, self._session, gateway_ids, candidates)
         for id_ in dict.fromkeys(gateway_ids) if candidates else ():
             peer = self._state.presence.get(PeerRole.GATEWAY, id_)
             if peer is not None:
@@ -173,6 +178,7 @@ class GatewayChannel:
 
     def _forward(self, event: str, client_ids: list[str], candidates: list[str]) -> None:
         kind = client.InvalidateIceCandidates if "invalidate" in event else client.IceCandidates
+        client_ids, candidates = _bounded(self._state, self._session, client_ids, candidates)
         for id_ in dict.fromkeys(client_ids) if candidates else ():
             peer = self._state.presence.get(PeerRole.CLIENT, id_)
             if peer is not None:
@@ -234,6 +240,22 @@ def _handle_common(state: PortalState, session: DeviceSession, message: MessageR
             _read(SnownetCapabilities, message.payload)  # only validated: the portal doesn't use it
         case _:
             raise UnknownMessage(message.event)
+
+
+def _bounded(
+    state: PortalState, session: DeviceSession, ids: list[str], candidates: list[str]
+) -> tuple[list[str], list[str]]:
+    """The first ids and candidates, as many as one message may have: a peer handles it in one turn of its reactor."""
+    if len(ids) > MAX_RECIPIENTS or len(candidates) > MAX_CANDIDATES:
+        state.limiter.warning(
+            "portal:message_cut",
+            key=session.device.id,
+            device=session.device.id,
+            name=session.device.name,
+            recipients=len(ids),
+            candidates=len(candidates),
+        )
+    return ids[:MAX_RECIPIENTS], candidates[:MAX_CANDIDATES]
 
 
 def _read(kind: type[_M], payload: object) -> _M:

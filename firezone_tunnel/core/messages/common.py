@@ -17,6 +17,9 @@ Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 
+MAX_CANDIDATES = 100
+"""In one message: a peer keeps no more (docs/protocol/data-plane.md, 2.4.6). The rest is ignored."""
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 

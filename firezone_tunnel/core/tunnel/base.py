@@ -12,6 +12,7 @@ import attrs
 from firezone_tunnel.core.datagrams import BufferPool
 from firezone_tunnel.core.ice.agent import Credentials
 from firezone_tunnel.core.messages.common import (
+    MAX_CANDIDATES,
     IceCredentials,
     Interface,
     NoRelays,
@@ -112,12 +113,12 @@ class Tunnel(ABC):
     def _update_relays(self, presence: RelaysPresence, now: float) -> None:
         self.node.update_relays(presence.disconnected_ids, relay_terms(presence.connected), now)
 
-    def _add_candidates(self, peer_id: str, candidates: Iterable[str], now: float) -> None:
-        for candidate in candidates:
+    def _add_candidates(self, peer_id: str, candidates: Sequence[str], now: float) -> None:
+        for candidate in candidates[:MAX_CANDIDATES]:
             self.node.add_remote_candidate(peer_id, candidate, now)
 
-    def _remove_candidates(self, peer_id: str, candidates: Iterable[str], now: float) -> None:
-        for candidate in candidates:
+    def _remove_candidates(self, peer_id: str, candidates: Sequence[str], now: float) -> None:
+        for candidate in candidates[:MAX_CANDIDATES]:
             self.node.remove_remote_candidate(peer_id, candidate, now)
 
     def _follow_node(self, now: float) -> None:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from firezone_tunnel.core.messages import gateway as messages
-from firezone_tunnel.core.messages.common import Authorization, Filter
+from firezone_tunnel.core.messages.common import MAX_CANDIDATES, Authorization, Filter
 from firezone_tunnel.core.packet.superpacket import SuperPacket
 from firezone_tunnel.core.sansio import SocketAddress
 from firezone_tunnel.core.snownet.events import ConnectionClosed, ConnectionEstablished, ConnectionFailed
@@ -725,6 +725,21 @@ def test_candidates_found_while_the_portal_was_away_are_announced_after_the_rejo
 
     assert any("10.0.2.77" in candidate for candidate in announced_candidates(world, "gateway"))
     assert passes(world, client, gateway)
+
+
+@pytest.mark.parametrize("kind", [messages.IceCandidates, messages.InvalidateIceCandidates])
+def test_of_a_message_with_too_many_candidates_the_first_are_handled(
+    monkeypatch: pytest.MonkeyPatch, kind: type[messages.IceCandidates | messages.InvalidateIceCandidates]
+) -> None:
+    world, _, gateway = connected()
+    handled: list[str] = []
+    for name in ("add_remote_candidate", "remove_remote_candidate"):
+        monkeypatch.setattr(gateway.tunnel.node, name, lambda peer, candidate, now: handled.append(candidate))
+    many = [f"candidate:{number}" for number in range(300_000)]
+
+    gateway.tunnel.handle_message(kind(client_id="client", candidates=many), world.now, world.utc)
+
+    assert handled == many[:MAX_CANDIDATES]
 
 
 def init(gateway: Gateway, *authorizations: Authorization) -> messages.Init:
