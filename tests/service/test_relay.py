@@ -234,6 +234,24 @@ def test_a_refused_private_peer_is_logged_with_its_network_and_the_way_out(start
     assert "10.77" not in relay.log.read_text()
 
 
+def test_another_user_can_not_change_an_allocation(start: Start, tmp_path: Path) -> None:
+    """RFC 8656, 5: from the same address, too."""
+    users = tmp_path / "two"
+    users.write_text("alice:secret\nbob:builder\n")
+    users.chmod(0o600)
+    relay = start("--users-file", str(users), "--lowest-port", "50000", "--highest-port", "50999")
+    relay.wait_ready()
+    alice = TurnClient(relay.port)
+    bob = TurnClient(relay.port, username="bob", password="builder")
+    alice.allocate_dual()
+    bob.socket.close()
+    bob.socket = alice.socket
+
+    assert code_of(bob.request(Method.REFRESH, (stun.LIFETIME, 0))) == 441
+    assert code_of(bob.bind(0x4000, SocketAddress(_PEER, 9))) == 441
+    assert code_of(alice.request(Method.REFRESH, (stun.LIFETIME, 600))) == 0
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o700])
 def test_a_users_file_that_others_could_read_is_refused(start: Start, tmp_path: Path, mode: int) -> None:
     users = tmp_path / "shared"

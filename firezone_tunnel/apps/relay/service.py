@@ -89,6 +89,7 @@ class RelayService(Service):
             max_allocations=max_allocations,
             max_allocations_per_user=max_allocations_per_user,
             workers=workers,
+            same_user_only=users is not None,
         )
         self._engine = EngineConfig(
             relaying,
