@@ -64,6 +64,8 @@ async def portal(tmp_path: Path) -> AsyncIterator[Portal]:
         (f"/relay/websocket?token={RELAY_TOKEN}&ipv4=nowhere", "relay/0.1.0", 422, "invalid_connect_params"),
         (f"/relay/websocket?token={RELAY_TOKEN}&ipv6=192.0.2.1", "relay/0.1.0", 422, "invalid_connect_params"),
         (f"/relay/websocket?token={RELAY_TOKEN}&ipv4=192.0.2.1&port=0", "relay/0.1.0", 422, "invalid_connect_params"),
+        (f"/relay/websocket?token={RELAY_TOKEN}&ipv4=192.0.2.1&port={'1' * 5000}", "relay/0.1.0", 422,
+         "invalid_connect_params"),
         (f"/client/websocket?vsn=3.0.0&token={CLIENT_TOKEN}&{_CLIENT}", _AGENT, 403, "unsupported_vsn"),
         (f"/relay/v2/websocket?token={RELAY_TOKEN}&ipv4=192.0.2.1", "relay/0.1.0", 404, "not_found"),
     ],

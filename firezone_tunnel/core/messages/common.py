@@ -17,6 +17,9 @@ Key = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 
+UnixTime = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+"""In seconds. JSON has larger numbers, with which the arithmetic of clocks would overflow."""
+
 MAX_CANDIDATES = 100
 """In one message: a peer keeps no more (docs/protocol/data-plane.md, 2.4.6). The rest is ignored."""
 
@@ -89,7 +92,7 @@ class Relay(Record, frozen=True, kw_only=True):
     addr: str
     username: str
     password: str
-    expires_at: int
+    expires_at: UnixTime
     realm: str | msgspec.UnsetType | None = msgspec.UNSET
 
     def __post_init__(self) -> None:
@@ -138,7 +141,7 @@ class FlowLogs(Record, frozen=True, kw_only=True):
 class Authorization(Record, frozen=True, kw_only=True):
     client_id: str
     resource_id: str
-    expires_at: int | None = None
+    expires_at: UnixTime | None = None
 
 
 class RelaysPresence(PortalMessage, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ from firezone_tunnel.core.messages.common import (
     Relay,
     RelaysPresence,
     SnownetCapabilities,
+    UnixTime,
     read,
     readable,
 )
@@ -84,7 +85,7 @@ class AuthorizeFlow(PortalMessage, frozen=True, kw_only=True):
     client: AuthorizedClient
     client_ice_credentials: IceCredentials
     gateway_ice_credentials: IceCredentials
-    expires_at: int | None
+    expires_at: UnixTime | None
     use_iceless: bool = False
     flow_logs_ingest_token: str = ""
 
@@ -101,7 +102,7 @@ class ExpiryUpdated(PortalMessage, frozen=True, kw_only=True):
 
     client_id: str
     resource_id: str
-    expires_at: int | None
+    expires_at: UnixTime | None
 
 
 class ResourceUpdated(PortalMessage, frozen=True, kw_only=True):

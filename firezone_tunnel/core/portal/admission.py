@@ -25,6 +25,7 @@ _PATHS = {
     "/relay/websocket": (PeerRole.RELAY, Generation.V1),
 }
 _FORMS = {"1.0.0": Form.OBJECT, "2.0.0": Form.ARRAY}
+_PORT_DIGITS = 5
 _RELAY_PORT = 3478
 _NAME_LENGTH = 255
 
@@ -156,7 +157,7 @@ def _public_key(request: UpgradeRequest, invalid: _Invalid) -> str:
 
 def _relay_addresses(request: UpgradeRequest, invalid: _Invalid) -> tuple[SocketAddress, ...]:
     port = request.parameter("port") or str(_RELAY_PORT)
-    if not (port.isascii() and port.isdigit() and 0 < int(port) <= 0xFFFF):
+    if not (len(port) <= _PORT_DIGITS and port.isascii() and port.isdigit() and 0 < int(port) <= 0xFFFF):
         raise invalid("The port is invalid.")
     addresses = []
     for family, name in ((4, "ipv4"), (6, "ipv6")):

@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 _COMPONENTS = ("connlib", "relay", "headless-client", "gui-client", "apple-client", "android-client", "gateway")
-_SEMVER = re.compile(r"(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
+_SEMVER = re.compile(r"(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})\.(0|[1-9]\d{0,8})(?:-[0-9A-Za-z.-]+)?(?:\+[0-9A-Za-z.-]+)?")
 
 # From these versions on, a client reads `sites` and `site_id` instead of `gateway_groups` and `gateway_group_id`.
 _KNOWS_SITES = {

@@ -419,6 +419,8 @@ def test_a_relay_that_does_not_parse_is_left_out(module: Any, init: dict[str, An
         (client, "relays_presence", {"connected": []}, "disconnected_ids"),
         (gateway, "init", {"config": {}}, "interface"),
         (gateway, "authorize_flow", _AUTHORIZE_FLOW | {"expires_at": "never"}, "expires_at"),
+        (gateway, "authorize_flow", _AUTHORIZE_FLOW | {"expires_at": 10**400}, "expires_at"),
+        (gateway, "authorize_flow", _AUTHORIZE_FLOW | {"expires_at": float("inf")}, "expires_at"),
         (gateway, "authorize_flow", _AUTHORIZE_FLOW | {"resource": _DNS | {"filters": None}}, "resource"),
         (gateway, "reject_access", {"client_id": "c"}, "resource_id"),
         (gateway, "resource_updated", {"id": "r", "type": "cidr", "name": "n", "address": "a"}, "filters"),

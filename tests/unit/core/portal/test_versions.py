@@ -40,7 +40,7 @@ def test_an_agent_without_a_known_component_is_unknown(text: str) -> None:
     assert parse_user_agent(text) is None
 
 
-@pytest.mark.parametrize("version", ["", "1", "1.2", "1.2.3.4", "v1.2.3", "01.2.3", "1.2.x"])
+@pytest.mark.parametrize("version", ["", "1", "1.2", "1.2.3.4", "v1.2.3", "01.2.3", "1.2.x", "1.2." + "3" * 5000])
 def test_a_version_that_is_not_semantic_is_unknown(version: str) -> None:
     assert parse_user_agent(f"connlib/{version}") == UserAgent("connlib", None)
 
