@@ -110,6 +110,9 @@ class Options(TwistedOptions):
             raise UsageError(f"--{setting.name} is missing: {setting.help}")
         if text is None:
             return None
+        # A path may be any bytes; all else is sent, logged or compared as text.
+        if setting.parse is not Path and not _is_text(str(text)):
+            raise UsageError(f"{source}: the value is not UTF-8 text")
         try:
             return setting.parse(text)
         except ValueError as error:
@@ -285,6 +288,15 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError:
         # Without its cause, which quotes what was read.
         raise ConfigurationError(f"The token file {path} does not hold a token: it is not UTF-8 text") from None
+
+
+def _is_text(value: str) -> bool:
+    """Whether a value of the command line or the environment is UTF-8: Python keeps other bytes as surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _describe(setting: Setting) -> str:

@@ -53,6 +53,17 @@ def test_the_environment_wins_over_the_default_and_the_command_line_over_both() 
     assert _parse(Example, **environment)["quiet"] is True
 
 
+@pytest.mark.parametrize("options", [Example, ClientOptions, GatewayOptions])
+def test_a_value_that_is_not_text_is_refused_and_a_path_is_not(options: type[Options]) -> None:
+    name = "name" if options is Example else "firezone-name"
+    not_text = b"caf\xe9".decode(errors="surrogateescape")
+
+    with pytest.raises(UsageError, match=f"--{name}: the value is not UTF-8 text"):
+        _parse(options, f"--{name}", not_text)
+    if options is not Example:
+        assert _parse(options, "--log-dir", not_text)["log-dir"] == Path(not_text)
+
+
 def test_the_first_variable_that_says_something_counts() -> None:
     assert _parse(Example, NAME="new", OLD_NAME="old")["name"] == "new"
     assert _parse(Example, NAME="", OLD_NAME="old")["name"] == "old"
