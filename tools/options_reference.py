@@ -22,8 +22,9 @@ _HEAD = (
     "To run an application in the foreground, for example under a service manager or in a container, use "
     "`twistd -n --pidfile= firezone-client …`. Option names can't be abbreviated.",
     "There is no option for the token of a client, gateway or relay, because all users of a host can read command "
-    "lines. The token is taken from the first of these sources that has one: the variable `FIREZONE_TOKEN`, which is "
-    "then removed from the process's environment; a systemd credential named `FIREZONE_TOKEN`; the file given by "
+    "lines. The token is taken from the first of these sources that has one: the variable `FIREZONE_TOKEN`, which "
+    "programs started by the process don't inherit, though root and the same user see it in `/proc/PID/environ`; a "
+    "systemd credential named `FIREZONE_TOKEN`; the file given by "
     "`--token-path`, which must be owned by the user that runs the application and readable only by that user.",
 )
 
