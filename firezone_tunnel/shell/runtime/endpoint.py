@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,7 +59,7 @@ class EndpointCore(TunnelCore, Protocol):
     def handle_message(self, message: Any, now: float, utc_now: float) -> None: ...
 
 
-class TunnelEndpoint(MultiService):
+class TunnelEndpoint(MultiService, ABC):
     """A client or a gateway at work. A fatal error stops it.
 
     Its children are the tunnel and the link to the portal. They start and stop in an order that depends on the host,
@@ -276,31 +277,31 @@ class TunnelEndpoint(MultiService):
 
     # Subclasses implement the rest.
 
+    @abstractmethod
     def host_settled(self, state: HostState) -> None:
         """The host is in this state now, as far as it can be."""
-        raise NotImplementedError
 
+    @abstractmethod
     def peer_fields(self, peer_id: str) -> dict[str, Any]:
         """The log fields of a peer: its id, and a name if one is known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def message_received(self, message: Any) -> None:
         """Log a message of the portal, and learn the names in it, before the core handles it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def moved(self) -> None:
         """The host moved to another network."""
-        raise NotImplementedError
 
     def resumed(self, paused: float) -> None:
         """This process didn't run for so many seconds, or somewhat more: ask everyone whether they still know us."""
         self._tunnel.probe()
         self._portal_link.probe()
 
+    @abstractmethod
     def handle_event(self, event: Any) -> None:
         """Handle an event of the core that is not about a connection or a relay."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ended(self, error: FirezoneError | None) -> None:
         """The service has stopped, because of `error` if there was one."""
-        raise NotImplementedError
