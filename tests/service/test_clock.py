@@ -6,6 +6,7 @@ import errno
 import resource
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -193,7 +194,7 @@ def test_the_clocks_match_the_kernels() -> None:
 async def _until(is_so: Callable[[], bool]) -> None:
     while not is_so():
         turn: Deferred[None] = Deferred()
-        call_later(_reactor, 0.005, lambda turn=turn: turn.callback(None))  # type: ignore[misc]
+        call_later(_reactor, 0.005, partial(turn.callback, None))
         await turn
 
 

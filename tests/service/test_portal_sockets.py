@@ -355,7 +355,8 @@ async def test_a_first_gateway_whose_host_is_gone_is_found_out(portal: Portal) -
     first = await portal.join("gateway")
     assert portal.service.hub is not None
     (connection,) = portal.service.hub._peers
-    transport: Any = connection._web_socket.transport  # type: ignore[attr-defined]
+    web_socket: Any = connection._web_socket
+    transport = web_socket.transport
 
     with pytest.raises(Refusal):
         await portal.join("gateway", public_key=key(7))

@@ -34,6 +34,7 @@ from firezone_tunnel.core.portal.seed_tables import (
     DnsTable,
     NamedTable,
     PolicyTable,
+    Report,
     ResourceTable,
     Table,
     TokenTable,
@@ -161,7 +162,7 @@ class _Reader:
     def _check_table_names(self) -> None:
         for name in self._content:
             if name not in SINGLE and name not in LISTS:
-                self._note(_Place(name), f"there is no such table{suggest(name, [*SINGLE, *LISTS])}")
+                self._note(_Place(name), f"no table has this name{suggest(name, [*SINGLE, *LISTS])}")
 
     def _single(self, kind: str, table: type[_TableKind]) -> _TableKind | None:
         place = _Place(kind)
@@ -172,7 +173,15 @@ class _Reader:
         if isinstance(self._content[kind], list):
             self._note(place, f"there can be only one: write [{kind}]")
             return None
-        return read_table(table, self._content[kind], lambda key, what: self._note(attrs.evolve(place, key=key), what))
+        return read_table(table, self._content[kind], self._report_in(place))
+
+    def _report_in(self, place: _Place) -> Report:
+        """A reporter of the errors in one table."""
+
+        def report(key: str | None, what: str) -> None:
+            self._note(attrs.evolve(place, key=key), what)
+
+        return report
 
     def _list(self, kind: str, table: type[_TableKind]) -> dict[int, _TableKind]:
         """The tables without errors, by their place in the file."""
@@ -182,8 +191,7 @@ class _Reader:
             return {}
         found = {}
         for number, one in enumerate(raw):
-            place = _Place(kind, number)
-            read = read_table(table, one, lambda key, what, at=place: self._note(attrs.evolve(at, key=key), what))  # type: ignore[misc]
+            read = read_table(table, one, self._report_in(_Place(kind, number)))
             if read is not None:
                 found[number] = read
         return found

@@ -122,7 +122,7 @@ def read_table(kind: type[T], raw: object, report: Report) -> T | None:
 
 
 def suggest(wrong: str, existing: Iterable[str], *, quote: str = "'") -> str:
-    """What may be meant, and what there is: the end of a sentence."""
+    """The end of an error message: a name that may be meant, or the names that exist."""
     names = list(existing)
     close = _closest(wrong, names)
     listed = ", ".join(f"{quote}{name}{quote}" for name in names[:_LISTED])
@@ -146,6 +146,15 @@ _EXPECTED = {
 }
 
 
+def _within(fail: Report, name: str, where: str) -> Report:
+    """A reporter of the errors in a table that is an entry of the list `name`."""
+
+    def report(_: str | None, what: str) -> None:
+        fail(name, f"{where}: {what}")
+
+    return report
+
+
 def _check_value(name: str, value: object, type_: Any, fail: Report) -> None:
     if get_origin(type_) is list and issubclass(get_args(type_)[0], Table):
         if not isinstance(value, list):
@@ -153,7 +162,7 @@ def _check_value(name: str, value: object, type_: Any, fail: Report) -> None:
             return
         for number, entry in enumerate(value, 1):
             where = f"{name.removesuffix('s')} {number}"
-            read_table(get_args(type_)[0], entry, lambda _, what, where=where: fail(name, f"{where}: {what}"))  # type: ignore[misc]
+            read_table(get_args(type_)[0], entry, _within(fail, name, where))
         return
     try:
         msgspec.convert(value, type_, strict=True)

@@ -213,8 +213,11 @@ def test_an_error_is_reported_in_one_sentence_with_its_place(text: str, complain
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ('[[resource]]\nname = "x"\n', "[resource] in line 14: there is no such table; did you mean 'resources'?"),
-        ('colour = "red"\n', "[colour] in line 14: there is no such table"),
+        (
+            '[[resource]]\nname = "x"\n',
+            "[resource] in line 14: no table has this name; did you mean 'resources'?",
+        ),
+        ('colour = "red"\n', "[colour] in line 14: no table has this name"),
         ("[[dns]]\n", "[dns] in line 14: there can be only one: write [dns]"),
         ('[turn_servers]\nname = "x"\n', "[turn_servers] in line 14: there can be several: write [[turn_servers]]"),
         ("tokens = [1]\n", "[[tokens]] in line 14: it is not a table"),
