@@ -5,19 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 
 _SITE = """
-import pkgutil, time
+import pathlib, pkgutil, time
 
 def hang(*_, **__):
-    time.sleep(600)
+    pathlib.Path({called!r}).touch()
+    time.sleep(600)  # longer than any test: the process is ended from outside
 
 setattr(pkgutil.resolve_name({owner!r}), {name!r}, hang)
 """
 
 
 def hanging(directory: Path, target: str) -> Path:
-    """A directory that, first in PYTHONPATH, makes `target` ("socket.getaddrinfo") never return."""
+    """A directory that, first in PYTHONPATH, makes `target` ("socket.getaddrinfo") never return.
+
+    Once it is called there is a file `called` in the directory.
+    """
     owner, _, name = target.rpartition(".")
     path = directory / "hanging"
     path.mkdir()
-    (path / "sitecustomize.py").write_text(_SITE.format(owner=owner, name=name))
+    (path / "sitecustomize.py").write_text(_SITE.format(owner=owner, name=name, called=str(path / "called")))
     return path

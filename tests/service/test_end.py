@@ -70,7 +70,7 @@ def test_a_locked_database_does_not_hold_up_the_end(tmp_path: Path, is_serving: 
             portal.wait_ready()
             _lock(stack, database)
             portal.send_signal(signal.SIGHUP)  # it reviews what is stored
-            time.sleep(0.5)
+            time.sleep(0.5)  # until it waits for the lock: nothing shows that
         else:
             until(lambda: _has_open(portal, database), "the database being opened")
 
@@ -79,7 +79,7 @@ def test_a_locked_database_does_not_hold_up_the_end(tmp_path: Path, is_serving: 
 
 def test_a_reactor_that_hangs_does_not_hold_up_the_end_and_is_named(tmp_path: Path) -> None:
     relay = _start_relay(tmp_path, "ws://127.0.0.1:1/", hang="firezone_tunnel.shell.portal_link.service.MarkedEndpoint")
-    time.sleep(2.0)
+    until((tmp_path / "hanging/called").exists, "the reactor hanging")
 
     assert _end(relay) < LIMIT
     (forced,) = relay.events("process:end_forced")

@@ -19,6 +19,7 @@ from firezone_tunnel.shell.host.parts import HostState
 from firezone_tunnel.shell.host.rpfilter import ReplyMarks
 from firezone_tunnel.shell.host.tables import FIREZONE_MARK
 from tests.polling import until
+from tests.system.firewalls import DOCKER, UFW
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
 
@@ -32,20 +33,6 @@ FAMILIES = list(CLIENT)
 STATE = HostState()
 UPLINKS = HostState(uplinks=("eth1",))
 
-DOCKER = """
-table ip filter {
-    chain DOCKER-USER { }
-    chain FORWARD { type filter hook forward priority filter; policy drop; jump DOCKER-USER; }
-}
-"""
-UFW = """
-table ip filter {
-    chain FORWARD { type filter hook forward priority filter; policy drop; }
-}
-table ip6 filter {
-    chain FORWARD { type filter hook forward priority filter; policy drop; }
-}
-"""
 PERMISSIVE = """
 table ip filter {
     chain FORWARD { type filter hook forward priority filter; policy accept; ip daddr 192.0.2.1 drop; }

@@ -32,6 +32,7 @@ from firezone_tunnel.shell.host.watcher import NetworkWatcher
 from firezone_tunnel.shell.host.worker_thread import WorkerThread
 from firezone_tunnel.shell.tun.device import TunDevice, open_tun
 from tests.polling import PATIENCE
+from tests.system.firewalls import DOCKER, UFW
 from tests.system.hosts import Host, Lab
 from tests.system.namespace import inside
 
@@ -47,18 +48,6 @@ STATE = HostState(
 )
 RECOVERY = 1.0  # seconds
 _ETH_P_ALL = 3  # <linux/if_ether.h>
-
-DOCKER = """
-table ip filter {
-    chain DOCKER-USER { }
-    chain FORWARD { type filter hook forward priority filter; policy drop; jump DOCKER-USER; }
-}
-"""
-UFW = """
-table ip6 filter {
-    chain FORWARD { type filter hook forward priority filter; policy drop; }
-}
-"""
 
 # What each command takes away, by the words that name it in the log.
 ROUTING_FAULTS = {
