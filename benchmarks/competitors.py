@@ -67,7 +67,7 @@ class NoTunnel:
         return None
 
     def renew(self) -> None:
-        """Do nothing: there is no state."""
+        """This competitor keeps no state."""
 
     def stop(self) -> None:
         self._network.client.ip("route", "del", PRIVATE_NETWORK)

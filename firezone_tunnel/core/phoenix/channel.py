@@ -131,7 +131,9 @@ class IdentityShared:
 
 @attrs.frozen
 class Lost:
-    """There is no connection; the next attempt follows in `delay` seconds. `was_joined`: the channel was joined.
+    """The connection was lost or could not be made. The next attempt follows in `delay` seconds.
+
+    `was_joined`: the channel was joined.
 
     `is_identity_shared`: another host with this device's identity is or was connected.
     """

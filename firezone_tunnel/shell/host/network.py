@@ -79,7 +79,7 @@ class HostNetwork:
         return self._link.families
 
     def problems(self) -> list[str]:
-        """What is not as wanted, with reasons."""
+        """The differences from the wanted state that remain, with reasons."""
         if self._reconciler.problems or self._reconciler.is_applied:
             return list(self._reconciler.problems)
         return ["the host's network is being set up"]
@@ -93,7 +93,7 @@ class HostNetwork:
             self._reactor, self._noticed, own_link=self._interface, own_ports=self._own_ports
         )
         await self._monitor.start()
-        self.want(uplinks=self._monitor.interfaces)
+        self.want(uplinks=tuple(self._monitor.interfaces))
         await self._ready
 
     def want(self, **changes: Any) -> None:
@@ -140,7 +140,7 @@ class HostNetwork:
 
     def _moved(self, on_moved: Callable[[], object]) -> None:
         on_moved()
-        self.want(uplinks=self._monitor.interfaces)
+        self.want(uplinks=tuple(self._monitor.interfaces))
 
     def _noticed(self, aspects: Aspect, program: str | None) -> None:
         if Aspect.UPLINKS in aspects:

@@ -31,7 +31,7 @@ EVERYTHING = ~Aspect(0)
 
 @attrs.frozen
 class HostState:
-    """What a client or gateway wants of the host's network. Without addresses only its firewall matters."""
+    """The host's network as a client or gateway wants it. Without addresses only the firewall is set up."""
 
     ipv4: str | None = None
     ipv6: str | None = None
@@ -59,7 +59,7 @@ class Part(ABC):
 
     @abstractmethod
     def needs(self, state: HostState) -> object:
-        """What this part takes from the wanted state. Once that changes it has to run again."""
+        """The values of the wanted state that this part depends on. It has to run again when they change."""
 
     @abstractmethod
     def put_right(self, state: HostState, *, is_suspect: bool) -> list[Change]:

@@ -43,9 +43,9 @@ class Report:
     """The result of a look at the host."""
 
     repaired: tuple[str, ...] = ()
-    """What another program had changed."""
+    """The things that another program had changed."""
     failed: tuple[str, ...] = ()
-    """What is not as wanted, with the reason."""
+    """The things that could not be put right, with reasons."""
     error: FirezoneError | None = None
     """Of the first part that could do nothing."""
     has_changed: bool = True
@@ -93,7 +93,7 @@ class Reconciler:
         self._limiter = Limiter(clock=boottime)
         self._last: Deferred[None] | None = None
         self.problems: tuple[str, ...] = ()
-        """What is not as wanted, with reasons: the host isn't ready while there are any."""
+        """The differences that remain, with reasons. The host isn't ready while there are any."""
         self.repairs = 0
 
     @property

@@ -1,4 +1,4 @@
-"""What a client's or gateway's log says of connections, candidates and packets."""
+"""The messages in a client's or gateway's log about connections, candidates and packets."""
 
 from __future__ import annotations
 
